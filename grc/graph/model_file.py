@@ -1,0 +1,220 @@
+"""Model files: a Python file (or saved program) that says what to compile and what its inputs look like."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from grc.errors import ModelFileError
+
+
+@dataclass
+class Model:
+    """What a model file declares.
+
+    `inputs(batch)` gives positional and keyword arguments at a batch size; the rest is optional.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
+    file: Path | None = None
+    program: torch.export.ExportedProgram | None = None
+    calibration: Callable[[], Any] | None = None
+    preprocess: Callable[..., Any] | None = None
+    postprocess: Callable[..., Any] | None = None
+    input_names: list[str] | None = None
+    assets: list[Path] = field(default_factory=list)
+
+
+def load_model(spec: str | Path) -> Model:
+    """Read `model.py`, `model.py:name` or `model.pt2`.
+
+    Raises ModelFileError when the file is missing, can't be run, or lacks `get_model` or `get_inputs`.
+    """
+    path, name = split_spec(str(spec))
+    if not path.exists():
+        raise ModelFileError(f"no model file at {path}", "give a Python file with get_model() and get_inputs(batch)")
+    if path.suffix == ".pt2":
+        return load_program(path)
+    if path.suffix != ".py" or path.is_dir():
+        raise ModelFileError(f"{path} is neither a .py file nor a .pt2 program", "see docs/model-files.md")
+    module = run_file(path)
+    return declared(module, path, name)
+
+
+def split_spec(spec: str) -> tuple[Path, str | None]:
+    head, colon, name = spec.rpartition(":")
+    if colon and head.endswith(".py"):
+        return Path(head), name
+    return Path(spec), None
+
+
+def run_file(path: Path) -> Any:
+    """Import a file under a private name, with its own folder importable, as `python model.py` would have it."""
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    unique = f"grc_model_{path.stem}_{digest}"
+    spec = importlib.util.spec_from_file_location(unique, path)
+    if spec is None or spec.loader is None:
+        raise ModelFileError(f"{path} can't be imported as Python", "check that it is a plain .py file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[unique] = module
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ModelFileError(f"{path}:{error.lineno}: {error.msg}", "mend the syntax error") from error
+    except ImportError as error:
+        hint = f"pip install {error.name.partition('.')[0]}" if error.name else "check the model file's imports"
+        raise ModelFileError(f"{path} can't be imported: {error}", hint) from error
+    except Exception as error:
+        line = user_line(error, path) or str(path)
+        raise ModelFileError(
+            f"{line}: {type(error).__name__}: {error}", f"the file must run by itself: python {path}"
+        ) from error
+    return module
+
+
+def declared(module: Any, path: Path, name: str | None) -> Model:
+    factory = getattr(module, name or "get_model", None)
+    if factory is None:
+        offered = sorted(k for k, v in vars(module).items() if k.startswith("get_") and callable(v))
+        raise ModelFileError(
+            f"{path} has no {name or 'get_model'}()",
+            f"define get_model() -> nn.Module{'; the file has ' + ', '.join(offered) if offered else ''}",
+        )
+    suffix = (name or "get_model").removeprefix("get_model").removeprefix("get")
+    get_inputs = getattr(module, f"get_inputs{suffix}", None) or getattr(module, "get_inputs", None)
+    if get_inputs is None:
+        raise ModelFileError(f"{path} has no get_inputs(batch)", "define get_inputs(batch) -> tuple or dict of tensors")
+    try:
+        model = factory()
+    except Exception as error:
+        line = user_line(error, path) or str(path)
+        raise ModelFileError(f"{line}: {factory.__name__}() raised {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelFileError(
+            f"{factory.__name__}() in {path} returned a {type(model).__name__}", "return a torch.nn.Module in eval mode"
+        )
+    assets = [path.parent / asset for asset in getattr(module, "assets", [])]
+    for asset in assets:
+        if not asset.exists():
+            raise ModelFileError(f"{path} names the asset {asset.name}, which does not exist")
+    return Model(
+        name=path.stem if not suffix else path.stem + suffix,
+        module=require_eval(model, path),
+        inputs=calling(model, get_inputs, path),
+        file=path,
+        calibration=getattr(module, "calibration", None),
+        preprocess=getattr(module, "preprocess", None),
+        postprocess=getattr(module, "postprocess", None),
+        input_names=getattr(module, "input_names", None),
+        assets=assets,
+    )
+
+
+def from_module(model: nn.Module, inputs: Any, name: str | None = None) -> Model:
+    """A Model from Python: `inputs` is a function of the batch size, or example inputs for a model of fixed sizes."""
+    get_inputs = inputs if callable(inputs) else lambda batch: inputs
+    return Model(
+        name=name or type(model).__name__.lower(),
+        module=require_eval(model, None),
+        inputs=calling(model, get_inputs, None),
+    )
+
+
+def load_program(path: Path) -> Model:
+    """A saved ExportedProgram. Its example inputs are resized along the dynamic dimensions it was exported with."""
+    try:
+        program = torch.export.load(path)
+    except Exception as error:
+        raise ModelFileError(f"{path} is not a program saved by torch.export.save: {error}") from error
+    if program.example_inputs is None:
+        raise ModelFileError(f"{path} holds no example inputs", "save it from torch.export.export(model, inputs)")
+    args, kwargs = program.example_inputs
+    placeholders = [s.arg.name for s in program.graph_signature.input_specs if s.kind.name == "USER_INPUT"]
+    values = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
+    symbols: list[Any] = []
+    for name in placeholders:
+        for size in getattr(values.get(name), "shape", ()):
+            if isinstance(size, torch.SymInt) and size.node.expr.free_symbols:
+                symbols += [s for s in sorted(size.node.expr.free_symbols, key=str) if s not in symbols]
+
+    def resized(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        import torch.utils._pytree as pytree
+
+        leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        first = {symbol: batch for symbol in symbols}
+        out = []
+        for name, leaf in zip(placeholders, leaves, strict=True):
+            if isinstance(leaf, torch.Tensor):
+                sizes = [
+                    int(s.node.expr.subs(first)) if isinstance(s, torch.SymInt) else int(s) for s in values[name].shape
+                ]
+                for dim, size in enumerate(sizes):
+                    index = torch.arange(size) % max(leaf.shape[dim], 1)
+                    leaf = leaf.index_select(dim, index.to(leaf.device))
+            out.append(leaf)
+        return pytree.tree_unflatten(out, spec)
+
+    return Model(path.stem, program.module(check_guards=False), resized, file=path, program=program)
+
+
+def require_eval(model: nn.Module, path: Path | None) -> nn.Module:
+    training = [name or type(model).__name__ for name, m in model.named_modules() if m.training]
+    if training:
+        where = f"{path}: " if path else ""
+        raise ModelFileError(
+            f"{where}the model is in training mode ({training[0]}{' and others' if len(training) > 1 else ''})",
+            "return model.eval() from get_model()",
+        )
+    return model
+
+
+def calling(
+    model: nn.Module, get_inputs: Callable[[int], Any], path: Path | None
+) -> Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Turn what `get_inputs` returns into a call: a tuple is positional, a dict of parameter names is keywords."""
+    signature = inspect.signature(model.forward)
+    parameters = signature.parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+    def inputs(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        try:
+            value = get_inputs(batch)
+        except Exception as error:
+            line = (user_line(error, path) if path else None) or "get_inputs"
+            raise ModelFileError(
+                f"{line}: get_inputs({batch}) raised {type(error).__name__}: {error}",
+                "get_inputs(batch) must work for every batch size from 1 up",
+            ) from error
+        if isinstance(value, Mapping) and (takes_any or all(key in parameters for key in value)):
+            return (), dict(value)
+        if type(value) is tuple:
+            return value, {}
+        return (value,), {}
+
+    return inputs
+
+
+def user_line(error: BaseException, path: Path | None) -> str | None:
+    """`file:line` of the innermost frame that is the user's own code, not a library's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    root = str(path.resolve().parent) if path else None
+    for frame in reversed(frames):
+        own = frame.filename.startswith(root) if root else "site-packages" not in frame.filename
+        if own and "/grc/" not in frame.filename and not frame.filename.startswith("<"):
+            return f"{frame.filename}:{frame.lineno}"
+    return None

@@ -1,0 +1,99 @@
+"""The fp64 oracle: run any module or graph with every floating-point operation in double precision.
+
+Tables are never widened: a look-up gathers in the table's own precision and widens what it gathered, so that proving a
+model of 100 GB of tables needs no 200 GB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+aten = torch.ops.aten
+
+GATHERS = {aten.embedding, aten.index_select, aten.index, aten.gather, aten.select, aten.slice}
+VIEWS = {
+    aten.view, aten._unsafe_view, aten.reshape, aten.permute, aten.transpose, aten.t, aten.expand, aten.unsqueeze,
+    aten.squeeze, aten.detach, aten.alias, aten.as_strided, aten.split, aten.split_with_sizes, aten.unbind, aten.lift_fresh,
+}  # fmt: skip
+BAGS = {aten._embedding_bag, aten._embedding_bag_forward_only, aten.embedding_bag}
+
+
+class Fp64(TorchDispatchMode):
+    """Widen float operands, and the dtypes that casts and factories ask for, to float64."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        packet = func.overloadpacket
+        if packet in VIEWS or packet in GATHERS:
+            return func(*args, **kwargs)
+        if packet in BAGS:
+            args = narrow_bag(args)
+        args, kwargs = tree_map(widen, args), tree_map(widen, kwargs)
+        if packet in FACTORIES and kwargs.get("dtype") is None and torch.get_default_dtype() is not torch.float64:
+            result = func(*args, **kwargs)
+            return tree_map(widen, result)
+        return func(*args, **kwargs)
+
+
+FACTORIES = {aten.full, aten.zeros, aten.ones, aten.arange, aten.scalar_tensor, aten.empty, aten.linspace, aten.tensor}
+
+
+def widen(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype is not torch.float64:
+        return value.double()
+    if isinstance(value, torch.dtype) and value.is_floating_point:
+        return torch.float64
+    return value
+
+
+def narrow_bag(args: Sequence[Any]) -> tuple[Any, ...]:
+    """Keep only the rows that a bag reads, so that widening costs what the request costs and not the table."""
+    weight, indices, *rest = args
+    rows, where = torch.unique(indices, return_inverse=True)
+    if len(rest) > 6 and isinstance(rest[6], int) and rest[6] >= 0:  # padding_idx must keep pointing at its row
+        rows = torch.cat([rows, rows.new_tensor([rest[6]])])
+        rest[6] = len(rows) - 1
+        where = torch.where(rows[where] == rows[-1], len(rows) - 1, where)
+    return (weight.index_select(0, rows), where.to(indices.dtype), *rest)
+
+
+@torch.no_grad()
+def run_fp64(function: Callable[..., Any], *inputs: torch.Tensor, **kwargs: Any) -> Any:
+    """Call `function` in double precision. Integer inputs and every integer result keep their dtype."""
+    with Fp64():
+        return function(*inputs, **kwargs)
+
+
+def largest_error(answer: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> float:
+    """The largest difference from the oracle over all outputs.
+
+    Floats: max |a - t| / max(1, max |t|) of the output. Integers and booleans: the share of positions that differ, so
+    that a top-k with a swapped tie is a small error and wrong ids are a large one. NaN and inf must be in the same places.
+    """
+    worst = 0.0
+    for a, t in zip(answer, truth, strict=True):
+        if a.shape != t.shape:
+            return float("inf")
+        if a.numel() == 0:
+            continue
+        if not t.is_floating_point() or not a.is_floating_point():
+            worst = max(worst, (a != t).double().mean().item())
+            continue
+        a, t = a.double(), t.double()
+        finite = torch.isfinite(t)
+        if not torch.equal(finite, torch.isfinite(a)):
+            return float("inf")
+        if finite.any():
+            scale = max(1.0, t[finite].abs().max().item())
+            worst = max(worst, (a - t)[finite].abs().max().item() / scale)
+    return worst
+
+
+def within(error: float, baseline: float, floor: float = 1e-5) -> bool:
+    """A rewritten graph may be at most twice as far from the oracle as the model itself, above a floor of rounding."""
+    return error <= max(2 * baseline, floor)

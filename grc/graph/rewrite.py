@@ -1,0 +1,114 @@
+"""Rewriting: edit an fx graph so that every new node carries its inferred value and the user's line it came from."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+def fake_mode(module: fx.GraphModule) -> FakeTensorMode:
+    """The mode that the graph's values belong to, which holds its symbols."""
+    for node in module.graph.nodes:
+        found = node.meta.get("val")
+        if isinstance(found, torch.Tensor) and hasattr(found, "fake_mode"):
+            return found.fake_mode
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def infer(module: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> Any:
+    """The value of a node, from the values of its arguments."""
+    if node.op == "get_attr":
+        tensor = find_attribute(module, str(node.target))
+        return mode.from_tensor(tensor, static_shapes=True) if isinstance(tensor, torch.Tensor) else tensor
+    args = fx.map_arg(node.args, lambda n: n.meta["val"])
+    kwargs = fx.map_arg(node.kwargs, lambda n: n.meta["val"])
+    with mode, torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def find_attribute(module: torch.nn.Module, path: str) -> Any:
+    found: Any = module
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+class Rewriter:
+    """Edits of one graph. `call` and `parameter` add nodes, `replace` swaps a value, `finish` cleans up."""
+
+    def __init__(self, module: fx.GraphModule):
+        self.module = module
+        self.graph = module.graph
+        self.mode = fake_mode(module)
+
+    @contextmanager
+    def at(self, node: fx.Node) -> Iterator[None]:
+        """Insert before `node`, and give what is inserted the user's line of `node`."""
+        self.origin = node
+        with self.graph.inserting_before(node):
+            yield
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta = {k: v for k, v in self.origin.meta.items() if k in ("stack_trace", "nn_module_stack")}
+        node.meta["val"] = infer(self.module, node, self.mode)
+        return node
+
+    def reshape(self, node: fx.Node, *sizes: int) -> fx.Node:
+        return self.call(torch.ops.aten.reshape.default, node, list(sizes))
+
+    def item(self, node: fx.Node, index: int) -> fx.Node:
+        return self.call(operator.getitem, node, index)
+
+    def parameter(self, name: str, tensor: torch.Tensor) -> fx.Node:
+        """Add a constant, under the first free name, at the top of the graph so that every node may read it."""
+        taken = set(dir(self.module))
+        unique = next(n for n in (name, *(f"{name}_{i}" for i in range(1, 1 << 20))) if n not in taken)
+        self.module.register_buffer(unique, tensor)
+        first = next(iter(self.graph.nodes))
+        with self.graph.inserting_before(first):
+            node = self.graph.get_attr(unique)
+        node.meta["val"] = self.mode.from_tensor(tensor, static_shapes=True)
+        return node
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        old.replace_all_uses_with(new)
+
+    def finish(self) -> None:
+        """Drop dead values and the constants that nothing reads any more."""
+        self.graph.eliminate_dead_code(is_impure)
+        drop_unused_attributes(self.module)
+        self.graph.lint()
+        self.module.recompile()
+
+
+def is_impure(node: fx.Node) -> bool:
+    if node.op in ("placeholder", "output"):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema and schema.is_mutable)
+
+
+def drop_unused_attributes(module: fx.GraphModule) -> None:
+    used = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
+    for name, _ in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
+        if name not in used:
+            owner, _, leaf = name.rpartition(".")
+            delattr(module.get_submodule(owner), leaf)
+
+
+def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
+    """A graph that can be edited while the original stays as it is. Tensors are shared."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(module.graph, mapping)
+    original = next(iter(reversed(module.graph.nodes)))
+    result = graph.output(output)
+    result.meta = dict(original.meta)
+    return fx.GraphModule(module, graph)

@@ -1,0 +1,22 @@
+"""Fused operators, one folder each: declaration, pattern, C++ kernel, Triton kernel. FUSIONS lists them all."""
+
+from grc.kernels.bag_dot import BAG_DOT
+from grc.kernels.bag_fm import BAG_FM
+from grc.kernels.cpp import register
+from grc.kernels.cross import CROSS
+from grc.kernels.fusion import FusedOp
+from grc.kernels.lookup import LOOKUP
+from grc.kernels.packed_linear import PACKED_LINEAR
+
+OPS: tuple[FusedOp, ...] = (LOOKUP, BAG_DOT, BAG_FM, CROSS, PACKED_LINEAR)
+
+for op in OPS:
+    register(op)
+
+from grc.kernels.bag_dot.pattern import BagDot  # noqa: E402
+from grc.kernels.bag_fm.pattern import BagFm  # noqa: E402
+from grc.kernels.cross.pattern import Cross  # noqa: E402
+from grc.kernels.fusion import Fusion  # noqa: E402
+
+FUSIONS: tuple[Fusion, ...] = (BagDot(), BagFm(), Cross())
+"""In the order in which they are tried: the largest patterns first."""

@@ -1,0 +1,80 @@
+// Rows of a sample go into a tile in L1, all pairwise dot products of the tile into the result: nothing else is written.
+
+#include <ATen/Parallel.h>
+
+#include "grc/gram.h"
+#include "grc/rows.h"
+
+namespace grc {
+namespace {
+
+// Below this much work a thread costs more than it saves: a row's fetch counts as 64 multiplications, as measured.
+constexpr int64_t kWorkPerThread = 400'000;
+
+struct Pairs {
+  bool upper, diagonal, keep_dense;
+};
+
+template <class T, class Id>
+void bag_dot(const Bags& bags, const std::optional<View>& dense, int64_t dim, const Pairs& pairs, int64_t width,
+             T* out) {
+  const Reader<T, Id> reader(bags);
+  const int64_t extra = dense ? 1 : 0;
+  const int64_t rows = bags.features() + extra;
+  const int64_t work = bags.rows_per_sample() * (dim + 64) + rows * rows * dim / 2 + 1;
+  at::parallel_for(0, bags.batch, kWorkPerThread / work + 1, [&](int64_t begin, int64_t end) {
+    Gram gram(rows, dim);
+    for (int64_t b = begin; b < std::min(begin + kAhead, end); ++b) reader.prefetch(b);
+    for (int64_t b = begin; b < end; ++b) {
+      if (b + kAhead < end) reader.prefetch(b + kAhead);
+      T* target = out + b * width;
+      if (dense) {
+        const T* source = static_cast<const T*>(dense->data) + b * dense->strides[0];
+        gram.set(0, source);
+        if (pairs.keep_dense) std::memcpy(target, source, dim * sizeof(T));
+        if (pairs.keep_dense) target += dim;
+      }
+      for (int64_t f = 0; f < bags.features(); ++f) {
+        if (reader.plain())
+          gram.set(f + extra, reader.row(f, b));
+        else
+          reader.pool(f, b, gram.tile(f + extra));
+      }
+      gram.pairs(pairs.upper, pairs.diagonal, target);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace grc
+
+GRC_EXPORT AOTITorchError aoti_torch_cpu_bag_dot(
+    AtenTensorHandle arena, AtenTensorHandle ids, AtenTensorHandle* offsets, AtenTensorHandle* weights,
+    AtenTensorHandle* dense, const int64_t* bases, int64_t bases_len_, const int64_t* rows, int64_t rows_len_,
+    int64_t dim, const int64_t* lengths, int64_t lengths_len_, int64_t pooling, const int64_t* padding,
+    int64_t padding_len_, int32_t upper, int32_t diagonal, int32_t keep_dense, AtenTensorHandle* ret0) {
+  return grc::guard([&] {
+    const std::vector<int64_t> dims(bases_len_, dim);
+    const grc::Bags bags(arena, ids, offsets, weights, {bases, bases_len_}, {rows, rows_len_},
+                         {dims.data(), bases_len_}, {lengths, lengths_len_}, pooling, {padding, padding_len_});
+    std::optional<grc::View> first;
+    if (dense != nullptr) {
+      first.emplace(*dense);
+      grc::require(first->rank == 2 && first->sizes[0] == bags.batch && first->sizes[1] == dim, "dense is [B, dim]");
+      grc::require(first->strides[1] == 1 || dim == 1, "dense's rows are contiguous");
+      grc::require(first->dtype == bags.arena.dtype, "dense has the arena's dtype");
+    }
+    grc::require(first || keep_dense == 0, "keep_dense needs dense");
+    const int64_t n = bags.features() + (first ? 1 : 0);
+    const int64_t width = n * (n - 1) / 2 + (diagonal ? n : 0) + (keep_dense ? dim : 0);
+    grc::Output out({bags.batch, width}, bags.arena.dtype);
+    grc::by_float_type(bags.arena.dtype, [&](auto value) {
+      grc::by_id_type(bags.ids.dtype, [&](auto id) {
+        using T = typename decltype(value)::type;
+        const grc::Pairs pairs{upper != 0, diagonal != 0, keep_dense != 0};
+        grc::bag_dot<T, typename decltype(id)::type>(bags, first, dim, pairs, width, out.data<T>());
+      });
+    });
+    *ret0 = out.release();
+  });
+}

@@ -1,0 +1,190 @@
+"""`grc_cuda::bag_dot` in Triton: look up, pool, and take all pairwise dot products without writing the rows."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch.library import triton_op, wrap_triton
+
+from grc.kernels.rows import (
+    NO_PADDING,
+    bag,
+    check,
+    columns,
+    fetch,
+    pitches,
+    pool,
+    starts,
+    strides,
+    table,
+    tl,
+    triton,
+    vector,
+)
+
+
+class Config(NamedTuple):
+    """Samples that a program takes one after another, its warps, and how many columns of the rows it holds at once."""
+
+    samples: int
+    warps: int
+    block: int
+
+
+CONFIGS = (
+    Config(1, 1, 128),
+    Config(1, 2, 128),
+    Config(1, 4, 128),
+    Config(2, 1, 128),
+    Config(2, 2, 128),
+    Config(4, 1, 128),
+    Config(4, 2, 128),
+    Config(1, 1, 64),
+    Config(1, 2, 64),
+)
+# In float32 wider blocks, or fewer warps, spill: the operands of all three passes are held at once.
+FLOAT32_CONFIGS = (
+    Config(1, 1, 32),
+    Config(1, 2, 32),
+    Config(1, 4, 32),
+    Config(1, 2, 64),
+    Config(1, 4, 64),
+    Config(1, 2, 16),
+    Config(1, 4, 16),
+)
+# Up to this many bytes of rows, this one.
+BY_BYTES = ((1 << 22, Config(1, 4, 128)), (1 << 62, Config(1, 2, 128)))
+FLOAT32_BY_BYTES = ((1 << 62, Config(1, 4, 32)),)
+# How float32 products are taken: "ieee" on the CUDA cores, "tf32x3" in three passes of the tensor cores.
+FLOAT32 = "tf32x3"
+
+
+def config(batch: int | torch.SymInt, features: int, dim: int, dtype: torch.dtype) -> Config:
+    """The tile for rows [batch, features, dim]; a batch unknown while compiling counts as a large one."""
+    choices = FLOAT32_BY_BYTES if dtype == torch.float32 else BY_BYTES
+    if not isinstance(batch, int):
+        return choices[-1][1]
+    size = batch * features * dim * dtype.itemsize
+    return next(choice for limit, choice in choices if size <= limit)
+
+
+@triton.jit
+def bag_dot_kernel(  # type: ignore[no-untyped-def]
+    arena, ids, offsets, weights, dense, tables, out, B, V,
+    id_row, id_step, weight_row, weight_step, dense_row, dense_step,
+    F: tl.constexpr, D: tl.constexpr, PITCH: tl.constexpr, VEC: tl.constexpr, WIDTH: tl.constexpr,
+    DENSE: tl.constexpr, KEEP: tl.constexpr, UPPER: tl.constexpr, DIAGONAL: tl.constexpr,
+    ONE: tl.constexpr, JAGGED: tl.constexpr, WEIGHTED: tl.constexpr, PADDED: tl.constexpr, POOLING: tl.constexpr,
+    P: tl.constexpr, BLOCK: tl.constexpr, SAMPLES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    N: tl.constexpr = F + DENSE
+    n = tl.arange(0, P)
+    feature = n - DENSE
+    known = (feature >= 0) & (feature < F)
+    start = tl.load(tables + feature, mask=known, other=0)
+    rows = tl.load(tables + F + feature, mask=known, other=0)
+    padding = tl.load(tables + 2 * F + feature, mask=known, other=0) if PADDED else 0
+    i = n[:, None]
+    j = n[None, :]
+    if UPPER:
+        shift = i * (2 * N - i + 1) // 2 - i if DIAGONAL else i * (2 * N - i - 1) // 2 - i - 1
+        chosen = (j >= i if DIAGONAL else j > i) & (j < N)
+    else:
+        shift = i * (i + 1) // 2 if DIAGONAL else i * (i - 1) // 2
+        chosen = (j <= i if DIAGONAL else j < i) & (i < N)
+    pair = shift + j + (D if KEEP else 0)
+    for s in tl.static_range(SAMPLES):
+        sample = tl.program_id(0).to(tl.int64) * SAMPLES + s
+        live = known & (sample < B)
+        if ONE:
+            index = tl.load(ids + sample * id_row + feature * id_step, mask=live, other=0).to(tl.int64)
+            wanted = live & (index != padding) if PADDED else live
+        elif JAGGED:
+            first, count = bag(offsets, feature, sample, B, V, live)
+        else:
+            first = tl.load(tables + 3 * F + feature, mask=live, other=0)
+            count = tl.load(tables + 4 * F + feature, mask=live, other=0)
+        gram = tl.zeros([P, P], tl.float32)
+        for at in tl.static_range(0, D, BLOCK):
+            column = at + tl.arange(0, BLOCK)
+            inside = column < D
+            if ONE:
+                tile = fetch(arena, start, index, rows, PITCH, wanted, column, inside, VEC)
+            else:
+                tile = pool(
+                    arena, ids, weights, sample * id_row + first * id_step, id_step,
+                    sample * weight_row + first * weight_step, weight_step, count,
+                    start, rows, PITCH, padding, column, inside,
+                    P, BLOCK, VEC, POOLING, PADDED, WEIGHTED, 1,
+                ).to(arena.dtype.element_ty)  # fmt: skip
+            if DENSE:
+                own = tl.load(dense + sample * dense_row + column * dense_step, mask=inside & (sample < B), other=0.0)
+                own = own.to(arena.dtype.element_ty)
+                tile = tl.where(i == 0, own[None, :], tile)
+                if KEEP:
+                    tl.store(out + sample * WIDTH + column, own.to(out.dtype.element_ty), mask=inside & (sample < B))
+            gram = tl.dot(tile, tl.trans(tile), gram, input_precision=PRECISION)
+        tl.store(out + sample * WIDTH + pair, gram.to(out.dtype.element_ty), mask=chosen & (sample < B))
+
+
+def bag_dot(
+    arena: torch.Tensor,
+    ids: torch.Tensor,
+    offsets: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    dense: torch.Tensor | None,
+    bases: list[int],
+    rows: list[int],
+    dim: int,
+    lengths: list[int],
+    pooling: int,
+    padding: list[int],
+    upper: bool,
+    diagonal: bool,
+    keep_dense: bool,
+) -> torch.Tensor:
+    """All pairs of T = [dense; pooled rows]: [B, pairs], or [B, dim + pairs] if keep_dense (DLRM; Naumov et al. 2019).
+
+    arena [R, dim] or [E], float32, float16 or bfloat16; ids [B, sum(lengths)] of any strides, or [V] with offsets
+    [F * B + 1]; dense [B, dim]. The strict lower triangle in row-major order, or with `upper` the upper one, with
+    `diagonal` the diagonal too. Sums in float32; pooled rows are rounded to the arena's dtype, as in plain torch. Ids
+    outside their table read nothing and count as rows of zeros. Raises LoweringError for an arena whose rows are not
+    contiguous and for weights with a pooling other than sum.
+    """
+    check(arena, weights, pooling)
+    count = len(bases)
+    batch = ids.shape[0] if offsets is None else (offsets.shape[0] - 1) // count
+    pitch, start = pitches(arena, [dim]), starts(arena, bases)
+    choice = config(batch, count, dim, arena.dtype)
+    sizes = lengths or [0] * count
+    has_dense = dense is not None
+    keep = keep_dense and has_dense
+    nodes = count + has_dense
+    width = nodes * (nodes + 1 if diagonal else nodes - 1) // 2 + (dim if keep else 0)
+    out = arena.new_empty(batch, width)
+    id_row, id_step = strides(ids)
+    weight_row, weight_step = (0, 0) if weights is None else strides(weights)
+    dense_row, dense_step = (0, 0) if dense is None else strides(dense)
+    tables = table((*start, *rows, *padding, *columns(sizes), *sizes), arena.device)
+    wrap_triton(bag_dot_kernel)[(triton.cdiv(batch, choice.samples),)](
+        arena, ids, ids if offsets is None else offsets.contiguous(), arena if weights is None else weights,
+        arena if dense is None else dense, tables, out, batch, ids.shape[0],
+        id_row, id_step, weight_row, weight_step, dense_row, dense_step,
+        F=count, D=dim, PITCH=pitch[0], VEC=vector(arena, dim, *pitch, *start), WIDTH=width,
+        DENSE=int(has_dense), KEEP=keep, UPPER=upper, DIAGONAL=diagonal,
+        ONE=offsets is None and weights is None and set(lengths) == {1},
+        JAGGED=offsets is not None, WEIGHTED=weights is not None, PADDED=any(p != NO_PADDING for p in padding),
+        POOLING=pooling, P=max(16, triton.next_power_of_2(nodes)),
+        BLOCK=max(16, min(choice.block, triton.next_power_of_2(dim))), SAMPLES=choice.samples,
+        PRECISION=FLOAT32 if arena.dtype == torch.float32 else "ieee", num_warps=choice.warps,
+    )  # fmt: skip
+    return out
+
+
+@functools.cache
+def register() -> torch._ops.OpOverload:
+    """Define `grc_cuda::bag_dot` once; torch.export keeps it whole, and AOTInductor compiles its kernel in."""
+    triton_op("grc_cuda::bag_dot", bag_dot, mutates_args=())
+    return torch.ops.grc_cuda.bag_dot.default

@@ -1,0 +1,112 @@
+"""`grc_cuda::bag_fm` in Triton: look up, and sum all second-order interactions while the rows are in registers."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch.library import triton_op, wrap_triton
+
+from grc.errors import LoweringError
+from grc.kernels.rows import NO_PADDING, check, fetch, pitches, starts, strides, table, tl, triton, vector
+
+
+class Config(NamedTuple):
+    """Samples that a program takes one after another, and its warps."""
+
+    samples: int
+    warps: int
+
+
+CONFIGS = (Config(1, 1), Config(1, 2), Config(1, 4), Config(2, 1), Config(2, 2), Config(4, 1), Config(4, 2))
+# Up to this many bytes of rows, this one.
+BY_BYTES = ((1 << 22, Config(1, 2)), (1 << 62, Config(2, 1)))
+
+
+def config(batch: int | torch.SymInt, features: int, dim: int, dtype: torch.dtype) -> Config:
+    """The tile for rows [batch, features, dim]; a batch unknown while compiling counts as a large one."""
+    if not isinstance(batch, int):
+        return BY_BYTES[-1][1]
+    size = batch * features * dim * dtype.itemsize
+    return next(choice for limit, choice in BY_BYTES if size <= limit)
+
+
+@triton.jit
+def bag_fm_kernel(  # type: ignore[no-untyped-def]
+    arena, linear, ids, tables, rows_out, fm_out, B, id_row, id_step,
+    F: tl.constexpr, D: tl.constexpr, PITCH: tl.constexpr, LINEAR_PITCH: tl.constexpr, VEC: tl.constexpr,
+    LINEAR: tl.constexpr, PADDED: tl.constexpr,
+    P: tl.constexpr, BLOCK: tl.constexpr, SAMPLES: tl.constexpr,
+):  # fmt: skip
+    feature = tl.arange(0, P)
+    known = feature < F
+    start = tl.load(tables + feature, mask=known, other=0)
+    rows = tl.load(tables + F + feature, mask=known, other=0)
+    for s in tl.static_range(SAMPLES):
+        sample = tl.program_id(0).to(tl.int64) * SAMPLES + s
+        live = known & (sample < B)
+        index = tl.load(ids + sample * id_row + feature * id_step, mask=live, other=0).to(tl.int64)
+        wanted = live
+        if PADDED:
+            wanted = live & (index != tl.load(tables + 2 * F + feature, mask=known, other=0))
+        fm = tl.full([], 0.0, tl.float32)
+        for at in tl.static_range(0, D, BLOCK):
+            column = at + tl.arange(0, BLOCK)
+            inside = column < D
+            tile = fetch(arena, start, index, rows, PITCH, wanted, column, inside, VEC)
+            place = sample * (F * D) + feature[:, None] * D + column[None, :]
+            tl.store(rows_out + place, tile, mask=live[:, None] & inside[None, :])
+            wide = tile.to(tl.float32)
+            total = tl.sum(wide, 0)
+            fm += 0.5 * tl.sum(total * total - tl.sum(wide * wide, 0), 0)
+        if LINEAR:
+            first = tl.load(tables + 3 * F + feature, mask=known, other=0)
+            sound = wanted & (index >= 0) & (index < rows)
+            term = tl.load(linear + (first + index) * LINEAR_PITCH, mask=sound, other=0.0)
+            fm += tl.sum(term.to(tl.float32), 0)
+        tl.store(fm_out + sample, fm.to(fm_out.dtype.element_ty), mask=sample < B)
+
+
+def bag_fm(
+    arena: torch.Tensor,
+    linear: torch.Tensor | None,
+    ids: torch.Tensor,
+    bases: list[int],
+    rows: list[int],
+    dim: int,
+    padding: list[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [B, F * dim] and their factorisation machine [B, 1] (Rendle 2010; DeepFM, Guo et al. 2017).
+
+    arena [R, dim], float32, float16 or bfloat16; linear [R] or [R, 1]; ids [B, F] of any strides, int32 or int64. The
+    sums are taken in float32. Ids outside their table read nothing and count as zeros. Raises LoweringError for an
+    arena whose rows are not contiguous, and for linear weights beside a 1-D arena, whose bases don't count rows.
+    """
+    check(arena, None, 0)
+    if linear is not None and arena.dim() != 2:
+        raise LoweringError("linear weights are numbered by rows, and a 1-D arena counts elements", "use a 2-D arena")
+    count = len(bases)
+    batch = ids.shape[0]
+    pitch, start = pitches(arena, [dim]), starts(arena, bases)
+    choice = config(batch, count, dim, arena.dtype)
+    flat = arena.new_empty(batch, count * dim)
+    fm = arena.new_empty(batch, 1)
+    id_row, id_step = strides(ids)
+    wrap_triton(bag_fm_kernel)[(triton.cdiv(batch, choice.samples),)](
+        arena, arena if linear is None else linear, ids, table((*start, *rows, *padding, *bases), arena.device),
+        flat, fm, batch, id_row, id_step,
+        F=count, D=dim, PITCH=pitch[0], LINEAR_PITCH=0 if linear is None else linear.stride(0),
+        VEC=vector(arena, dim, *pitch, *start), LINEAR=linear is not None,
+        PADDED=any(p != NO_PADDING for p in padding),
+        P=triton.next_power_of_2(count), BLOCK=min(128, triton.next_power_of_2(dim)), SAMPLES=choice.samples,
+        num_warps=choice.warps,
+    )  # fmt: skip
+    return flat, fm
+
+
+@functools.cache
+def register() -> torch._ops.OpOverload:
+    """Define `grc_cuda::bag_fm` once; torch.export keeps it whole, and AOTInductor compiles its kernel in."""
+    triton_op("grc_cuda::bag_fm", bag_fm, mutates_args=())
+    return torch.ops.grc_cuda.bag_fm.default

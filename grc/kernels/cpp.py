@@ -1,0 +1,251 @@
+"""C++ kernels: built for one ISA, called in this process, and linked into AOTInductor packages.
+
+A kernel is one translation unit that exports `aoti_torch_cpu_NAME`, the C function that AOTInductor's generated code
+calls. Built as "object" it goes into a package and its exceptions rise to AOTInductor's handler, which keeps their
+message; built as "shared" it is called through ctypes, and `grc_last_error` keeps the message.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grc.errors import LoweringError
+from grc.kernels.fusion import FusedOp
+
+INCLUDE = Path(__file__).parent / "include"
+
+# no -ffast-math: NaN, infinity and the order of sums are part of a kernel's answer
+FLAGS = ("-O3", "-fPIC", "-fopenmp", "-std=c++20", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas")
+ISA_FLAGS = {
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c")
+    + ("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
+    "avx2": ("-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"),
+    "default": ("-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"),
+}
+
+_NAMES = {"Tensor": "AtenTensorHandle", "int": "int64_t", "bool": "int32_t", "float": "double"}
+_CTYPES = {"Tensor": ctypes.c_void_p, "int": ctypes.c_int64, "bool": ctypes.c_int32, "float": ctypes.c_double}
+
+
+def target_isa() -> str:
+    """The ISA this host runs best: "avx512", "avx2" or "default". ATEN_CPU_CAPABILITY lowers it."""
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    return capability if capability in ISA_FLAGS else "default"
+
+
+def isa_flags(isa: str) -> tuple[str, ...]:
+    """The compiler flags of an ISA, at::vec's macros among them. KeyError's place is taken by a LoweringError."""
+    if isa not in ISA_FLAGS:
+        raise LoweringError(f'there is no ISA "{isa}"', f"choose one of {', '.join(ISA_FLAGS)}")
+    return ISA_FLAGS[isa]
+
+
+def compiler() -> str:
+    """The path of $CXX or g++. Raises LoweringError if there is none."""
+    name = os.environ.get("CXX") or "g++"
+    path = shutil.which(name)
+    if path is None:
+        raise LoweringError(f"no C++ compiler: {name} is not on PATH", "apt-get install g++, or set CXX")
+    return path
+
+
+def declaration(schema: str) -> str:
+    """The C signature of the shim that AOTInductor calls for an op of this schema.
+
+    Tensor is AtenTensorHandle, Tensor? a pointer to one (null for None), int[] a pointer and a length, and each
+    result a pointer to a handle that the callee fills.
+    """
+    parsed = _parse(schema)
+    parameters: list[str] = []
+    for argument in parsed.arguments:
+        kind, name = _kind(argument), argument.name
+        if kind == "int[]":
+            parameters += [f"const int64_t* {name}", f"int64_t {name}_len_"]
+        elif kind == "Tensor?":
+            parameters.append(f"AtenTensorHandle* {name}")
+        else:
+            parameters.append(f"{_NAMES[kind]} {name}")
+    parameters += [f"AtenTensorHandle* ret{i}" for i in range(len(parsed.returns))]
+    return f"AOTITorchError aoti_torch_cpu_{_name(schema)}({', '.join(parameters)})"
+
+
+def build(ops: Sequence[FusedOp], isa: str, kind: str) -> Path:
+    """Compile the ops for `isa` and return one file: a relocatable object ("object") or a library ("shared").
+
+    Results are kept in $GRC_CACHE, else ~/.cache/grc, under a hash of everything that shapes them; processes that
+    build the same file at once each write their own and rename it. Raises LoweringError with the compiler's words.
+    """
+    if kind not in ("object", "shared"):
+        raise LoweringError(f'there is no build kind "{kind}"', 'choose "object" or "shared"')
+    return _build([_source(op) for op in ops], isa, kind)
+
+
+def call(op: FusedOp, *args: Any, isa: str | None = None) -> Any:
+    """Call the op's C++ kernel in this process, as AOTInductor would. Arguments follow the schema, all positional.
+
+    Raises IndexError for an id outside its table and RuntimeError for any other failure, with the kernel's message.
+    """
+    library = _library(_source(op), isa or target_isa())
+    parsed = _parse(op.schema)
+    if len(args) != len(parsed.arguments):
+        raise TypeError(f"{op.name} takes {len(parsed.arguments)} arguments, not {len(args)}")
+    values: list[Any] = []
+    capsules: list[Any] = []
+    try:
+        for argument, value in zip(parsed.arguments, args, strict=True):
+            kind = _kind(argument)
+            if kind == "int[]":
+                values += [(ctypes.c_int64 * len(value))(*value) if value else None, ctypes.c_int64(len(value))]
+            elif kind.startswith("Tensor") and value is not None:
+                if value.device.type != "cpu":
+                    raise RuntimeError(f"{op.name}: {argument.name} is on {value.device}, the C++ kernel reads only CPU")
+                capsules.append(_capsule(value))
+                pointer = ctypes.c_void_p(_address(capsules[-1], None))
+                values.append(pointer if kind == "Tensor" else ctypes.byref(pointer))
+            else:
+                values.append(None if value is None else _CTYPES[kind](value))
+        results = (ctypes.c_void_p * len(parsed.returns))()
+        size = ctypes.sizeof(ctypes.c_void_p)
+        values += [ctypes.byref(results, i * size) for i in range(len(parsed.returns))]
+        if getattr(library, f"aoti_torch_cpu_{op.name}")(*values) != 0:
+            message = library.grc_last_error().decode()
+            raise (IndexError if "is outside" in message else RuntimeError)(message)
+    finally:
+        _tensors(capsules)
+    tensors = _tensors([_wrap(result, None, None) for result in results])
+    return tensors[0] if len(tensors) == 1 else tuple(tensors)
+
+
+def register(op: FusedOp) -> None:
+    """Define `grc::NAME`: the reference is its fake and its code on every device, the C++ kernel its code on CPU.
+
+    The kernel is built at the first call. On a host without a compiler the reference answers on CPU too: slower, the
+    same numbers, but an id past its table is then only caught at the arena's end.
+    """
+    name = f"grc::{op.name}"
+    torch.library.define(name, op.schema[len(op.name) :], tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(name, "CompositeExplicitAutograd")(op.reference)
+    torch.library.register_fake(name)(op.reference)
+    if op.cpu is not None:
+        torch.library.impl(name, "CPU")(functools.partial(_on_cpu, op))
+
+
+def _on_cpu(op: FusedOp, *args: Any) -> Any:
+    return call(op, *args) if _has_compiler() else op.reference(*args)
+
+
+@functools.cache
+def _has_compiler() -> bool:
+    return shutil.which(os.environ.get("CXX") or "g++") is not None
+
+
+@functools.cache
+def _parse(schema: str) -> Any:
+    return torch._C.parse_schema(f"grc::{schema}")
+
+
+def _name(schema: str) -> str:
+    return schema.split("(")[0]
+
+
+def _kind(argument: Any) -> str:
+    kind = {"Optional[Tensor]": "Tensor?", "List[int]": "int[]"}.get(str(argument.type), str(argument.type))
+    if kind not in ("Tensor?", "int[]", *_NAMES):
+        raise LoweringError(f"argument {argument.name} has type {kind}, which the C shim does not carry")
+    return kind
+
+
+def _source(op: FusedOp) -> Path:
+    if op.cpu is None:
+        raise LoweringError(f"{op.name} has no C++ kernel")
+    return op.cpu
+
+
+def _build(sources: Sequence[Path], isa: str, kind: str) -> Path:
+    cxx = compiler()
+    flags = [*FLAGS, *isa_flags(isa), *(["-DGRC_SHARED"] if kind == "shared" else [])]
+    with ThreadPoolExecutor(max_workers=max(1, min(len(sources), os.cpu_count() or 1))) as pool:
+        objects = list(pool.map(lambda source: _compile(cxx, source, flags), sources))
+    if kind == "object" and len(objects) == 1:
+        return objects[0]
+    key = _hash(kind, *[o.name for o in objects])
+    if kind == "object":
+        return _make(cache_folder() / f"{key}.o", lambda out: [cxx, "-r", "-nostdlib", *map(str, objects), "-o", out])
+    library = Path(torch.__file__).parent / "lib"
+    link = ["-shared", "-fopenmp", *map(str, objects), f"-L{library}", "-ltorch_cpu", "-lc10"]
+    return _make(cache_folder() / f"{key}.so", lambda out: [cxx, *link, "-o", out])
+
+
+def cache_folder() -> Path:
+    """Where built kernels are kept: $GRC_CACHE, else ~/.cache/grc."""
+    folder = Path(os.environ.get("GRC_CACHE") or Path.home() / ".cache" / "grc")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _hash(*parts: str | bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()[:32]
+
+
+@functools.cache
+def _version(cxx: str) -> str:
+    return subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def _compile(cxx: str, source: Path, flags: Sequence[str]) -> Path:
+    headers = [header.read_bytes() for header in sorted((INCLUDE / "grc").glob("*.h"))]
+    key = _hash(source.read_bytes(), *headers, *flags, torch.__version__, _version(cxx))
+    include = [f"-I{INCLUDE}", f"-I{Path(torch.__file__).parent / 'include'}"]
+    return _make(cache_folder() / f"{key}.o", lambda out: [cxx, *flags, *include, "-c", str(source), "-o", out])
+
+
+def _make(target: Path, command: Any) -> Path:
+    if target.exists():
+        return target
+    descriptor, name = tempfile.mkstemp(suffix=target.suffix, dir=target.parent)
+    os.close(descriptor)
+    try:
+        done = subprocess.run(command(name), capture_output=True, text=True)
+        if done.returncode != 0:
+            raise LoweringError(f"the C++ compiler failed:\n{done.stderr[-4000:]}", "grc needs g++ 12 or newer")
+        os.replace(name, target)
+    finally:
+        Path(name).unlink(missing_ok=True)
+    return target
+
+
+@functools.cache
+def _library(source: Path, isa: str) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(_build((source,), isa, "shared")))
+    library.grc_last_error.restype = ctypes.c_char_p
+    return library
+
+
+def _capsule(tensor: torch.Tensor) -> Any:
+    return torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([tensor])[0]
+
+
+def _tensors(capsules: list[Any]) -> list[torch.Tensor]:
+    return torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(capsules)
+
+
+_address = ctypes.pythonapi.PyCapsule_GetPointer
+_address.restype, _address.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+_wrap = ctypes.pythonapi.PyCapsule_New
+_wrap.restype, _wrap.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)

@@ -1,0 +1,159 @@
+"""`grc_cuda::lookup` in Triton: look up, pool and concatenate all tables in one launch.
+
+The output is cut into chunks of up to 16 bytes, and a thread owns whole chunks: writes are contiguous whatever the
+widths of the tables, and no lane idles on the narrow ones.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch.library import triton_op, wrap_triton
+
+from grc.kernels.rows import (
+    NO_PADDING,
+    bag,
+    check,
+    columns,
+    fetch,
+    pitches,
+    pool,
+    starts,
+    strides,
+    table,
+    tl,
+    triton,
+    vector,
+)
+
+
+class Config(NamedTuple):
+    """Chunks of a program, and its warps: chunks / (32 * warps) reads are in flight in each thread."""
+
+    chunks: int
+    warps: int
+
+
+CONFIGS = (
+    Config(64, 2),
+    Config(128, 4),
+    Config(256, 2),
+    Config(256, 4),
+    Config(512, 4),
+    Config(512, 8),
+    Config(1024, 4),
+    Config(1024, 8),
+)
+# Up to this many bytes of output, this one.
+BY_BYTES = ((1 << 24, Config(128, 4)), (1 << 62, Config(512, 4)))
+
+
+def config(batch: int | torch.SymInt, features: int, dim: int, dtype: torch.dtype) -> Config:
+    """The tile for an output [batch, features * dim]; a batch unknown while compiling counts as a large one."""
+    if not isinstance(batch, int):
+        return BY_BYTES[-1][1]
+    size = batch * features * dim * dtype.itemsize
+    return next(choice for limit, choice in BY_BYTES if size <= limit)
+
+
+@triton.jit
+def lookup_kernel(  # type: ignore[no-untyped-def]
+    arena, ids, offsets, weights, tables, out, B, V,
+    id_row, id_step, weight_row, weight_step,
+    F: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PITCH: tl.constexpr, VEC: tl.constexpr,
+    ONE: tl.constexpr, JAGGED: tl.constexpr, WEIGHTED: tl.constexpr, PADDED: tl.constexpr,
+    POOLING: tl.constexpr, UNROLL: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    begin = tl.program_id(0).to(tl.int64) * CHUNKS
+    # 64-bit division once a program; the chunks divide small numbers by a constant.
+    origin = begin // WIDTH
+    local = (begin - origin * WIDTH).to(tl.int32) + tl.arange(0, CHUNKS)
+    sample = origin + local // WIDTH
+    chunk = local % WIDTH
+    live = sample < B
+    if COLUMNS > 0:
+        feature = chunk // COLUMNS
+        column = (chunk % COLUMNS) * VEC
+    else:
+        feature = tl.load(tables + 7 * F + chunk).to(tl.int32)
+        column = chunk * VEC - tl.load(tables + 6 * F + feature).to(tl.int32)
+    start = tl.load(tables + feature) + column
+    rows = tl.load(tables + F + feature)
+    pitch = PITCH if PITCH > 0 else tl.load(tables + 2 * F + feature)
+    padding = tl.load(tables + 3 * F + feature) if PADDED else 0
+    lane = tl.arange(0, VEC)
+    every = lane < VEC
+    if ONE:
+        index = tl.load(ids + sample * id_row + feature * id_step, mask=live, other=0).to(tl.int64)
+        wanted = live & (index != padding) if PADDED else live
+        value = fetch(arena, start, index, rows, pitch, wanted, lane, every, VEC)
+    else:
+        if JAGGED:
+            first, count = bag(offsets, feature, sample, B, V, live)
+        else:
+            first = tl.load(tables + 4 * F + feature)
+            count = tl.where(live, tl.load(tables + 5 * F + feature), 0)
+        value = pool(
+            arena, ids, weights, sample * id_row + first * id_step, id_step,
+            sample * weight_row + first * weight_step, weight_step, count,
+            start, rows, pitch, padding, lane, every,
+            CHUNKS, VEC, VEC, POOLING, PADDED, WEIGHTED, UNROLL,
+        )  # fmt: skip
+    place = (begin + tl.arange(0, CHUNKS)) * VEC
+    tl.store(out + place[:, None] + lane[None, :], value.to(out.dtype.element_ty), mask=live[:, None])
+
+
+def lookup(
+    arena: torch.Tensor,
+    ids: torch.Tensor,
+    offsets: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    bases: list[int],
+    rows: list[int],
+    dims: list[int],
+    lengths: list[int],
+    pooling: int,
+    padding: list[int],
+) -> torch.Tensor:
+    """Look up F features in their tables, pool each bag, and concatenate: [B, sum(dims)] in the arena's dtype.
+
+    arena [R, D] or [E], float32, float16 or bfloat16; ids [B, sum(lengths)] of any strides, or [V] with offsets
+    [F * B + 1]; int32 or int64. Ids outside their table read nothing and count as rows of zeros. Raises LoweringError
+    for an arena whose rows are not contiguous and for weights with a pooling other than sum.
+    """
+    check(arena, weights, pooling)
+    count = len(dims)
+    batch = ids.shape[0] if offsets is None else (offsets.shape[0] - 1) // count
+    pitch, start = pitches(arena, dims), starts(arena, bases)
+    vec = vector(arena, *dims, *pitch, *start)
+    widths = [dim // vec for dim in dims]
+    total = sum(widths)
+    choice = config(batch, count, max(dims), arena.dtype)
+    uniform = len(set(dims)) == 1
+    sizes = lengths or [0] * count
+    values = (*start, *rows, *pitch, *padding, *columns(sizes), *sizes)
+    if not uniform:
+        owner = [f for f, width in enumerate(widths) for _ in range(width)]
+        values += (*columns(dims), *owner)
+    out = arena.new_empty(batch, total * vec)
+    id_row, id_step = strides(ids)
+    weight_row, weight_step = (0, 0) if weights is None else strides(weights)
+    wrap_triton(lookup_kernel)[(triton.cdiv(batch * total, choice.chunks),)](
+        arena, ids, ids if offsets is None else offsets.contiguous(), arena if weights is None else weights,
+        table(values, arena.device), out, batch, ids.shape[0], id_row, id_step, weight_row, weight_step,
+        F=count, WIDTH=total, COLUMNS=widths[0] if uniform else 0, PITCH=pitch[0] if len(set(pitch)) == 1 else 0,
+        VEC=vec, ONE=offsets is None and weights is None and set(lengths) == {1},
+        JAGGED=offsets is not None, WEIGHTED=weights is not None, PADDED=any(p != NO_PADDING for p in padding),
+        POOLING=pooling, UNROLL=4 if offsets is not None or max(lengths) > 2 else 2, CHUNKS=choice.chunks,
+        num_warps=choice.warps,
+    )  # fmt: skip
+    return out
+
+
+@functools.cache
+def register() -> torch._ops.OpOverload:
+    """Define `grc_cuda::lookup` once; torch.export keeps it whole, and AOTInductor compiles its kernel in."""
+    triton_op("grc_cuda::lookup", lookup, mutates_args=())
+    return torch.ops.grc_cuda.lookup.default

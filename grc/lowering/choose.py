@@ -1,0 +1,182 @@
+"""Choose: build every engine that is usable, drop what answers wrongly, measure the rest, keep the fastest at each batch."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grc.errors import GrcError, LoweringError
+from grc.graph.oracle import largest_error, within
+from grc.lowering.eager import Eager
+from grc.lowering.engine import Built, Engine, Lowerable, Target
+from grc.lowering.inductor import Inductor
+from grc.lowering.onnxruntime import OnnxRuntime
+from grc.runtime.engines import Run, load_part
+
+SECONDS = 0.4  # spent on each engine at each batch size, in interleaved rounds
+QUALITY = 1e-4  # largest error of a float32 engine relative to the largest answer; rounding of a deep model is 1e-6
+
+
+@dataclass
+class Candidate:
+    """One engine's part, loaded, with its error and its times in seconds by batch."""
+
+    built: Built
+    run: Run
+    build_seconds: float
+    error: float = 0.0
+    times: dict[int, list[float]] = field(default_factory=dict)
+
+    def median(self, batch: int) -> float:
+        return statistics.median(self.times[batch])
+
+
+@dataclass
+class Choice:
+    """What was built and measured, and which part answers which batches."""
+
+    candidates: list[Candidate]
+    rejected: dict[str, str]
+    eager_times: dict[int, float]
+    winners: list[tuple[int, Candidate]]
+
+    @property
+    def parts(self) -> list[Candidate]:
+        used: list[Candidate] = []
+        for _, candidate in self.winners:
+            if candidate not in used:
+                used.append(candidate)
+        return used
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Real inputs: some to prove an engine on, with the oracle's answers, and some of each size to time it on."""
+
+    proof: Sequence[Sequence[torch.Tensor]]
+    truth: Sequence[Sequence[torch.Tensor]]
+    baseline: Sequence[float]
+    timed: dict[int, list[torch.Tensor]]
+
+
+def engines_for(optimised: Lowerable, source: Lowerable | None) -> list[tuple[Engine, Lowerable]]:
+    """The engines in the order in which ties go: ours, then plain AOTInductor on the graph as it came, then the others."""
+    offered: list[tuple[Engine, Lowerable]] = [(Inductor(packed=True), optimised)]
+    if source is not None:
+        offered.append((Inductor(packed=False), source))
+    return [*offered, (OnnxRuntime(), optimised), (Eager(), optimised)]
+
+
+def build_all(
+    offered: Sequence[tuple[Engine, Lowerable]],
+    target: Target,
+    folder: Path,
+    requests: Requests,
+    only: str | None,
+    progress: Callable[[str], None],
+) -> tuple[list[Candidate], dict[str, str]]:
+    """Build and prove the engines. Raises LoweringError when the one that was asked for can't be built or is wrong."""
+    names = [engine.name for engine, _ in offered]
+    if only is not None and only not in names:
+        raise LoweringError(f"there is no engine {only}", f"choose auto or one of {', '.join(names)}")
+    candidates: list[Candidate] = []
+    rejected: dict[str, str] = {}
+    for engine, lowerable in offered:
+        if only is not None and engine.name != only:
+            continue
+        reason = engine.missing(target)
+        if reason is None:
+            progress(engine.name)
+            start = time.perf_counter()
+            try:
+                built = engine.build(lowerable, target, folder)
+                part = {"engine": built.engine, "file": built.file}
+                candidate = Candidate(built, load_part(part, folder, built.constants), time.perf_counter() - start)
+                reason = prove(candidate, requests)
+            except GrcError as error:
+                reason = error.message
+        if reason is None:
+            candidates.append(candidate)
+        else:
+            rejected[engine.name] = reason
+    if not candidates:
+        name, reason = next(iter(rejected.items()))
+        raise LoweringError(f"engine {name} can't be used: {reason}", "try --engine auto, or see grc doctor")
+    return candidates, rejected
+
+
+@torch.no_grad()
+def prove(candidate: Candidate, requests: Requests) -> str | None:
+    """Why a candidate's answers are wrong, or None."""
+    for inputs, truth, baseline in zip(requests.proof, requests.truth, requests.baseline, strict=True):
+        batch = inputs[0].shape[0] if inputs and inputs[0].dim() else 1
+        try:
+            answers = candidate.run([t.clone() for t in inputs])
+        except Exception as error:  # an engine raises its own kind
+            return f"fails at batch {batch}: {str(error).strip().splitlines()[0][:200]}"
+        error = largest_error(list(answers), list(truth))
+        candidate.error = max(candidate.error, error)
+        if not within(error, baseline, QUALITY):
+            return f"error {error:.1e} at batch {batch}, the budget is {max(2 * baseline, QUALITY):.1e}"
+    return None
+
+
+@torch.no_grad()
+def measure(
+    candidates: Sequence[Candidate], eager: Callable[[int], Any], requests: Requests, progress: Callable[[str], None]
+) -> dict[int, float]:
+    """Time the candidates and the eager model at every batch, interleaved; returns the eager model's medians."""
+    eager_times: dict[int, float] = {}
+    gc.collect()
+    for batch, inputs in requests.timed.items():
+        progress(f"batch {batch}")
+        runs: list[tuple[Callable[[], Any], list[float]]] = []
+        for candidate in candidates:
+            candidate.times[batch] = []
+            runs.append((lambda run=candidate.run: run(list(inputs)), candidate.times[batch]))  # type: ignore[misc]
+        own: list[float] = []
+        runs.append((lambda: eager(batch), own))
+        for call, _ in runs:
+            call()
+            call()
+        interleave(runs, SECONDS * len(runs))
+        eager_times[batch] = statistics.median(own)
+    return eager_times
+
+
+def interleave(runs: Sequence[tuple[Callable[[], Any], list[float]]], seconds: float) -> None:
+    """Take turns until the time is spent, at least five turns, so that noise falls on all alike."""
+    end = time.perf_counter() + seconds
+    turns = 0
+    while turns < 5 or (time.perf_counter() < end and turns < 2000):
+        for call, times in runs:
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        turns += 1
+
+
+def choose(candidates: list[Candidate], rejected: dict[str, str], eager_times: dict[int, float]) -> Choice:
+    """The fastest part at each measured batch; a later engine must win by 5% to take a batch from the one before it."""
+    batches = sorted(eager_times)
+    winners: list[tuple[int, Candidate]] = []
+    for batch in batches:
+        best = candidates[0]
+        for candidate in candidates[1:]:
+            if candidate.median(batch) < 0.95 * best.median(batch):
+                best = candidate
+        winners.append((batch, best))
+    return Choice(candidates, rejected, eager_times, winners)
+
+
+def boundaries(winners: Sequence[tuple[int, Candidate]]) -> list[int]:
+    """Up to which batch each winner answers: half way, by ratio, to the next measured size."""
+    batches = [batch for batch, _ in winners]
+    return [int((a * b) ** 0.5) for a, b in zip(batches, batches[1:], strict=False)] + [2**31 - 1]

@@ -1,0 +1,51 @@
+"""The engine protocol: why an engine can't be used, how it builds a graph, and what it leaves in the artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Target:
+    """The host that an artifact is built for."""
+
+    device: str
+    isa: str
+    threads: int
+
+
+@dataclass
+class Built:
+    """What an engine made: one file below the artifact's folder, and the constants it reads by name."""
+
+    engine: str
+    file: str
+    constants: dict[str, torch.Tensor]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Lowerable:
+    """An optimised graph with example inputs and the dynamic dimensions to export it again."""
+
+    graph: fx.GraphModule
+    inputs: Sequence[torch.Tensor]
+    shapes: tuple[dict[int, object], ...]
+
+
+class Engine(Protocol):
+    name: str
+
+    def missing(self, target: Target) -> str | None:
+        """Why this engine can't be used for a target, with the command that would mend it; None when it can."""
+        ...
+
+    def build(self, lowerable: Lowerable, target: Target, folder: Path) -> Built:
+        """Write the part below `folder`. Raises LoweringError with the reason when the engine refuses the graph."""
+        ...

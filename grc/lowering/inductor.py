@@ -1,0 +1,113 @@
+"""AOTInductor: the only engine that carries our kernels. They are linked into the package, so it needs nothing beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grc.errors import LoweringError
+from grc.graph.capture import quiet_export
+from grc.kernels import OPS, cpp
+from grc.kernels.fusion import FusedOp
+from grc.lowering.engine import Built, Lowerable, Target
+from grc.lowering.export import constants_of, export_graph
+from grc.lowering.pack import pack_linears
+
+
+class Inductor:
+    """`packed` gives linear layers to our packed GEMM; without it they go where Inductor sends them."""
+
+    def __init__(self, packed: bool):
+        self.packed = packed
+        self.name = "inductor" if packed else "aoti"
+
+    def missing(self, target: Target) -> str | None:
+        try:
+            cpp.compiler()
+        except LoweringError as error:
+            return f"{error.message}: {error.hint}"
+        return None
+
+    def build(self, lowerable: Lowerable, target: Target, folder: Path) -> Built:
+        graph = pack_linears(lowerable.graph, target.isa) if self.packed else lowerable.graph
+        packed = Lowerable(graph, lowerable.inputs, lowerable.shapes)
+        used = {n.target for n in graph.graph.nodes if n.op == "call_function"}
+        ops = [op for op in OPS if op.overload in used and op.cpu is not None]
+        program = export_graph(packed, [op for op in OPS if op.cpu is None])
+        file = f"{self.name}.pt2"
+        objects = [str(cpp.build(ops, target.isa, "object"))] if ops else []
+        try:
+            with torch.no_grad(), quiet_export(), linking(objects):
+                torch._inductor.aoti_compile_and_package(
+                    program, package_path=str(folder / file), inductor_configs=settings(ops)
+                )
+        except Exception as error:  # the C++ compiler, Inductor's lowering, or a full disk
+            raise LoweringError(f"AOTInductor can't build the graph: {last_line(error)}") from error
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(folder / file), "model", False, 1, -1)
+        known = {**constants_of(graph), **dict(program.named_parameters()), **dict(program.named_buffers())}
+        known |= {name: value for name, value in program.constants.items() if isinstance(value, torch.Tensor)}
+        constants: dict[str, torch.Tensor] = {}
+        for name in loader.get_constant_fqns():
+            if name not in known:
+                raise LoweringError(f"AOTInductor made a constant of its own, {name}, which can't be shared")
+            constants[name] = known[name].detach()
+        return Built(self.name, file, constants)
+
+
+def settings(ops: Sequence[FusedOp]) -> dict[str, Any]:
+    """Weights outside of the package, our ops called through their C shims, our objects linked in."""
+    logging.getLogger("torch._inductor").setLevel(logging.ERROR)
+    return {
+        "aot_inductor.package_constants_in_so": False,
+        "aot_inductor.custom_ops_to_c_shims": {op.overload: [cpp.declaration(op.schema)] for op in ops},
+        "cpp.cxx": (None, str(linking_compiler())),
+    }
+
+
+OBJECTS = "GRC_LINK_OBJECTS"
+
+
+@contextmanager
+def linking(objects: Sequence[str]) -> Iterator[None]:
+    """Link these objects into the shared libraries that are built meanwhile."""
+    os.environ[OBJECTS] = " ".join(objects)
+    try:
+        yield
+    finally:
+        del os.environ[OBJECTS]
+
+
+def linking_compiler() -> Path:
+    """A compiler that links our objects into shared libraries, and binds a library's symbols to itself.
+
+    Without -Bsymbolic, symbols of libtorch win over the package's own and a package may crash at load. The flag belongs
+    only to links: on the command that precompiles headers it would make the compiler try to link. The path is the same for
+    every build, because Inductor keeps its precompiled headers by the compiler's path.
+    """
+    cxx = cpp.compiler()
+    script = (
+        f'#!/bin/sh\nfor a in "$@"; do\n  [ "$a" = -shared ] && exec \'{cxx}\' "$@" ${OBJECTS} -Wl,-Bsymbolic\ndone\n'
+        f"exec '{cxx}' \"$@\"\n"
+    )
+    folder = cpp.cache_folder() / f"cxx-{hashlib.sha256(script.encode()).hexdigest()[:12]}"
+    wrapper = folder / Path(cxx).name
+    if not wrapper.exists():
+        folder.mkdir(exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+            file.write(script)
+        os.chmod(file.name, 0o755)
+        os.replace(file.name, wrapper)
+    return wrapper
+
+
+def last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

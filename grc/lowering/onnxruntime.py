@@ -1,0 +1,117 @@
+"""ONNX Runtime: the graph exported with fused ops in plain form; weights stay outside of the ONNX file."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grc.errors import LoweringError
+from grc.graph.capture import quiet_export
+from grc.lowering.engine import Built, Lowerable, Target
+from grc.lowering.export import plain_program
+
+INLINE = 1024  # bytes: smaller constants stay in the file, where shape inference needs them
+
+
+class OnnxRuntime:
+    name = "onnxruntime"
+
+    def missing(self, target: Target) -> str | None:
+        if target.device != "cpu":
+            return "only its CPU provider is used"
+        absent = [m for m in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(m) is None]
+        return f"{', '.join(absent)} not installed: pip install 'grc-compiler[onnxruntime]'" if absent else None
+
+    def build(self, lowerable: Lowerable, target: Target, folder: Path) -> Built:
+        proto, constants = onnx_model(lowerable)
+        externalise(proto, constants)
+        (folder / "model.onnx").write_bytes(proto.SerializeToString())
+        return Built(self.name, "model.onnx", constants)
+
+
+def onnx_model(lowerable: Lowerable) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The graph as an ONNX ModelProto with empty large initialisers, and those initialisers as tensors."""
+    program = plain_program(lowerable)
+    try:
+        with quiet(), torch.no_grad(), quiet_export():
+            exported = torch.onnx.export(program, dynamo=True, verbose=False, optimize=True)
+    except Exception as error:
+        raise LoweringError(f"torch.onnx can't export the graph: {first_reason(error)}") from error
+    assert exported is not None
+    model = exported.model
+    constants: dict[str, torch.Tensor] = {}
+    for name, value in model.graph.initializers.items():
+        array = value.const_value
+        if array is not None and array.nbytes > INLINE:
+            constants[name] = as_tensor(array)
+    rename_inputs(model)
+    for node in model.graph.all_nodes():
+        if node.op_type in ("Scan", "Loop"):
+            raise LoweringError(f"the ONNX graph holds a {node.op_type}, which runs one row at a time")
+    import onnx_ir
+
+    empty = {name: model.graph.initializers[name].const_value for name in constants}
+    for name in constants:
+        value = model.graph.initializers[name]
+        value.const_value = onnx_ir.ExternalTensor(
+            "weights", 0, empty[name].nbytes, empty[name].dtype, shape=empty[name].shape, name=name
+        )
+    return onnx_ir.to_proto(model), constants
+
+
+def rename_inputs(model: Any) -> None:
+    """`input_0`, `input_1`, ...: the order survives where the exporter drops an input that nothing reads."""
+    for index, value in enumerate(model.graph.inputs):
+        value.name = f"input_{index}"
+    for index, value in enumerate(model.graph.outputs):
+        if not value.is_graph_input():
+            value.name = f"output_{index}"
+
+
+def as_tensor(array: Any) -> torch.Tensor:
+    raw = getattr(array, "raw", None)
+    if isinstance(raw, torch.Tensor):
+        return raw.detach()
+    return torch.from_numpy(array.numpy())
+
+
+def externalise(proto: Any, constants: dict[str, torch.Tensor]) -> None:
+    """Point large initialisers outside of the file; the runtime hands over the memory-mapped weights by name."""
+    import onnx
+
+    for tensor in proto.graph.initializer:
+        if tensor.name in constants:
+            tensor.ClearField("raw_data")
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            del tensor.external_data[:]
+            tensor.external_data.add(key="location", value="weights")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """The exporter prints its progress; grc shows its own."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+        logging.disable(logging.NOTSET)
+
+
+def first_reason(error: BaseException) -> str:
+    """The innermost cause, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

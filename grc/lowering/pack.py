@@ -1,0 +1,83 @@
+"""Give linear layers to the packed GEMM, with what follows them as its epilogue: activation, product and residual."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from grc.graph.match import argument, aten, attribute, is_op, only_user, same_shape, value
+from grc.graph.rewrite import Rewriter, copy_graph
+from grc.kernels import CROSS, PACKED_LINEAR
+from grc.kernels.packed_linear import pack
+
+NONE, RELU, GELU, GELU_TANH, SILU, SIGMOID, TANH = range(7)
+ACTIVATIONS = {aten.relu: RELU, aten.silu: SILU, aten.sigmoid: SIGMOID, aten.tanh: TANH}
+
+
+def pack_linears(graph: fx.GraphModule, isa: str) -> fx.GraphModule:
+    """A copy of the graph in which fp32 linear layers with constant weights, and cross layers, are packed."""
+    packed = copy_graph(graph)
+    edit = Rewriter(packed)
+    for node in list(packed.graph.nodes):
+        if is_op(node, aten.linear):
+            pack_linear(edit, node, isa)
+        elif node.target is CROSS.overload:
+            pack_cross(edit, node, isa)
+    edit.finish()
+    return packed
+
+
+def pack_linear(edit: Rewriter, node: fx.Node, isa: str) -> None:
+    x, weight = node.args[:2]
+    tensor = attribute(edit.module, weight)
+    if tensor is None or tensor.dim() != 2 or value(node).dtype is not torch.float32 or value(node).dim() < 2:
+        return
+    activation, last = activation_of(node)
+    last, residual = residual_of(last) if activation == NONE else (last, None)
+    replace(edit, last, x, weight, argument(node, "bias"), None, residual, activation, isa)
+
+
+def pack_cross(edit: Rewriter, node: fx.Node, isa: str) -> None:
+    x0, y, weight, bias, x = node.args
+    if value(node).dtype is torch.float32:
+        replace(edit, node, y, weight, bias, x0, x, NONE, isa)
+
+
+def replace(
+    edit: Rewriter, old: fx.Node, x: Any, weight: Any, bias: Any, mul: Any, add: Any, activation: int, isa: str
+) -> None:
+    tensor = attribute(edit.module, weight)
+    assert tensor is not None
+    panels = edit.parameter(f"{weight.name}_packed", pack(tensor.detach(), isa))
+    with edit.at(old):
+        new = edit.call(PACKED_LINEAR.overload, x, panels, bias, mul, add, int(tensor.shape[0]), activation)
+    edit.replace(old, new)
+
+
+def activation_of(node: fx.Node) -> tuple[int, fx.Node]:
+    """The activation that alone reads a linear layer, and the node that ends the pair."""
+    user = only_user(node)
+    if user is not None and is_op(user, *ACTIVATIONS):
+        return next(code for op, code in ACTIVATIONS.items() if is_op(user, op)), user
+    if user is not None and is_op(user, aten.gelu):
+        return (GELU if argument(user, "approximate") == "none" else GELU_TANH), user
+    return NONE, node
+
+
+def residual_of(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """`linear + x` with x of the same shape: the sum, and x."""
+    user = only_user(node)
+    if user is None or not is_op(user, aten.add) or len(user.args) != 2 or argument(user, "alpha") != 1:
+        return node, None
+    other = user.args[1] if user.args[0] is node else user.args[0]
+    fits = isinstance(other, fx.Node) and other is not node and other.op != "get_attr"
+    if (
+        fits
+        and isinstance(value(other), torch.Tensor)
+        and same_shape(other, node)
+        and value(other).dtype is torch.float32
+    ):  # type: ignore[arg-type]
+        return user, other  # type: ignore[return-value]
+    return node, None

@@ -1,0 +1,172 @@
+"""The manifest of an artifact, and the files beside it: weights, golden requests, the graph for people."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from grc.graph.capture import Source
+from grc.graph.cost import layers
+from grc.graph.ids import id_ranges
+from grc.graph.show import show
+from grc.lowering.choose import Candidate, Choice, boundaries
+from grc.lowering.engine import Target
+from grc.lowering.store import Store
+from grc.options import Options
+from grc.passes.manager import Record
+from grc.processing import bundle
+from grc.runtime.artifact import FORMAT
+from grc.runtime.version import VERSION
+from grc.runtime.weights import write_weights
+
+GOLDEN = 4  # requests, of different batches, that `grc check` replays
+
+
+def describe(
+    source: Source,
+    graph: fx.GraphModule,
+    records: list[Record],
+    choice: Choice,
+    target: Target,
+    options: Options,
+    folder: Path,
+) -> dict[str, Any]:
+    """Write weights, golden requests and graph.txt into `folder`, and return the manifest that names them."""
+    store = Store()
+    parts = [part_entry(candidate, store, graph) for candidate in choice.parts]
+    store.write(folder / "weights.safetensors")
+    write_golden(source, choice, folder)
+    (folder / "graph.txt").write_text(show(graph))
+    limits = boundaries(choice.winners)
+    model = source.model
+    command = f"grc compile {model.file or model.name}"
+    if options.device != "cpu":
+        command += f" --device {options.device}"
+    return {
+        "format": FORMAT,
+        "grc": VERSION,
+        "name": model.name,
+        "command": command,
+        "target": {
+            "device": options.device,
+            "isa": target.isa,
+            "torch": torch.__version__.split("+")[0],
+            "threads": target.threads,
+        },
+        "inputs": [
+            {"name": name, "dtype": str(dtype)[6:], "sizes": [s.json() for s in sizes]}
+            for name, dtype, sizes in zip(source.names, source.dtypes, source.sizes, strict=True)
+        ],
+        "outputs": [
+            {"dtype": str(dtype)[6:], "sizes": [s.json() for s in sizes]}
+            for dtype, sizes in zip(source.out_dtypes, source.out_sizes, strict=True)
+        ],
+        "structure": {
+            "inputs": source.in_structure,
+            "outputs": source.out_structure,
+            "parameters": parameter_names(model.module, source.in_structure),
+        },
+        "batch": {"min": source.min_batch, "max": options.max_batch, "dynamic": source.dynamic},
+        "ids": [asdict(entry) for entry in id_ranges(graph)],
+        "on_bad_id": options.on_bad_id,
+        "requires": required_operators(graph),
+        "parts": parts,
+        "choice": [
+            {"up_to": limit, "part": choice.parts.index(candidate)}
+            for limit, (_, candidate) in zip(limits, choice.winners, strict=True)
+        ],
+        "measured": measurements(choice),
+        "rejected": choice.rejected,
+        "passes": [record_entry(record) for record in records],
+        "quality": {c.built.engine: c.error for c in choice.candidates},
+        "capture": {"mode": source.mode, "notes": source.notes},
+        "layers": [asdict(layer) for layer in layers(source.graph)],
+        "processing": bundle(model, folder),
+    }
+
+
+def part_entry(candidate: Candidate, store: Store, graph: fx.GraphModule) -> dict[str, Any]:
+    built = candidate.built
+    kernels_check = built.engine == "inductor" and all(entry.checked_by_kernel for entry in id_ranges(graph))
+    weights = {name: store.add(name, tensor) for name, tensor in sorted(built.constants.items())}
+    return {
+        "engine": built.engine,
+        "file": built.file,
+        "weights": weights,
+        "checks_ids": kernels_check,
+        "notes": built.notes,
+    }
+
+
+def parameter_names(module: nn.Module, structure: Any) -> list[str]:
+    """The parameter names of forward, for each argument of a request."""
+    args, kwargs = structure["tuple"]
+    parameters = [p.name for p in inspect.signature(module.forward).parameters.values()]
+    names = [parameters[i] if i < len(parameters) else f"input{i}" for i in range(len(args["tuple"]))]
+    return names + list(kwargs["dict"])
+
+
+@torch.no_grad()
+def write_golden(source: Source, choice: Choice, folder: Path) -> None:
+    """Requests with the model's own answers: what every copy of the artifact must repeat."""
+    batches = sorted({max(source.min_batch, b) for b in (1, 2, 5, 16)})[:GOLDEN] if source.dynamic else [1]
+    tensors: dict[str, torch.Tensor] = {}
+    for index, batch in enumerate(batches):
+        for i, tensor in enumerate(source.inputs(batch)):
+            tensors[f"{index}.input.{i}"] = tensor
+        for i, tensor in enumerate(source.eager(batch)):
+            tensors[f"{index}.output.{i}"] = tensor
+    write_weights(folder / "golden.safetensors", tensors)
+
+
+def measurements(choice: Choice) -> list[dict[str, Any]]:
+    rows = []
+    for candidate in choice.candidates:
+        for batch, times in candidate.times.items():
+            ordered = sorted(times)
+            rows.append(
+                {
+                    "engine": candidate.built.engine,
+                    "batch": batch,
+                    "p50_us": round(candidate.median(batch) * 1e6, 2),
+                    "p99_us": round(ordered[int(0.99 * (len(ordered) - 1))] * 1e6, 2),
+                    "build_s": round(candidate.build_seconds, 2),
+                }
+            )
+    for batch, median in choice.eager_times.items():
+        rows.append({"engine": "model", "batch": batch, "p50_us": round(median * 1e6, 2)})
+    return rows
+
+
+def record_entry(record: Record) -> dict[str, Any]:
+    return {
+        "name": record.name,
+        "seconds": round(record.seconds, 3),
+        "error": record.error,
+        "rolled_back": record.rolled_back,
+        "changes": [asdict(change) for change in record.changes],
+    }
+
+
+def required_operators(graph: fx.GraphModule) -> dict[str, str | None]:
+    """Custom operators in the graph, by namespace, with the package that defines them where that can be told."""
+    found: dict[str, str | None] = {}
+    for node in graph.graph.nodes:
+        namespace = getattr(node.target, "namespace", "") if node.op == "call_function" else ""
+        if namespace and namespace not in ("aten", "prims", "grc", "higher_order", "_operator"):
+            found[namespace] = package_of(namespace)
+    return found
+
+
+PACKAGES = {"fbgemm": "fbgemm_gpu", "torchvision": "torchvision", "torchaudio": "torchaudio"}
+
+
+def package_of(namespace: str) -> str | None:
+    name = PACKAGES.get(namespace, namespace)
+    return name if name in sys.modules else None

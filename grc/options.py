@@ -1,0 +1,38 @@
+"""Options: what a compilation may choose. Every field is also a flag of `grc compile`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+BadIdPolicy = Literal["error", "zero", "clamp", "hash"]
+BAD_ID_POLICIES: tuple[BadIdPolicy, ...] = ("error", "zero", "clamp", "hash")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to build, for which host, and how strictly to prove it."""
+
+    output: Path | None = None
+    """Folder of the artifact; None writes `NAME.grc` beside the current directory."""
+    device: str = "cpu"
+    """Where the artifact will run: `cpu` or `cuda`."""
+    engine: str = "auto"
+    """`auto` builds every usable engine and keeps the fastest; a name forces that one."""
+    batches: tuple[int, ...] = (1, 64, 1024)
+    """Batch sizes at which the candidates are measured; each may have its own winner."""
+    max_batch: int = 4096
+    """Largest batch a request may have."""
+    on_bad_id: BadIdPolicy = "error"
+    """An id outside its table: refuse the request, read zeros, clamp to the table, or hash into it."""
+    disable: tuple[str, ...] = ()
+    """Passes to leave out."""
+    bisect_limit: int | None = None
+    """Stop after this many changes: halve it to find the change that breaks a model."""
+    strict: bool = False
+    """A pass that fails its proof is an error instead of being rolled back."""
+    force: bool = False
+    """Replace an artifact that is already there."""
+    seed: int = 0
+    """Seed of every random choice made while compiling."""

@@ -1,0 +1,138 @@
+"""Make ids outside of their tables safe inside the graph, so that every engine answers them alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from grc.graph.lookups import NO_PADDING
+from grc.graph.match import argument, aten, is_op, shape, value
+from grc.graph.rewrite import Rewriter
+from grc.options import BadIdPolicy
+from grc.passes.manager import Change, Pass
+
+
+@dataclass(frozen=True)
+class GuardIds(Pass):
+    """zero: a bad id reads a row of zeros; clamp: the nearest row; hash: the id modulo the table's rows."""
+
+    name = "guard-ids"
+    policy: BadIdPolicy = "zero"
+
+    def run(self, graph: fx.GraphModule) -> list[Change]:
+        edit = Rewriter(graph)
+        changes = []
+        for node in list(graph.graph.nodes):
+            if getattr(node.target, "namespace", "") == "grc" and "ids" in [
+                a.name for a in node.target._schema.arguments
+            ]:  # type: ignore[union-attr]
+                with edit.at(node):
+                    guard_fused(edit, node, self.policy)
+                changes.append(Change(f"{self.policy} in {node.name}"))
+            elif is_op(node, aten.embedding):
+                with edit.at(node):
+                    guard_embedding(edit, node, self.policy)
+                changes.append(Change(f"{self.policy} in {node.name}"))
+        edit.finish()
+        return changes
+
+
+def guard_fused(edit: Rewriter, node: fx.Node, policy: BadIdPolicy) -> None:
+    """Rewrite the ids of a fused op; for zero, bad ids become padding."""
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False))
+    ids, rows, padding = given["ids"], list(given["rows"]), list(given["padding"])
+    lengths = given.get("lengths") or [1] * len(rows)
+    jagged = given.get("offsets") is not None
+    if policy == "zero":
+        padding = [-1 if p == NO_PADDING else p for p in padding]
+    if jagged and (len(set(rows)) > 1 or len(set(padding)) > 1):
+        limits, pads = spread_jagged(edit, given, rows, padding)
+    elif jagged:
+        limits, pads = rows[0], padding[0]
+    else:
+        limits = row_constant(edit, rows, lengths, value(ids).dtype)
+        pads = row_constant(edit, padding, lengths, value(ids).dtype) if policy == "zero" else NO_PADDING
+    safe = guarded(edit, ids, limits, pads, policy)
+    kept = keep_padding(edit, ids, safe, given["padding"], lengths, jagged)
+    given["ids"], given["padding"] = kept, padding
+    node.args = tuple(given[name] for name in names)
+
+
+def keep_padding(edit: Rewriter, ids: fx.Node, safe: fx.Node, padding: Any, lengths: Any, jagged: bool) -> fx.Node:
+    """Padding may lie outside of the table and must stay what it is."""
+    if all(p == NO_PADDING for p in padding):
+        return safe
+    original = (
+        padding[0] if len(set(padding)) == 1 or jagged else row_constant(edit, padding, lengths, value(ids).dtype)
+    )
+    name = aten.eq.Scalar if isinstance(original, int) else aten.eq.Tensor
+    return edit.call(aten.where.self, edit.call(name, ids, original), ids, safe)
+
+
+def row_constant(edit: Rewriter, values: list[int], lengths: list[int], dtype: torch.dtype) -> int | fx.Node:
+    if len(set(values)) == 1:
+        return values[0]
+    spread = [v for v, n in zip(values, lengths, strict=True) for _ in range(n)]
+    return edit.parameter("id_limits", torch.tensor(spread, dtype=dtype))
+
+
+def spread_jagged(
+    edit: Rewriter, given: dict[str, Any], rows: list[int], padding: list[int]
+) -> tuple[fx.Node, fx.Node]:
+    """The limit of each value, by the feature whose bag it lies in."""
+    ids, offsets = given["ids"], given["offsets"]
+    count = edit.call(aten.sym_size.int, ids, 0)
+    place = edit.call(aten.arange.default, count, dtype=torch.int64, device=value(ids).device)
+    ends = edit.call(aten.slice.Tensor, offsets, 0, 1)
+    bag = edit.call(aten.searchsorted.Tensor, ends, place, right=True)
+    last = edit.call(aten.sym_size.int, offsets, 0)
+    import operator
+
+    batch = edit.call(operator.floordiv, edit.call(operator.sub, last, 1), len(rows))
+    feature = edit.call(aten.floor_divide.default, bag, edit.call(aten.full.default, [1], batch, dtype=torch.int64))
+    feature = edit.call(aten.clamp.default, feature, 0, len(rows) - 1)
+    limits, pads = (edit.parameter("id_limits", torch.tensor(v, dtype=value(ids).dtype)) for v in (rows, padding))
+    return edit.call(aten.index_select.default, limits, 0, feature), edit.call(
+        aten.index_select.default, pads, 0, feature
+    )
+
+
+def guarded(edit: Rewriter, ids: fx.Node, rows: Any, pad: Any, policy: BadIdPolicy) -> fx.Node:
+    tensor = isinstance(rows, fx.Node)
+    if policy == "hash":
+        return edit.call(aten.remainder.Tensor if tensor else aten.remainder.Scalar, ids, rows)
+    if policy == "clamp":
+        low = edit.call(aten.clamp.default, ids, 0)
+        if tensor:
+            return edit.call(aten.minimum.default, low, edit.call(aten.sub.Tensor, rows, 1))
+        return edit.call(aten.clamp.default, low, None, rows - 1)
+    bad = outside(edit, ids, rows)
+    if not isinstance(pad, fx.Node):
+        return edit.call(aten.masked_fill.Scalar, ids, bad, pad)
+    return edit.call(aten.where.self, bad, pad, ids)
+
+
+def outside(edit: Rewriter, ids: fx.Node, rows: Any) -> fx.Node:
+    high = edit.call(aten.ge.Tensor if isinstance(rows, fx.Node) else aten.ge.Scalar, ids, rows)
+    return edit.call(aten.logical_or.default, edit.call(aten.lt.Scalar, ids, 0), high)
+
+
+def guard_embedding(edit: Rewriter, node: fx.Node, policy: BadIdPolicy) -> None:
+    """A look-up that was not merged; for zero, its rows are cleared after the read."""
+    table, ids = node.args[:2]
+    rows = int(shape(table)[0])  # type: ignore[arg-type]
+    padding = argument(node, "padding_idx")
+    rest = (padding,) if padding != -1 else ()
+    if policy != "zero":
+        node.args = (table, guarded(edit, ids, rows, None, policy), *rest)  # type: ignore[arg-type]
+        return
+    bad = outside(edit, ids, rows)  # type: ignore[arg-type]
+    safe = edit.call(aten.masked_fill.Scalar, ids, bad, 0)
+    found = edit.call(aten.embedding.default, table, safe, *rest)
+    column = edit.call(aten.unsqueeze.default, bad, -1)
+    cleared = edit.call(aten.masked_fill.Scalar, found, column, 0)
+    edit.replace(node, cleared)

@@ -1,0 +1,244 @@
+"""Put look-ups that end in one cat into one arena, so that one kernel reads them all and later patterns have fixed arity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import networkx as nx
+import torch
+from torch import fx
+
+from grc.graph.lookups import NO_PADDING, SUM, Bag, Columns, columns_of, find_bag
+from grc.graph.match import aten, attribute, is_op, shape, source_text, value, where
+from grc.graph.rewrite import Rewriter
+from grc.passes.manager import Change, Pass
+
+
+@dataclass
+class Group:
+    """Consecutive operands of one cat that become one look-up."""
+
+    cat: fx.Node
+    bags: list[Bag]
+    start: int
+
+    @property
+    def mixed(self) -> bool:
+        return len({bag.dim for bag in self.bags}) > 1
+
+
+@dataclass
+class Arena:
+    """Tables that lie one after the other in one tensor: `[R, D]`, or `[E]` where widths differ."""
+
+    node: fx.Node
+    base: dict[str, int] = field(default_factory=dict)
+    flat: bool = False
+
+
+@dataclass(frozen=True)
+class MergeTables(Pass):
+    """N look-ups that end in one stack or cat become one `grc.lookup` over one arena."""
+
+    name = "merge-tables"
+
+    def run(self, graph: fx.GraphModule) -> list[Change]:
+        edit = Rewriter(graph)
+        groups = [*grouped(graph)]
+        arenas = build_arenas(edit, groups)
+        changes = [merge(edit, group, arenas) for group in groups]
+        edit.finish()
+        return changes
+
+
+def grouped(graph: fx.GraphModule) -> Iterable[Group]:
+    """Runs of look-ups that can share a kernel, in every cat of rows and for look-ups that stand alone."""
+    taken: set[fx.Node] = set()
+    for node in graph.graph.nodes:
+        if (
+            not is_op(node, aten.cat)
+            or value(node).dim() != 2
+            or (node.args[1] if len(node.args) > 1 else 0) not in (1, -1)
+        ):
+            continue
+        run: list[Bag] = []
+        start = 0
+        for i, part in enumerate([*node.args[0], None]):
+            bag = find_bag(graph, part) if part is not None and part not in taken else None
+            if run and (bag is None or not compatible(run, bag)):
+                yield Group(node, run, start)
+                run = []
+            if bag is not None:
+                start = start if run else i
+                run.append(bag)
+                taken.add(bag.node)
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function" or node in taken or value(node) is None or isinstance(value(node), (tuple, list)):
+            continue
+        alone = getattr(value(node), "ndim", 0) == 2 and not feeds_taken(node, taken)
+        bag = find_bag(graph, node) if alone else None
+        if bag is not None and bag.features * max(bag.length, 2) > 2:
+            taken.add(node)
+            yield Group(node, [bag], 0)
+
+
+def feeds_taken(node: fx.Node, taken: set[fx.Node]) -> bool:
+    return any(user in taken for user in node.users)
+
+
+def compatible(run: Sequence[Bag], bag: Bag) -> bool:
+    first = run[0]
+    if (first.offsets is None) != (bag.offsets is None) or (first.weights is None) != (bag.weights is None):
+        return False
+    if value(first.table).dtype != value(bag.table).dtype or value(first.table).device != value(bag.table).device:
+        return False
+    if bag.offsets is not None and first.last_offset != bag.last_offset:
+        return False
+    pooled = {b.pooling for b in (*run, bag) if b.length != 1 or b.weights is not None or b.padding != NO_PADDING}
+    return len(pooled) <= 1
+
+
+def build_arenas(edit: Rewriter, groups: Sequence[Group]) -> dict[str, Arena]:
+    """One arena for all tables that any two groups share, so that no table is stored twice."""
+    links: nx.Graph = nx.Graph()
+    tables: dict[str, fx.Node] = {}
+    for group in groups:
+        names = [str(bag.table.target) for bag in group.bags]
+        tables |= {str(bag.table.target): bag.table for bag in group.bags}
+        nx.add_path(links, names)
+    arenas: dict[str, Arena] = {}
+    for component in nx.connected_components(links):
+        names = [name for name in tables if name in component]
+        flat = any(group.mixed for group in groups if str(group.bags[0].table.target) in component)
+        arena = join(edit, [tables[name] for name in names], flat)
+        arenas |= dict.fromkeys(names, arena)
+    return arenas
+
+
+def join(edit: Rewriter, tables: Sequence[fx.Node], flat: bool) -> Arena:
+    """Move tables into one tensor, one at a time; the model's own parameters become views of it, so memory never doubles."""
+    if len(tables) == 1:
+        return Arena(tables[0], {str(tables[0].target): 0}, False)
+    tensors = [attribute(edit.module, table) for table in tables]
+    rows = [t.shape[0] for t in tensors if t is not None]
+    width = 1 if flat else tensors[0].shape[1]  # type: ignore[union-attr]
+    counts = [t.numel() // width for t in tensors if t is not None]
+    storage = torch.empty(
+        (sum(counts), width) if not flat else (sum(counts),), dtype=tensors[0].dtype, device=tensors[0].device
+    )  # type: ignore[union-attr]
+    bases: dict[str, int] = {}
+    start = 0
+    for table, tensor, count, n in zip(tables, tensors, counts, rows, strict=True):
+        assert tensor is not None
+        part = storage[start : start + count].view(n, tensor.shape[1])
+        part.copy_(tensor.detach())
+        tensor.data = part
+        bases[str(table.target)] = start
+        start += count
+    node = edit.parameter("arena", storage)
+    node.meta["tables"] = bases
+    return Arena(node, bases, flat)
+
+
+def merge(edit: Rewriter, group: Group, arenas: dict[str, Arena]) -> Change:
+    """Replace one group by one look-up; whoever else reads a member gets its slice."""
+    bags = group.bags
+    arena = arenas[str(bags[0].table.target)]
+    anchor = bags[-1].node if len(bags) > 1 or group.cat is bags[0].node else bags[0].node
+    last = max((b.node for b in bags), key=lambda n: order(edit.graph, n))
+    with edit.at(last):
+        lookup = emit(edit, bags, arena)
+        start = 0
+        for bag in bags:
+            width = bag.features * bag.dim
+            part = lookup if len(bags) == 1 else edit.call(aten.slice.Tensor, lookup, 1, start, start + width)
+            bag.node.replace_all_uses_with(part, delete_user_cb=lambda user: user is not lookup)
+            start += width
+    if group.cat is not bags[0].node:
+        parts = list(group.cat.args[0])  # type: ignore[arg-type]
+        group.cat.args = ([*parts[: group.start], lookup, *parts[group.start + len(bags) :]], *group.cat.args[1:])
+    text = f"{sum(b.features for b in bags)} look-ups of {len({str(b.table.target) for b in bags})} tables -> 1"
+    return Change(text, where(anchor), source_text(anchor), saves=f"{max(len(bags) - 1, 0)} launches")
+
+
+def order(graph: fx.Graph, node: fx.Node) -> int:
+    return next(i for i, n in enumerate(graph.nodes) if n is node)
+
+
+def emit(edit: Rewriter, bags: Sequence[Bag], arena: Arena) -> fx.Node:
+    unit = [1 if not arena.flat else bag.dim for bag in bags]
+    bases = [arena.base[str(b.table.target)] + base * u for b, u in zip(bags, unit, strict=True) for base in b.bases]
+    rows = [b.rows - base for b in bags for base in b.bases]
+    dims = [b.dim for b in bags for _ in b.bases]
+    padding = [b.padding for b in bags for _ in b.bases]
+    pooling = next((b.pooling for b in bags if b.length != 1), bags[0].pooling if bags[0].weights is not None else SUM)
+    if bags[0].offsets is None:
+        ids = join_columns(edit, [columns_of(b.ids) for b in bags])
+        weights = None
+        if bags[0].weights is not None:
+            weights = join_columns(edit, [columns_of(b.weights) for b in bags])  # type: ignore[arg-type]
+        lengths = [b.length for b in bags for _ in b.bases]
+        offsets = None
+    else:
+        ids, offsets, weights = join_jagged(edit, bags)
+        lengths = []
+    op = torch.ops.grc.lookup.default
+    node = edit.call(op, arena.node, ids, offsets, weights, bases, rows, dims, lengths, pooling, padding)
+    node.meta["tables"] = [str(b.table.target) for b in bags for _ in b.bases]
+    return node
+
+
+def join_columns(edit: Rewriter, pieces: Sequence[Columns]) -> fx.Node:
+    """One `[B, T]` matrix from columns, without moving anything where they already lie side by side."""
+    merged: list[Columns] = []
+    for piece in pieces:
+        previous = merged[-1] if merged else None
+        if previous and previous.matrix is piece.matrix and previous.start + previous.width == piece.start:
+            merged[-1] = Columns(piece.matrix, previous.start, previous.width + piece.width)
+        else:
+            merged.append(piece)
+    nodes = [take(edit, piece) for piece in merged]
+    if len(nodes) == 1:
+        return nodes[0]
+    dtypes = {value(n).dtype for n in nodes}
+    if len(dtypes) > 1:
+        nodes = [edit.call(aten.to.dtype, n, torch.int64) if value(n).dtype != torch.int64 else n for n in nodes]
+    return edit.call(aten.cat.default, nodes, 1)
+
+
+def take(edit: Rewriter, piece: Columns) -> fx.Node:
+    matrix = piece.matrix
+    if value(matrix).dim() == 1:
+        return edit.reshape(matrix, -1, 1)
+    if piece.start == 0 and piece.width == shape(matrix)[1]:
+        return matrix
+    return edit.call(aten.slice.Tensor, matrix, 1, piece.start, piece.start + piece.width)
+
+
+def join_jagged(edit: Rewriter, bags: Sequence[Bag]) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    """Values one feature after the other, and offsets that run through all of them."""
+    ids = [b.ids for b in bags]
+    parts: list[fx.Node] = []
+    total: fx.Node | None = None
+    for bag in bags:
+        assert bag.offsets is not None
+        offsets = bag.offsets
+        if value(offsets).dtype != torch.int64:
+            offsets = edit.call(aten.to.dtype, offsets, torch.int64)
+        if bag.last_offset:
+            offsets = edit.call(aten.slice.Tensor, offsets, 0, 0, -1)
+        if total is not None:
+            offsets = edit.call(aten.add.Tensor, offsets, total)
+        parts.append(offsets)
+        count = edit.call(aten.sym_size.int, bag.ids, 0)
+        total = count if total is None else edit.call(torch.sym_sum, [total, count])
+    end = edit.call(aten.full.default, [1], total, dtype=torch.int64, device=value(ids[0]).device)
+    joined = edit.call(aten.cat.default, [*parts, end], 0)
+    weights = [b.weights for b in bags]
+    if len({value(i).dtype for i in ids}) > 1:
+        ids = [edit.call(aten.to.dtype, i, torch.int64) for i in ids]
+    values = ids[0] if len(ids) == 1 else edit.call(aten.cat.default, ids, 0)
+    if weights[0] is None:
+        return values, joined, None
+    return values, joined, weights[0] if len(weights) == 1 else edit.call(aten.cat.default, weights, 0)

@@ -1,0 +1,35 @@
+"""The pipeline: which passes run, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from grc.errors import GrcError
+from grc.options import Options
+from grc.passes.fuse import Fuse
+from grc.passes.guard_ids import GuardIds
+from grc.passes.manager import Pass
+from grc.passes.merge_tables import MergeTables
+from grc.passes.normalise import Normalise
+
+NAMES = ("normalise", "merge-tables", "simplify", "fuse", "guard-ids")
+
+
+def pipeline(options: Options, fusions: Sequence[Any]) -> list[Pass]:
+    """Canonicalise, merge tables, canonicalise what that left, fuse; then make bad ids safe where the policy asks for it.
+
+    Raises GrcError for a name in `options.disable` that no pass has.
+    """
+    unknown = [name for name in options.disable if name not in NAMES]
+    if unknown:
+        raise GrcError(f"there is no pass {unknown[0]}", f"the passes are {', '.join(NAMES)}")
+    passes: dict[str, Pass] = {
+        "normalise": Normalise(),
+        "merge-tables": MergeTables(),
+        "simplify": Normalise(),
+        "fuse": Fuse(tuple(fusions)),
+    }
+    if options.on_bad_id != "error":
+        passes["guard-ids"] = GuardIds(options.on_bad_id)
+    return [step for name, step in passes.items() if name not in options.disable]

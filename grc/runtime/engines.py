@@ -1,0 +1,95 @@
+"""Engines at run time: load a part of an artifact into a function from a list of tensors to a list of tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grc.errors import ArtifactError
+from grc.runtime.graph_json import decode_graph
+
+Tensors = list[torch.Tensor]
+Run = Callable[[Tensors], Sequence[torch.Tensor]]
+CONCURRENT = 8  # AOTInductor model instances: as many requests run at once, all on the same weights
+
+
+def load_part(part: Mapping[str, Any], folder: Path, constants: Mapping[str, torch.Tensor]) -> Run:
+    """The function behind a part, on its constants by name. Raises ArtifactError when its engine is not usable on this host."""
+    loader = LOADERS.get(part["engine"])
+    if loader is None:
+        raise ArtifactError(f"unknown engine {part['engine']}", "install the version of grc that built the artifact")
+    return loader(folder / part["file"], constants)
+
+
+def load_inductor(path: Path, constants: Mapping[str, torch.Tensor]) -> Run:
+    """AOTInductor through its direct loader: 4 us a call, no compiler, weights used where they lie."""
+    loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, CONCURRENT, -1)
+    wanted = loader.get_constant_fqns()
+    missing = [name for name in wanted if name not in constants]
+    if missing:
+        raise ArtifactError(
+            f"{path.name} needs the weight {missing[0]}, which the artifact lacks", "rebuild the artifact"
+        )
+    if wanted:
+        loader.load_constants({name: constants[name] for name in wanted}, False, True, True)
+    return Held(loader.boxed_run, constants)
+
+
+class Held:
+    """A bound function that keeps the memory its weights live in."""
+
+    __slots__ = ("constants", "run")
+
+    def __init__(self, run: Run, constants: Mapping[str, torch.Tensor]):
+        self.run = run
+        self.constants = constants
+
+    def __call__(self, inputs: Tensors) -> Sequence[torch.Tensor]:
+        return self.run(inputs)
+
+
+def load_eager(path: Path, constants: Mapping[str, torch.Tensor]) -> Run:
+    module = decode_graph(json.loads(path.read_text()), constants)
+    forward = module.forward
+
+    def run(inputs: Tensors) -> Sequence[torch.Tensor]:
+        with torch.inference_mode():
+            return forward(*inputs)
+
+    return run
+
+
+def load_onnxruntime(path: Path, constants: Mapping[str, torch.Tensor]) -> Run:
+    """ONNX Runtime on the memory-mapped weights: initialisers are handed over, not copied."""
+    try:
+        import onnxruntime as ort
+    except ImportError:
+        raise ArtifactError("this artifact needs onnxruntime", "pip install 'grc-compiler[onnxruntime]'") from None
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0" if torch.get_num_threads() == 1 else "1")
+    values = {name: ort.OrtValue.ortvalue_from_numpy(tensor.numpy()) for name, tensor in constants.items()}
+    options.add_external_initializers(list(values), list(values.values()))
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+    order = {name: int(name.removeprefix("input_")) for name in names}
+    session_run = session.run
+
+    def run(inputs: Tensors) -> Sequence[torch.Tensor]:
+        feed = {name: inputs[index].numpy() for name, index in order.items()}
+        return [torch.from_numpy(out) for out in session_run(None, feed)]
+
+    return Held(run, constants)
+
+
+LOADERS: dict[str, Callable[[Path, Mapping[str, torch.Tensor]], Run]] = {
+    "inductor": load_inductor,
+    "aoti": load_inductor,
+    "onnxruntime": load_onnxruntime,
+    "eager": load_eager,
+}

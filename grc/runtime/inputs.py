@@ -1,0 +1,173 @@
+"""Check a request before a kernel sees it: dtype, rank, sizes, batch, ids, and NaN where an answer shows one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from grc.errors import InputError
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Ids 0..rows-1 in columns start..stop of an input."""
+
+    start: int
+    stop: int | None
+    rows: int
+    table: str
+    padding: int | None
+
+
+class InputCheck:
+    """The checks of one artifact, prepared once from its manifest."""
+
+    def __init__(self, manifest: dict[str, Any]):
+        self.specs = manifest["inputs"]
+        self.names = [spec["name"] for spec in self.specs]
+        self.dtypes = [getattr(torch, spec["dtype"]) for spec in self.specs]
+        self.ranks = [len(spec["sizes"]) for spec in self.specs]
+        self.max_batch = manifest["batch"]["max"]
+        self.constant = [
+            [(dim, size) for dim, size in enumerate(spec["sizes"]) if isinstance(size, int)] for spec in self.specs
+        ]
+        self.lead = next(
+            ((i, dim) for i, spec in enumerate(self.specs) for dim, s in enumerate(spec["sizes"]) if s == "batch"), None
+        )
+        self.scaled = [
+            (i, dim, *((1, 0) if s == "batch" else (s["scale"], s["offset"])))
+            for i, spec in enumerate(self.specs)
+            for dim, s in enumerate(spec["sizes"])
+            if s == "batch" or isinstance(s, dict)
+        ]
+        if self.lead is None and self.scaled:
+            self.lead = None
+        self.limits: dict[int, list[Limit]] = {}
+        for entry in manifest["ids"] if manifest["on_bad_id"] == "error" else ():
+            limit = Limit(entry["start"], entry["stop"], entry["rows"], entry["table"], entry["padding"])
+            self.limits.setdefault(entry["input"], []).append(limit)
+        self.rows = {i: self.row_limits(i, limits) for i, limits in self.limits.items()}
+
+    def row_limits(self, index: int, limits: list[Limit]) -> torch.Tensor | None:
+        """Rows by column where every column of a matrix has its table, so that one comparison checks all."""
+        sizes = self.specs[index]["sizes"]
+        if len(sizes) != 2 or not isinstance(sizes[1], int) or any(limit.padding is not None for limit in limits):
+            return None
+        rows = torch.full((sizes[1],), torch.iinfo(torch.int64).max)
+        for limit in limits:
+            stop = sizes[1] if limit.stop is None else limit.stop
+            rows[limit.start : stop] = rows[limit.start : stop].clamp(max=limit.rows)
+        return None if (rows == torch.iinfo(torch.int64).max).any() else rows.to(self.dtypes[index])
+
+    def batch(self, inputs: Sequence[Any]) -> int:
+        """The batch of a request. Raises InputError naming the input that does not fit."""
+        if len(inputs) != len(self.specs):
+            raise InputError(
+                f"the request has {len(inputs)} inputs, not {len(self.specs)}: {', '.join(self.names)}",
+                "see grc inspect",
+            )
+        for i, tensor in enumerate(inputs):
+            if type(tensor) is not torch.Tensor and not isinstance(tensor, torch.Tensor):
+                raise InputError(
+                    f'input "{self.names[i]}" is a {type(tensor).__name__}, not a tensor', "pass torch tensors"
+                )
+            if tensor.dtype is not self.dtypes[i]:
+                want, have = str(self.dtypes[i])[6:], str(tensor.dtype)[6:]
+                raise InputError(
+                    f'input "{self.names[i]}" is {have}; the model takes {want}',
+                    f"convert it: {self.names[i]}.to(torch.{want})",
+                )
+            if tensor.dim() != self.ranks[i]:
+                raise InputError(
+                    f'input "{self.names[i]}" has {tensor.dim()} dimensions {list(tensor.shape)}; the model takes {self.described(i)}',
+                    "see grc inspect",
+                )
+            for dim, size in self.constant[i]:
+                if tensor.shape[dim] != size:
+                    raise InputError(
+                        f'input "{self.names[i]}" has shape {list(tensor.shape)}; the model takes {self.described(i)}',
+                        "see grc inspect",
+                    )
+        return self.consistent(inputs)
+
+    def consistent(self, inputs: Sequence[torch.Tensor]) -> int:
+        if self.lead is not None:
+            batch = inputs[self.lead[0]].shape[self.lead[1]]
+        elif self.scaled:
+            i, dim, scale, offset = self.scaled[0]
+            batch = (inputs[i].shape[dim] - offset) // scale
+        else:
+            return 1
+        if batch > self.max_batch:
+            raise InputError(
+                f"the request has batch {batch}; the artifact takes up to {self.max_batch}",
+                f"split the request, or compile with --max-batch {batch}",
+            )
+        for i, dim, scale, offset in self.scaled:
+            size = inputs[i].shape[dim]
+            if size != scale * batch + offset:
+                raise InputError(
+                    f'input "{self.names[i]}" has size {size} in dimension {dim}; at batch {batch} it must be {scale * batch + offset}',
+                    "give every input the same batch",
+                )
+        return batch
+
+    def described(self, index: int) -> str:
+        return (
+            "["
+            + ", ".join(
+                str(s) if not isinstance(s, dict) else f"{s['scale']}*batch+{s['offset']}"
+                for s in self.specs[index]["sizes"]
+            )
+            + "]"
+        )
+
+    def ids(self, inputs: Sequence[torch.Tensor]) -> None:
+        """Raise InputError for the first id outside of its table."""
+        for index, limits in self.limits.items():
+            tensor, rows = inputs[index], self.rows[index]
+            if rows is not None:
+                if not bool(((tensor < 0) | (tensor >= rows)).any()):
+                    continue
+            for limit in limits:
+                part = tensor if limit.stop is None else tensor[..., limit.start : limit.stop]
+                bad = (part < 0) | (part >= limit.rows)
+                if limit.padding is not None:
+                    bad &= part != limit.padding
+                if bool(bad.any()):
+                    self.refuse(index, part, bad, limit)
+
+    def refuse(self, index: int, part: torch.Tensor, bad: torch.Tensor, limit: Limit) -> None:
+        place = bad.nonzero()[0].tolist()
+        found = int(part[tuple(place)])
+        column = f", column {place[1] + limit.start}" if len(place) > 1 else ""
+        raise InputError(
+            f'input "{self.names[index]}" has id {found} at row {place[0]}{column}; table {limit.table} has {limit.rows} rows',
+            "compile with --on-bad-id zero, or retrain with a larger table",
+        )
+
+    def nan(self, inputs: Sequence[torch.Tensor]) -> None:
+        """Raise InputError when an input holds NaN or inf: an answer of NaN came from there."""
+        for name, tensor in zip(self.names, inputs, strict=True):
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                place = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+                raise InputError(
+                    f'input "{name}" holds {float(tensor[tuple(place)])} at {place}',
+                    "clean the features before the request",
+                )
+
+    def padded(self, inputs: Sequence[torch.Tensor], batch: int, smallest: int) -> list[torch.Tensor]:
+        """Repeat the last row up to the smallest batch that the graph takes."""
+        out = []
+        for tensor, spec in zip(inputs, self.specs, strict=True):
+            for dim, size in enumerate(spec["sizes"]):
+                if size == "batch":
+                    index = torch.arange(smallest).clamp(max=batch - 1)
+                    tensor = tensor.index_select(dim, index)
+                elif not isinstance(size, int):
+                    raise InputError(f"the model takes batches from {smallest} up", "send more rows in one request")
+            out.append(tensor)
+        return out

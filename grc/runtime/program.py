@@ -1,0 +1,171 @@
+"""The program: an artifact as a callable with the model's own signature, safe to call from many threads."""
+
+from __future__ import annotations
+
+import bisect
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from grc.errors import GrcError, InputError
+from grc.runtime.artifact import Artifact
+from grc.runtime.engines import Run, load_part
+from grc.runtime.inputs import InputCheck
+from grc.runtime.structure import builder, flatten
+
+
+def load(path: str | os.PathLike[str], *, verify: bool = False, engine: str | None = None) -> Program:
+    """Load an artifact into a Program. `verify` also hashes the weights; `engine` picks one of the parts it carries.
+
+    Raises ArtifactError when the artifact is damaged or was built for another host.
+    """
+    return Program(Artifact.open(path, verify=verify), engine)
+
+
+class Program:
+    """Call it as the model was called: `program(*inputs)` or `program(**inputs)`.
+
+    Raises InputError (a ValueError) naming the input, position, value and limit when a request does not fit.
+    """
+
+    def __init__(self, artifact: Artifact, engine: str | None = None):
+        self.artifact = artifact
+        manifest = artifact.manifest
+        parts = manifest["parts"]
+        if engine is not None and engine not in [p["engine"] for p in parts]:
+            raise InputError(
+                f"{artifact.path.name} holds no part for engine {engine}",
+                f"it holds {', '.join(p['engine'] for p in parts)}",
+            )
+        weights = artifact.weights
+        self.runs: list[Run] = [load_part(p, artifact.path / "parts", bound(p["weights"], weights)) for p in parts]
+        self.self_checking = [bool(p["checks_ids"]) for p in parts]
+        forced = next((i for i, p in enumerate(parts) if p["engine"] == engine), None)
+        self.limits = [] if forced is not None else [c["up_to"] for c in manifest["choice"][:-1]]
+        self.chosen = [forced] if forced is not None else [c["part"] for c in manifest["choice"]]
+        self.check = InputCheck(manifest)
+        self.min_batch = manifest["batch"]["min"]
+        self.structure = manifest["structure"]["inputs"]
+        args, kwargs = self.structure["tuple"]
+        self.keywords = list(kwargs["dict"])
+        simple = [*args["tuple"], *kwargs["dict"].values()]
+        self.flat_call = all("leaf" in part for part in simple)
+        self.positional = len(args["tuple"])
+        self.parameters = manifest["structure"]["parameters"]
+        self.single = manifest["structure"]["outputs"] == {"leaf": 0}
+        self.build = builder(manifest["structure"]["outputs"])
+        self.outputs = manifest["outputs"]
+
+    @property
+    def name(self) -> str:
+        return self.artifact.manifest["name"]
+
+    def engine_at(self, batch: int) -> str:
+        """The engine that answers a batch of this size."""
+        return self.artifact.manifest["parts"][self.part_at(batch)]["engine"]
+
+    def part_at(self, batch: int) -> int:
+        return self.chosen[bisect.bisect_left(self.limits, batch)] if self.limits else self.chosen[0]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        answers = self.run_flat(self.leaves(args, kwargs))
+        return answers[0] if self.single else self.build(answers)
+
+    def leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+        """The request's tensors, in the order of the graph's inputs."""
+        if self.flat_call:
+            if not kwargs and len(args) == self.positional and not self.keywords:
+                return list(args)
+            return self.bind(args, kwargs)
+        leaves: list[torch.Tensor] = []
+        structure = flatten((args, self.ordered(kwargs)), leaves)
+        if not same_structure(structure, self.structure):
+            raise InputError(
+                f"{self.name} takes inputs structured as in the model's get_inputs: {', '.join(self.check.names)}",
+                "see grc inspect",
+            )
+        return leaves
+
+    def ordered(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {key: kwargs[key] for key in self.keywords if key in kwargs} | kwargs
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+        names = self.parameters
+        given = dict(zip(names, args, strict=False)) | kwargs
+        missing = [n for n in names if n not in given]
+        extra = [n for n in given if n not in names]
+        if len(args) > len(names) or missing or extra:
+            what = (
+                f"misses input {missing[0]}"
+                if missing
+                else f"has an unknown input {extra[0]}"
+                if extra
+                else "has too many inputs"
+            )
+            raise InputError(f"the request {what}; {self.name} takes {', '.join(names)}", "see grc inspect")
+        return [given[n] for n in names]
+
+    def run_flat(self, inputs: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Answer a flat request: check it, run the part that is fastest at its batch, check the answer for NaN."""
+        batch = self.check.batch(inputs)
+        if batch == 0:
+            return self.empty()
+        part = self.part_at(batch)
+        if not self.self_checking[part]:
+            self.check.ids(inputs)
+        padded = batch < self.min_batch
+        ready = self.check.padded(inputs, batch, self.min_batch) if padded else inputs
+        try:
+            answers = self.runs[part](list(ready))
+        except GrcError:
+            raise
+        except Exception as error:  # an engine's own failure: name the input where one is to blame
+            self.check.ids(inputs)
+            raise InputError(
+                f"{self.engine_at(batch)} failed: {error}", "check the request with grc run --engine eager"
+            ) from error
+        if padded:
+            answers = [self.unpadded(a, spec, batch) for a, spec in zip(answers, self.outputs, strict=True)]
+        for answer in answers:
+            if answer.is_floating_point() and answer.sum().isnan():
+                self.check.nan(inputs)
+                break
+        return answers
+
+    def unpadded(self, answer: torch.Tensor, spec: dict[str, Any], batch: int) -> torch.Tensor:
+        for dim, size in enumerate(spec["sizes"]):
+            if size == "batch":
+                answer = answer.narrow(dim, 0, batch)
+        return answer
+
+    def empty(self) -> list[torch.Tensor]:
+        """The answer to a batch of no rows."""
+        return [
+            torch.empty([s if isinstance(s, int) else 0 for s in spec["sizes"]], dtype=getattr(torch, spec["dtype"]))
+            for spec in self.outputs
+        ]
+
+
+def same_structure(a: Any, b: Any) -> bool:
+    """Equal but for the contexts of registered nodes (a KeyedJaggedTensor's keys are checked by torch)."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(k == "spec" or same_structure(a[k], b[k]) for k in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same_structure, a, b))
+    return a == b
+
+
+def bound(refs: dict[str, Any], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Constants by the name a part uses: whole tensors, or slices of one that other parts share."""
+    found = {}
+    for name, ref in refs.items():
+        tensor = weights[ref["key"]]
+        if "shape" in ref:
+            count = 1
+            for size in ref["shape"]:
+                count *= size
+            tensor = tensor.view(-1)[ref["start"] : ref["start"] + count].view(ref["shape"])
+        found[name] = tensor
+    return found

@@ -1,0 +1,160 @@
+"""Structure: how a model's nested inputs and outputs map to a flat list of tensors, as JSON and without pickle."""
+
+from __future__ import annotations
+
+import importlib
+from collections import OrderedDict, namedtuple
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from grc.errors import ArtifactError, InputError
+
+Json = Any
+SCALARS = (int, float, bool, str, type(None))
+
+
+def is_namedtuple(value: object) -> bool:
+    return isinstance(value, tuple) and hasattr(value, "_fields")
+
+
+def is_structseq(value: object) -> bool:
+    """True for torch.return_types.*, the named tuples that are written in C."""
+    return isinstance(value, tuple) and hasattr(value, "n_sequence_fields")
+
+
+def type_name(value: object) -> str:
+    return f"{type(value).__module__}:{type(value).__qualname__}"
+
+
+def find_type(name: str) -> type | None:
+    """The class behind `module:QualifiedName`, or None where this host does not have it."""
+    module, _, path = name.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError):
+        return None
+    return found if isinstance(found, type) else None
+
+
+def flatten(value: Any, leaves: list[torch.Tensor]) -> Json:
+    """Append the tensors of `value` to `leaves`, depth first, and return the JSON that puts them back.
+
+    Tuples, lists, dicts, named tuples, torch.return_types and any registered pytree node (TorchRec's KeyedJaggedTensor,
+    transformers' ModelOutput) may nest; anything that is no tensor is kept as a constant.
+    """
+    if isinstance(value, torch.Tensor):
+        leaves.append(value)
+        return {"leaf": len(leaves) - 1}
+    if isinstance(value, SCALARS):
+        return {"constant": value}
+    if is_structseq(value):
+        return {"structseq": type(value).__name__, "items": [flatten(v, leaves) for v in value]}
+    if is_namedtuple(value):
+        return {
+            "namedtuple": type_name(value),
+            "fields": list(value._fields),
+            "items": [flatten(v, leaves) for v in value],
+        }
+    if type(value) in (tuple, list):
+        return {type(value).__name__: [flatten(v, leaves) for v in value]}
+    if type(value) in (dict, OrderedDict):
+        return {"dict": {str(k): flatten(v, leaves) for k, v in value.items()}}
+    if type(value) in pytree.SUPPORTED_NODES:
+        return flatten_registered(value, leaves)
+    raise InputError(
+        f"a {type(value).__name__} is neither a tensor nor a known container",
+        "use tensors in tuples, lists, dicts or named tuples, or register the class with torch.utils._pytree",
+    )
+
+
+def flatten_registered(value: Any, leaves: list[torch.Tensor]) -> Json:
+    if isinstance(value, OrderedDict):  # transformers' ModelOutput: a dict with attributes
+        items = {k: flatten(v, leaves) for k, v in value.items()}
+        return {"record": type_name(value), "items": items}
+    flat, spec = pytree.tree_flatten(value)
+    items = [flatten(v, leaves) for v in flat]
+    return {"registered": type_name(value), "spec": pytree.treespec_dumps(spec), "items": items}
+
+
+def unflatten(structure: Json, leaves: Sequence[torch.Tensor]) -> Any:
+    """The inverse of `flatten`. A class that this host lacks becomes a plain named tuple or dict of the same fields."""
+    return builder(structure)(leaves)
+
+
+def builder(structure: Json) -> Callable[[Sequence[torch.Tensor]], Any]:
+    """Compile a structure into one function from leaves to value, so that no JSON is walked per request."""
+    if "leaf" in structure:
+        index = structure["leaf"]
+        return lambda leaves: leaves[index]
+    if "constant" in structure:
+        constant = structure["constant"]
+        return lambda leaves: constant
+    for kind in (tuple, list):
+        if kind.__name__ in structure:
+            return sequence(kind, structure[kind.__name__])
+    if "dict" in structure:
+        return mapping(dict, structure["dict"])
+    if "record" in structure:
+        return mapping(find_type(structure["record"]) or dict, structure["items"])
+    items = [builder(item) for item in structure.get("items", ())]
+    if "structseq" in structure:
+        make = getattr(torch.return_types, structure["structseq"])
+        return lambda leaves: make([item(leaves) for item in items])
+    if "namedtuple" in structure:
+        name = structure["namedtuple"]
+        found = find_type(name)
+        if found is None or getattr(found, "_fields", None) != tuple(structure["fields"]):
+            found = namedtuple(name.rpartition(":")[2].rpartition(".")[2], structure["fields"])  # type: ignore[misc]
+        return lambda leaves: found(*[item(leaves) for item in items])  # type: ignore[misc]
+    if "registered" in structure:
+        if find_type(structure["registered"]) is None:
+            package = structure["registered"].partition(":")[0].partition(".")[0]
+            raise ArtifactError(
+                f"the model's structure uses {structure['registered']}, which is not installed here",
+                f"pip install {package}",
+            )
+        spec = pytree.treespec_loads(structure["spec"])
+        return lambda leaves: pytree.tree_unflatten([item(leaves) for item in items], spec)
+    raise ArtifactError(f"unknown structure {sorted(structure)}", "rebuild the artifact with this version of grc")
+
+
+def sequence(kind: type, parts: Sequence[Json]) -> Callable[[Sequence[torch.Tensor]], Any]:
+    if [part.get("leaf") for part in parts] == list(range(len(parts))) and parts:
+        count = len(parts)
+        return lambda leaves: kind(leaves[:count])
+    items = [builder(part) for part in parts]
+    return lambda leaves: kind([item(leaves) for item in items])
+
+
+def mapping(kind: type, parts: dict[str, Json]) -> Callable[[Sequence[torch.Tensor]], Any]:
+    items = {key: builder(part) for key, part in parts.items()}
+    if kind is dict:
+        return lambda leaves: {key: item(leaves) for key, item in items.items()}
+    return lambda leaves: kind(**{key: item(leaves) for key, item in items.items()})
+
+
+def leaf_names(structure: Json, prefix: str = "") -> list[str]:
+    """A readable name for each leaf, in order: `features.values`, `ids`, `history[2]`."""
+    if "leaf" in structure:
+        return [prefix or "input"]
+    for kind in ("tuple", "list"):
+        if kind in structure:
+            names = [f"{prefix}[{i}]" if prefix else f"input{i}" for i in range(len(structure[kind]))]
+            return [n for name, s in zip(names, structure[kind], strict=True) for n in leaf_names(s, name)]
+    if "dict" in structure or "record" in structure:
+        parts = structure.get("dict") or structure["items"]
+        return [n for key, s in parts.items() for n in leaf_names(s, f"{prefix}.{key}" if prefix else key)]
+    items = structure.get("items", ())
+    fields = structure.get("fields") or (
+        ["values", "weights", "lengths", "offsets"] if "KeyedJaggedTensor" in structure.get("registered", "") else None
+    )
+    if fields is None or len(fields) < len(items):
+        fields = [str(i) for i in range(len(items))]
+    return [
+        n for key, s in zip(fields, items, strict=False) for n in leaf_names(s, f"{prefix}.{key}" if prefix else key)
+    ]

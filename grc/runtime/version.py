@@ -1,0 +1,3 @@
+"""The version of grc."""
+
+VERSION = "0.1.0"

@@ -1,0 +1,35 @@
+"""What every test shares: few threads, a place for an artifact, and a visible reason where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Two threads, so that races between the threads of a kernel can show; and threads that sleep when they wait, because
+# two workers of two threads on two cores would otherwise spend their time spinning. OpenMP reads these as torch loads.
+THREADS = 2
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(THREADS))
+
+import pytest
+import torch
+
+torch.set_num_threads(min(THREADS, torch.get_num_threads()))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The wheel check mostly waits for an install: it goes first, so that the other worker computes meanwhile.
+    items.sort(key=lambda item: item.path.name != "test_wheel.py")
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device: torch.cuda.is_available() is False")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def artifact_path(tmp_path: Path) -> Path:
+    """A folder name for one artifact, not yet there, in a directory of the test's own."""
+    return tmp_path / "model.grc"

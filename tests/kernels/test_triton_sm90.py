@@ -1,0 +1,132 @@
+"""The Triton kernels as the compilers see them: PTX for sm_90 and AOTInductor's trace, with or without a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from grc.kernels.bag_dot import triton as bag_dot  # noqa: E402
+from grc.kernels.bag_fm import triton as bag_fm  # noqa: E402
+from grc.kernels.lookup import triton as lookup  # noqa: E402
+from tests.kernels.bags import DEVICE, LOOKUPS, Bags, make  # noqa: E402
+
+GPU = torch.cuda.is_available()
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+
+
+class Driver:
+    """A Hopper GPU for the compiler where there is none."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not GPU:
+        monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+
+
+def ptx(module: Any, call: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Compile the kernel that `call` would launch, for sm_90."""
+    seen: dict[str, Any] = {}
+
+    class Recorder:
+        def __init__(self, kernel: Any):
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **kwargs: seen.update(kernel=self.kernel, args=args, kwargs=kwargs)
+
+    monkeypatch.setattr(module, "wrap_triton", Recorder)
+    call()
+    kernel, kwargs = seen["kernel"], dict(seen["kwargs"])
+    options = {"num_warps": kwargs.pop("num_warps")}
+    names = {torch.float16: "*fp16", torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+    names |= {torch.int64: "*i64", torch.int32: "*i32"}
+    signature, constants, attributes = {}, {}, {}
+    values = dict(zip(kernel.arg_names, seen["args"], strict=False)) | kwargs
+    for at, (parameter, value) in enumerate(values.items()):
+        if isinstance(value, torch.Tensor):
+            signature[parameter] = names[value.dtype]
+            attributes[(at,)] = [["tt.divisibility", 16]]
+        elif parameter in kwargs or value == 1:
+            signature[parameter], constants[(at,)] = "constexpr", value
+        else:
+            signature[parameter] = "i32"
+            if value % 16 == 0:
+                attributes[(at,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+
+WIDE = {
+    "fp16": ({}, torch.float16, True),
+    "fp32": ({}, torch.float32, True),
+    "bf16 width 96": ({"dims": (96,) * 3}, torch.bfloat16, True),
+    "mixed": ({"dims": (16, 128, 64), "flat": True}, torch.float16, True),
+    "pooled": ({"lengths": (4, 9, 3)}, torch.float16, True),
+    "jagged": ({"lengths": None, "pooling": 1, "weighted": False}, torch.float16, True),
+    "odd": ({"dims": (13,) * 3}, torch.float16, False),
+}
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("name", WIDE)
+def test_rows_are_read_16_bytes_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    change, dtype, wide = WIDE[name]
+    case = Bags(**{"dims": (128,) * 3, "batch": 64, **change})
+    a = make(case, dtype)
+    code = [ptx(lookup, lambda: lookup.lookup(*a.values()), monkeypatch)]
+    if not case.flat:
+        dense = torch.zeros(64, case.dims[0], dtype=dtype, device=DEVICE)
+        shared_part = (a["arena"], a["ids"], a["offsets"], a["weights"], dense, a["bases"], a["rows"], case.dims[0])
+        rest = (a["lengths"], a["pooling"], a["padding"], False, False, True)
+        code.append(ptx(bag_dot, lambda: bag_dot.bag_dot(*shared_part, *rest), monkeypatch))
+    if case.lengths == (1, 1, 1) and not case.flat:
+        fm = (a["arena"], None, a["ids"], a["bases"], a["rows"], case.dims[0], a["padding"])
+        code.append(ptx(bag_fm, lambda: bag_fm.bag_fm(*fm), monkeypatch))
+    for text in code:
+        assert bool(re.search(r"ld\.global\S*\.v4\.b32", text)) == wide
+        assert ".local" not in text, "registers spill into memory"
+    assert bool(re.search(r"st\.global\S*\.v4\.b32", code[0])) == wide
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("name", ["plain", "mean", "jagged weights"])
+def test_traces_with_an_unknown_batch_and_copies_nothing(name: str) -> None:
+    """AOTInductor's view: one kernel, its lists as a constant, and only the output counted as written."""
+    from torch._functorch.aot_autograd import aot_export_module
+
+    a = make(LOOKUPS[name], torch.float32)
+    args = list(a.values())[4:]
+    lookup.register(), bag_dot.register()
+
+    class Model(torch.nn.Module):
+        def forward(self, arena, ids, dense, offsets, weights):  # type: ignore[no-untyped-def]
+            rows = torch.ops.grc_cuda.lookup(arena, ids, offsets, weights, *args)
+            bases, sizes, dims, lengths, pooling, padding = args
+            rest = (bases, sizes, dims[0], lengths, pooling, padding, False, False, True)
+            dot = torch.ops.grc_cuda.bag_dot(arena, ids, offsets, weights, dense, *rest)
+            return rows, dot
+
+    dense = torch.randn(5, a["dims"][0], device=DEVICE)
+    inputs = (a["arena"], a["ids"], dense, a["offsets"], a["weights"])
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    dynamic = None if name == "jagged weights" else ({}, {0: batch}, {0: batch}, None, None)
+    program = torch.export.export(Model(), inputs, dynamic_shapes=dynamic, strict=False)
+    names = [node.target.__name__ for node in program.graph.nodes if node.op == "call_function"]
+    assert names == ["lookup.default", "bag_dot.default"]
+    traced, _ = aot_export_module(program.module(), inputs, trace_joint=False)
+    calls = [node for node in traced.graph.nodes if "triton_kernel_wrapper_functional" in str(node.target)]
+    assert [call.kwargs["tensors_to_clone"] for call in calls] == [["out"], ["out"]]
+    assert all(call.kwargs["kwargs"]["tables"].op == "get_attr" for call in calls)
+    assert not [node for node in traced.graph.nodes if "copy" in str(node.target)]
