@@ -6,7 +6,6 @@ PYTHON  ?=
 VENV    ?= .venv
 WORKERS ?= 2
 TESTS   ?= tests
-MODEL   ?= examples/zoo/dcnv2.py
 
 PIP_INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 
@@ -31,11 +30,8 @@ check = $(if $(filter none,$(VENV)),if $(PY) -c 'import $(1)' 2>/dev/null; then 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-demo: $(READY) ## compile a recommender, check the artifact and time it against eager PyTorch
-	@mkdir -p build
-	$(PY) -m grc compile $(MODEL) --output build/demo.grc --force
-	$(PY) -m grc check build/demo.grc
-	$(PY) -m grc bench $(MODEL) --against eager
+demo: $(READY) ## train a recommender on MovieLens-100K, compile it, recommend ten films to one user
+	$(PY) examples/movielens/demo.py
 
 test: $(READY) lint types imports ## all that CI runs: lint, types, imports, tests, wheel
 	$(PYTEST) $(TESTS)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,53 +14,64 @@ from grc.graph.model_file import Model
 
 
 def bundle(model: Model, folder: Path) -> dict[str, Any] | None:
-    """Copy the files that define `preprocess` and `postprocess`, the local files they import, and the assets.
+    """Copy the modules that define `preprocess` and `postprocess`, their neighbours that they import, and the assets.
 
-    Returns where to find the functions, or None where the model file has neither. Raises ModelFileError when one is defined
-    in the model file itself, which would carry the model's source into the artifact.
+    Returns where to find the functions, or None where the model file has neither. Raises ModelFileError when one is
+    defined in the model file itself, which would carry the model's source into the artifact.
     """
     functions = {name: f for name in ("preprocess", "postprocess") if (f := getattr(model, name)) is not None}
     if not functions:
         return None
     assert model.file is not None
-    target = folder / "processing"
-    target.mkdir()
-    entry: dict[str, Any] = {}
     root = model.file.resolve().parent
+    entry: dict[str, Any] = {}
+    modules: dict[str, Path] = {}
     for name, function in functions.items():
-        file = defining_file(function)
-        if file == model.file.resolve():
+        module = function.__module__
+        if module_file(module) == model.file.resolve():
             raise ModelFileError(
                 f"{model.file} defines {name}() beside the model",
                 f"move {name}() to a file of its own and import it: the artifact carries that file, and no model source",
             )
-        entry[name] = {"module": file.stem, "function": function.__name__}
-        for source in local_imports(file, root, set()):
-            shutil.copyfile(source, target / source.name)
+        entry[name] = {"module": module, "function": function.__name__}
+        collect(module, root, modules)
+    for module, file in modules.items():
+        place = folder / "processing" / Path(*module.split("."))
+        target = place / "__init__.py" if file.name == "__init__.py" else place.with_suffix(".py")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
     for asset in model.assets:
-        shutil.copyfile(asset, target / asset.name)
+        shutil.copyfile(asset, folder / "processing" / asset.name)
     return entry
 
 
-def defining_file(function: Callable[..., Any]) -> Path:
-    return Path(sys.modules[function.__module__].__file__ or "").resolve()
+def module_file(module: str) -> Path:
+    return Path(getattr(sys.modules.get(module), "__file__", None) or "").resolve()
 
 
-def local_imports(file: Path, root: Path, seen: set[Path]) -> set[Path]:
-    """A file and every file of its own folder that it imports, found by name."""
-    import ast
+def collect(module: str, root: Path, found: dict[str, Path]) -> None:
+    """A module, the packages around it, and every module below the model file's folder that it imports."""
+    file = module_file(module)
+    if module in found or not file.is_file() or root not in file.parents:
+        return
+    found[module] = file
+    parent = module.rpartition(".")[0]
+    if parent:
+        collect(parent, root, found)
+    for name in imported(file, module):
+        collect(name, root, found)
 
-    if file in seen:
-        return seen
-    seen.add(file)
+
+def imported(file: Path, module: str) -> Iterator[str]:
+    """The absolute names of what a file imports."""
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(file.read_text())):
-        names: list[str] = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module]
-        for name in names:
-            candidate = root / f"{name.split('.')[0]}.py"
-            if candidate.exists():
-                local_imports(candidate, root, seen)
-    return seen
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, base]).strip(".")
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)

@@ -31,6 +31,7 @@ if _EXAMPLES not in sys.path:
 
 from movielens import features  # noqa: E402
 from movielens.schema import Request  # noqa: E402
+from movielens.serving import postprocess, preprocess, vocabulary  # noqa: E402
 
 SIZES = {
     "seed": {"width": 512, "heads": 8, "ffn": 2048, "layers": 6},
@@ -38,6 +39,7 @@ SIZES = {
 }
 CHECKPOINTS = Path(__file__).resolve().parent / ".data"
 input_names = ["features"]
+__all__ = ["assets", "calibration", "get_inputs", "get_model", "input_names", "postprocess", "preprocess"]
 
 
 class Layer(nn.Module):
@@ -115,24 +117,14 @@ def calibration() -> list[tuple[Tensor]]:
     return [(_encode(requests[i : i + 32]),) for i in range(0, len(requests), 32)]
 
 
-def preprocess(request: dict[str, Any]) -> tuple[Tensor]:
-    """A request as JSON -> what the model takes. Raises RequestError on a request that breaks the schema."""
-    return (torch.from_numpy(features.preprocess(_vocabulary(checkpoint()), request)),)
-
-
-def postprocess(outputs: dict[str, Any], request: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Ten films that the request does not name, best first, and the three task scores."""
-    return features.postprocess(_vocabulary(checkpoint()), outputs, request)
+def assets() -> list[Path]:
+    """Files that preprocess and postprocess read: the artifact carries them."""
+    return [checkpoint() / "vocabulary.json"]
 
 
 def _encode(requests: list[Request]) -> Tensor:
-    vocabulary = _vocabulary(checkpoint())
-    return torch.from_numpy(features.encode(vocabulary, features.windows(vocabulary, requests)))
-
-
-@functools.cache
-def _vocabulary(folder: Path) -> features.Vocabulary:
-    return features.Vocabulary.read(folder / "vocabulary.json")
+    words = vocabulary(checkpoint())
+    return torch.from_numpy(features.encode(words, features.windows(words, requests)))
 
 
 @functools.cache

@@ -34,8 +34,8 @@ class Recipe:
     """How long and how hard to train.
 
     `ahead` is how many of the films that follow a window are its targets. Half of all ratings share their second with
-    the one before, so the order of neighbours is mostly chance: five targets a window teach as much from a fifth of
-    the windows. An epoch is therefore a random one in `ahead` of them.
+    the one before, so the order of neighbours is mostly chance: one window may learn several of them at the cost of
+    one. An epoch is therefore a random one in `ahead` of the windows.
     """
 
     epochs: int
@@ -48,8 +48,8 @@ class Recipe:
 
 
 RECIPES = {
-    "small": Recipe(epochs=6, ahead=5, batch=256, rate=2e-3, dropout=0.2, decay=0.1),
-    "seed": Recipe(epochs=20, ahead=5, batch=512, rate=5e-4, dropout=0.3, decay=0.1),
+    "small": Recipe(epochs=5, ahead=3, batch=256, rate=2e-3, dropout=0.2, decay=0.1),
+    "seed": Recipe(epochs=6, ahead=3, batch=256, rate=5e-4, dropout=0.3, decay=0.1),
 }
 
 

@@ -108,7 +108,8 @@ def declared(module: Any, path: Path, name: str | None) -> Model:
         raise ModelFileError(
             f"{factory.__name__}() in {path} returned a {type(model).__name__}", "return a torch.nn.Module in eval mode"
         )
-    assets = [path.parent / asset for asset in getattr(module, "assets", [])]
+    named = getattr(module, "assets", [])
+    assets = [path.parent / asset for asset in (named() if callable(named) else named)]
     for asset in assets:
         if not asset.exists():
             raise ModelFileError(f"{path} names the asset {asset.name}, which does not exist")

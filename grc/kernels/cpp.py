@@ -27,10 +27,12 @@ from grc.kernels.fusion import FusedOp
 INCLUDE = Path(__file__).parent / "include"
 
 # no -ffast-math: NaN, infinity and the order of sums are part of a kernel's answer
-FLAGS = ("-O3", "-fPIC", "-fopenmp", "-std=c++20", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas")
+FLAGS = ("-O3", "-fPIC", "-fopenmp", "-std=c++20", "-fno-math-errno", "-fvisibility=hidden", "-Wall")
 ISA_FLAGS = {
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c")
-    + ("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
+    "avx512": (
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
+        *("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
+    ),
     "avx2": ("-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"),
     "default": ("-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"),
 }
@@ -46,7 +48,7 @@ def target_isa() -> str:
 
 
 def isa_flags(isa: str) -> tuple[str, ...]:
-    """The compiler flags of an ISA, at::vec's macros among them. KeyError's place is taken by a LoweringError."""
+    """The compiler flags of an ISA, at::vec's macros among them. Raises LoweringError for an unknown one."""
     if isa not in ISA_FLAGS:
         raise LoweringError(f'there is no ISA "{isa}"', f"choose one of {', '.join(ISA_FLAGS)}")
     return ISA_FLAGS[isa]
@@ -110,7 +112,7 @@ def call(op: FusedOp, *args: Any, isa: str | None = None) -> Any:
                 values += [(ctypes.c_int64 * len(value))(*value) if value else None, ctypes.c_int64(len(value))]
             elif kind.startswith("Tensor") and value is not None:
                 if value.device.type != "cpu":
-                    raise RuntimeError(f"{op.name}: {argument.name} is on {value.device}, the C++ kernel reads only CPU")
+                    raise RuntimeError(f"{op.name}: {argument.name} is on {value.device}, the C++ kernel reads CPU")
                 capsules.append(_capsule(value))
                 pointer = ctypes.c_void_p(_address(capsules[-1], None))
                 values.append(pointer if kind == "Tensor" else ctypes.byref(pointer))

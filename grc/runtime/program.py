@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from grc.errors import GrcError, InputError
 from grc.runtime.artifact import Artifact
 from grc.runtime.engines import Run, load_part
 from grc.runtime.inputs import InputCheck
+from grc.runtime.processing import Processing
 from grc.runtime.structure import builder, flatten
 
 
@@ -72,6 +74,16 @@ class Program:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         answers = self.run_flat(self.leaves(args, kwargs))
         return answers[0] if self.single else self.build(answers)
+
+    @cached_property
+    def processing(self) -> Processing:
+        """The artifact's own pre- and postprocessing. Raises ArtifactError where it has neither."""
+        return Processing(self.artifact)
+
+    def recommend(self, request: dict[str, Any]) -> Any:
+        """From a request as the model's users write it to an answer as they read it: preprocess, run, postprocess."""
+        args, kwargs = self.processing.preprocess(request)
+        return self.processing.postprocess(self(*args, **kwargs), request)
 
     def leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
         """The request's tensors, in the order of the graph's inputs."""

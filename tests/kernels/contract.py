@@ -80,7 +80,7 @@ def refuses(op: FusedOp, case: Case, isa: str) -> None:
             ids = values["ids"].clone()
             ids[ids.shape[0] // 2, feature] = bad
             with pytest.raises(IndexError) as refused:
-                run(op, {**values, "ids": ids}, isa)
+                cpp.call(op, *{**values, "ids": ids}.values(), isa=isa)
             assert str(refused.value) == f"id {bad} of feature {feature} is outside 0..{rows[feature] - 1}"
 
 

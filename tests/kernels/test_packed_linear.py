@@ -171,3 +171,9 @@ def test_cost_counts_each_operand_once() -> None:
     counted = cost(*arguments(0, (2, 3, 10), 20, mul=True))
     assert counted.flops == 2 * 6 * 10 * 20
     assert counted.bytes == 4 * (6 * 10 + 10 * 20 + 20 + 6 * 20 + 6 * 20)
+
+
+def test_schema_and_kernel_agree_on_the_c_signature() -> None:
+    assert PACKED_LINEAR.cpu is not None
+    source = " ".join(PACKED_LINEAR.cpu.read_text().split())
+    assert " ".join(cpp.declaration(PACKED_LINEAR.schema).split()) in source

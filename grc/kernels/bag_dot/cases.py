@@ -34,7 +34,8 @@ def _case(
         pads = [padding if f % 2 else NO_PADDING for f in range(features)]
         arena, bases = random_arena(rows, [dim] * features, flat, dtype, seed)
         own = list(lengths or [1] * features)
-        ids, offsets = random_bags(rows, batch, pads, seed) if jagged else (random_ids(rows, own, batch, pads, seed), None)
+        fixed = (random_ids(rows, own, batch, pads, seed), None)
+        ids, offsets = random_bags(rows, batch, pads, seed) if jagged else fixed
         generator = torch.Generator().manual_seed(seed)
         weights = torch.rand(ids.shape, generator=generator).to(dtype) if weighted else None
         first = torch.randn(batch, dim, generator=generator).to(dtype) if dense else None

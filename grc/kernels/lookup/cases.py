@@ -12,7 +12,9 @@ from grc.kernels.fusion import Case
 from grc.kernels.lookup.pooling import MAX, MEAN, NO_PADDING, SUM
 
 
-def random_arena(rows: Sequence[int], dims: Sequence[int], flat: bool, dtype: torch.dtype, seed: int) -> tuple[Tensor, list[int]]:
+def random_arena(
+    rows: Sequence[int], dims: Sequence[int], flat: bool, dtype: torch.dtype, seed: int
+) -> tuple[Tensor, list[int]]:
     """An arena and the base of each table in it; every third table leaves a gap before the next, as real ones may."""
     gaps = [3 * (f % 3 == 2) for f in range(len(rows))]
     sizes = [(r + g) * (d if flat else 1) for r, d, g in zip(rows, dims, gaps, strict=True)]
@@ -39,7 +41,8 @@ def random_bags(rows: Sequence[int], batch: int, padding: Sequence[int], seed: i
     counts = torch.randint(7, (len(rows) * batch,), generator=generator)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
     per_feature = counts.view(len(rows), batch).sum(1).tolist()
-    parts = [random_ids([r], [n], 1, [p], seed + f)[0] for f, (r, n, p) in enumerate(zip(rows, per_feature, padding, strict=True))]
+    tables = enumerate(zip(rows, per_feature, padding, strict=True))
+    parts = [random_ids([r], [n], 1, [p], seed + f)[0] for f, (r, n, p) in tables]
     return torch.cat(parts), offsets
 
 
@@ -60,7 +63,8 @@ def _case(
         pads = list(padding or [NO_PADDING] * len(rows))
         arena, bases = random_arena(rows, dims, flat, dtype, seed)
         own = list(lengths or [1] * len(rows))
-        ids, offsets = random_bags(rows, batch, pads, seed) if jagged else (random_ids(rows, own, batch, pads, seed), None)
+        fixed = (random_ids(rows, own, batch, pads, seed), None)
+        ids, offsets = random_bags(rows, batch, pads, seed) if jagged else fixed
         weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)).to(dtype) if weighted else None
         return arena, ids, offsets, weights, bases, list(rows), list(dims), [] if jagged else own, pooling, pads
 

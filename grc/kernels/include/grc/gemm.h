@@ -30,7 +30,7 @@ constexpr int64_t kPanel = kVecs * kLanes;
 constexpr int64_t kNarrow = 4;
 
 // Steps along K that one accumulator sums before it is added to y: short chains round less than one long one.
-// 512 is 3% faster and rounds up to 2.9x worse than MKL, 256 at most 1.7x (K 400 to 2048).
+// 512 is 3% faster and rounds up to 2.9x worse than MKL, 256 at most 1.9x (K 400 to 2048).
 constexpr int64_t kDepth = 256;
 
 // Floats of x that stay in L2 while the panels pass by: 192 KiB leave room for a panel in the 512 KiB of older cores.
@@ -285,13 +285,16 @@ inline Split split(const Gemm& g, int64_t vecs, int64_t threads) {
   return best;
 }
 
-// Multiply-adds for which one more thread pays.
-constexpr int64_t kGrain = 64 * 1024;
+// Multiply-adds for which one more thread pays: a warm parallel region costs 1 us, a cooler one 4. Where each weight is
+// read for few of them, they take three times as long.
+constexpr int64_t kGrain = 256 * 1024;
+constexpr int64_t kStreamGrain = 64 * 1024;
 
 inline void run(const Gemm& g) {
   if (g.m == 0 || g.n == 0) return;
-  const int64_t work = g.m * g.n * g.k;
-  const int64_t threads = at::in_parallel_region() ? 1 : std::clamp<int64_t>(work / kGrain, 1, at::get_num_threads());
+  const int64_t grain = g.m <= kRows || g.n <= kNarrow ? kStreamGrain : kGrain;
+  const int64_t useful = g.m * g.n * g.k / grain;
+  const int64_t threads = at::in_parallel_region() ? 1 : std::clamp<int64_t>(useful, 1, at::get_num_threads());
   if (g.n <= kNarrow) {
     at::parallel_for(0, g.m, at::divup(g.m, threads), [&](int64_t m0, int64_t m1) { narrow(g, m0, m1); });
     return;

@@ -13,8 +13,8 @@
 
 namespace grc {
 
-// Rows by vectors of accumulators that stay in registers: 32 of them with AVX-512, 16 before. On Zen 4 and AVX2 alike
-// one column of 13 rows, or two of 6 (12), keep both FMA pipes busy and leave registers for the column operands.
+// Rows whose accumulators stay in registers beside the operands, for one and for two vectors of columns: AVX-512 has 32
+// registers, AVX2 has 16.
 #ifdef CPU_CAPABILITY_AVX512
 constexpr int kRows[] = {0, 16, 12};
 #else

@@ -1,0 +1,82 @@
+"""Pre- and postprocessing of an artifact: plain Python files beside the parts, imported so that artifacts don't mix."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from grc.errors import ArtifactError, InputError
+from grc.runtime.artifact import Artifact
+
+
+class Processing:
+    """`preprocess(request)` gives the program's inputs; `postprocess(outputs, request)` gives what the caller wants."""
+
+    def __init__(self, artifact: Artifact):
+        entry = artifact.manifest["processing"]
+        if entry is None:
+            raise ArtifactError(
+                f"{artifact.path.name} has no preprocess and no postprocess", "define them in the model file, or send tensors"
+            )
+        self.folder = artifact.path / "processing"
+        self.functions = {name: self.find(**place) for name, place in entry.items()}
+
+    def find(self, module: str, function: str) -> Callable[..., Any]:
+        """Import a bundled function; one that takes `assets` gets the folder its files lie in."""
+        with imported_from(self.folder):
+            found = getattr(importlib.import_module(module), function)
+        return partial(found, assets=self.folder) if "assets" in inspect.signature(found).parameters else found
+
+    def preprocess(self, request: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments for the program. Raises InputError with the function's own words."""
+        if "preprocess" not in self.functions:
+            raise InputError("this artifact has no preprocess", "send tensors")
+        try:
+            value = self.functions["preprocess"](request)
+        except Exception as error:  # the user's own function may raise anything; its message is for the caller
+            raise InputError(f"preprocess: {error}", "see the model's request schema") from error
+        if isinstance(value, dict):
+            return (), value
+        return (value if type(value) is tuple else (value,)), {}
+
+    def postprocess(self, outputs: Any, request: dict[str, Any]) -> Any:
+        """The answer as JSON-able data; the outputs themselves where the artifact has no postprocess."""
+        function = self.functions.get("postprocess")
+        if function is None:
+            return outputs
+        takes = [p for p in inspect.signature(function).parameters if p != "assets"]
+        return function(outputs, request) if len(takes) > 1 else function(outputs)
+
+
+@contextmanager
+def imported_from(folder: Path) -> Any:
+    """Import from a folder alone: modules of the same names that are loaded already are set aside meanwhile."""
+    names = {p.stem if p.is_file() else p.name for p in folder.iterdir() if p.suffix == ".py" or p.is_dir()}
+    aside = {k: sys.modules.pop(k) for k in list(sys.modules) if k.partition(".")[0] in names}
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in [k for k in sys.modules if k.partition(".")[0] in names]:
+            del sys.modules[name]
+        sys.modules.update(aside)
+
+
+def read_request(text: str) -> dict[str, Any]:
+    """A request as JSON text. Raises InputError when it is no JSON object."""
+    try:
+        request = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"the request is no JSON: {error}", "send one JSON object") from error
+    if not isinstance(request, dict):
+        raise InputError(f"the request is a JSON {type(request).__name__}, not an object", "send one JSON object")
+    return request
