@@ -96,8 +96,7 @@ def answer(console: Console, artifact: Path) -> None:
 
 
 def describe(behaviour: Any) -> str:
-    watch = getattr(behaviour, "watch", None)
-    return f"watch {watch:.2f}" if isinstance(watch, float) else ""
+    return f"{behaviour.interaction:<8} watched {behaviour.watched:.0%}"
 
 
 def interleaved(ours: Callable[[], object], eager: Callable[[], object]) -> tuple[float, float]:

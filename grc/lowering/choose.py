@@ -102,6 +102,8 @@ def build_all(
                 reason = prove(candidate, requests)
             except GrcError as error:
                 reason = error.message
+            except Exception as error:  # an engine raises its own kind, and must not take the others with it
+                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
         if reason is None:
             candidates.append(candidate)
         else:

@@ -78,8 +78,8 @@ def rename_inputs(model: Any) -> None:
 def as_tensor(array: Any) -> torch.Tensor:
     raw = getattr(array, "raw", None)
     if isinstance(raw, torch.Tensor):
-        return raw.detach()
-    return torch.from_numpy(array.numpy())
+        return raw.detach().contiguous()
+    return torch.from_numpy(array.numpy()).contiguous()
 
 
 def externalise(proto: Any, constants: dict[str, torch.Tensor]) -> None:

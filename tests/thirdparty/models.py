@@ -1,0 +1,181 @@
+"""Models of other libraries, built as their packages ship them: `MODELS` names each with its inputs and its package."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+Inputs = Callable[[int], Any]
+
+
+@dataclass(frozen=True)
+class ThirdParty:
+    """One model: how to build it, and which fusions and reasons for a miss its compilation must show."""
+
+    name: str
+    package: str
+    build: Callable[[], tuple[nn.Module, Inputs]]
+    fused: tuple[str, ...] = ()
+    missed: tuple[str, ...] = ()
+    lookups: int | None = None
+
+    def model(self) -> tuple[nn.Module, Inputs]:
+        """The module in eval mode, with weights that are the same in every process, and its inputs by batch size."""
+        torch.manual_seed(0)
+        module, inputs = self.build()
+        return module.eval(), inputs
+
+
+def seeded(batch: int) -> torch.Generator:
+    return torch.Generator().manual_seed(batch)
+
+
+FEATURES, WIDTH, ROWS, DENSE = 8, 16, 500, 13
+
+
+def bags(features: int = FEATURES, weighted: bool = False) -> Any:
+    from torchrec.modules.embedding_configs import EmbeddingBagConfig
+    from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+    tables = [
+        EmbeddingBagConfig(name=f"t{i}", embedding_dim=WIDTH, num_embeddings=ROWS + i, feature_names=[f"f{i}"])
+        for i in range(features)
+    ]
+    return EmbeddingBagCollection(tables=tables, is_weighted=weighted)
+
+
+def jagged(batch: int, features: int = FEATURES, longest: int = 4) -> Any:
+    """Bags of 0 to `longest` ids for every feature and row."""
+    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+    generator = seeded(batch)
+    lengths = torch.randint(0, longest + 1, (features * batch,), generator=generator)
+    values = torch.randint(0, ROWS, (int(lengths.sum()),), generator=generator)
+    return KeyedJaggedTensor(keys=[f"f{i}" for i in range(features)], values=values, lengths=lengths)
+
+
+def with_dense(batch: int) -> tuple[Tensor, Any]:
+    return torch.randn(batch, DENSE, generator=seeded(batch)), jagged(batch)
+
+
+def torchrec_dlrm() -> tuple[nn.Module, Inputs]:
+    from torchrec.models.dlrm import DLRM
+
+    return DLRM(bags(), DENSE, [32, WIDTH], [32, 1]), with_dense
+
+
+def torchrec_dlrm_dcn() -> tuple[nn.Module, Inputs]:
+    from torchrec.models.dlrm import DLRM_DCN
+
+    return DLRM_DCN(bags(), DENSE, [32, WIDTH], [32, 1], dcn_num_layers=3, dcn_low_rank_dim=8), with_dense
+
+
+def torchrec_deepfm() -> tuple[nn.Module, Inputs]:
+    from torchrec.models.deepfm import SimpleDeepFMNN
+
+    return SimpleDeepFMNN(DENSE, bags(), hidden_layer_size=32, deep_fm_dimension=16), with_dense
+
+
+def deepctr(name: str) -> Any:
+    """A class of deepctr_torch, which asks the package index for a newer version in a thread when it is imported."""
+    with mock.patch.object(threading.Thread, "start"):
+        return getattr(importlib.import_module("deepctr_torch.models"), name)
+
+
+def columns() -> tuple[list[Any], Inputs]:
+    """Eight ids and three numbers a row, all in one float matrix."""
+    deepctr("DeepFM")
+    from deepctr_torch.inputs import DenseFeat, SparseFeat
+
+    sparse = [SparseFeat(f"c{i}", ROWS + i, embedding_dim=WIDTH) for i in range(FEATURES)]
+
+    def inputs(batch: int) -> tuple[Tensor]:
+        generator = seeded(batch)
+        ids = torch.randint(0, ROWS, (batch, FEATURES), generator=generator).float()
+        return (torch.cat([ids, torch.randn(batch, 3, generator=generator)], 1),)
+
+    return [*sparse, *(DenseFeat(f"i{i}", 1) for i in range(3))], inputs
+
+
+def deepctr_model(name: str, **options: Any) -> tuple[nn.Module, Inputs]:
+    features, inputs = columns()
+    return larger(deepctr(name)(features, features, dnn_hidden_units=(32, 16), **options)), inputs
+
+
+def larger(model: nn.Module) -> nn.Module:
+    """Weights of a trained model's size: deepctr starts at 1e-4, at which every model answers 0.5."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, 0.0, 0.1, generator=generator)
+    return model
+
+
+def deepctr_din() -> tuple[nn.Module, Inputs]:
+    din = deepctr("DIN")
+    from deepctr_torch.inputs import DenseFeat, SparseFeat, VarLenSparseFeat
+
+    item, category = SparseFeat("item", ROWS, embedding_dim=8), SparseFeat("cate", 50, embedding_dim=4)
+    history = [
+        VarLenSparseFeat(SparseFeat(f"hist_{c.name}", c.vocabulary_size, c.embedding_dim, embedding_name=c.name), 10, length_name="n")
+        for c in (item, category)
+    ]  # fmt: skip
+    features = [SparseFeat("user", 100, embedding_dim=10), item, category, DenseFeat("score", 1), *history]
+
+    def inputs(batch: int) -> tuple[Tensor]:
+        generator = seeded(batch)
+        ids = [torch.randint(1, rows, (batch, 1), generator=generator) for rows in (100, ROWS, 50)]
+        score = torch.randn(batch, 1, generator=generator)
+        items, kinds = (torch.randint(1, rows, (batch, 10), generator=generator) for rows in (ROWS, 50))
+        length = torch.randint(0, 11, (batch, 1), generator=generator)
+        return (torch.cat([*(i.float() for i in ids), score, items.float(), length.float(), kinds.float()], 1),)
+
+    return larger(din(features, ["item", "cate"], dnn_hidden_units=(32, 16), att_weight_normalization=True)), inputs
+
+
+def gpt2() -> tuple[nn.Module, Inputs]:
+    """A sequence recommender: GPT-2's body over item ids, scores of the next item at every position."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=ROWS, n_positions=32, n_embd=32, n_layer=2, n_head=2, use_cache=False)
+    return GPT2LMHeadModel(config), lambda batch: {
+        "input_ids": torch.randint(0, ROWS, (batch, 20), generator=seeded(batch)),
+    }
+
+
+def bert() -> tuple[nn.Module, Inputs]:
+    """BERT4Rec's body: a masked-item encoder with padding."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(
+        vocab_size=ROWS, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=32,
+    )  # fmt: skip
+
+    def inputs(batch: int) -> dict[str, Tensor]:
+        generator = seeded(batch)
+        lengths = torch.randint(1, 21, (batch, 1), generator=generator)
+        ids = torch.randint(0, ROWS, (batch, 20), generator=generator)
+        return {"input_ids": ids, "attention_mask": (torch.arange(20) < lengths).long()}
+
+    return BertForMaskedLM(config), inputs
+
+
+MODELS = (
+    ThirdParty("torchrec-dlrm", "torchrec", torchrec_dlrm),
+    ThirdParty("torchrec-dlrm-dcn", "torchrec", torchrec_dlrm_dcn),
+    ThirdParty("torchrec-deepfm", "torchrec", torchrec_deepfm),
+    ThirdParty("deepctr-deepfm", "deepctr_torch", lambda: deepctr_model("DeepFM")),
+    ThirdParty("deepctr-dcn-matrix", "deepctr_torch", lambda: deepctr_model("DCN", cross_parameterization="matrix")),
+    ThirdParty("deepctr-dcn-vector", "deepctr_torch", lambda: deepctr_model("DCN", cross_parameterization="vector")),
+    ThirdParty("deepctr-xdeepfm", "deepctr_torch", lambda: deepctr_model("xDeepFM", cin_layer_size=(16, 8))),
+    ThirdParty("deepctr-din", "deepctr_torch", deepctr_din),
+    ThirdParty("transformers-gpt2", "transformers", gpt2),
+    ThirdParty("transformers-bert", "transformers", bert),
+)
