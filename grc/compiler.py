@@ -22,6 +22,8 @@ from grc.manifest import describe
 from grc.options import Options
 from grc.passes.manager import Proof, Record, run_passes
 from grc.passes.pipeline import pipeline
+from grc.report.html import write_report
+from grc.report.summary import size
 from grc.runtime.artifact import Artifact, write_manifest, writing
 
 
@@ -41,6 +43,26 @@ class Silent:
     def end(self, summary: str) -> None: ...
 
 
+class Timed:
+    """Progress that also keeps every stage with its summary and seconds, for the manifest."""
+
+    def __init__(self, told: Progress):
+        self.told = told
+        self.stages: list[dict[str, Any]] = []
+
+    def begin(self, stage: str) -> None:
+        self.stages.append({"name": stage, "summary": "", "seconds": 0.0})
+        self.start = time.perf_counter()
+        self.told.begin(stage)
+
+    def detail(self, text: str) -> None:
+        self.told.detail(text)
+
+    def end(self, summary: str) -> None:
+        self.stages[-1] |= {"summary": summary, "seconds": round(time.perf_counter() - self.start, 3)}
+        self.told.end(summary)
+
+
 @dataclass
 class Optimised:
     """The graph after all passes, with the proof that it was held against and what each pass did."""
@@ -56,23 +78,29 @@ def compile(
     inputs: Any = None,
     options: Options | None = None,
     progress: Progress | None = None,
+    after: Callable[[Any, fx.GraphModule], None] | None = None,
 ) -> Artifact:
     """Compile a recommender into an artifact.
 
     `model` is a model file, a saved program, or a module in eval mode with `inputs`: a function of the batch size (or
-    example inputs, for a model of fixed sizes) that returns the tuple or dict to call it with. Raises GrcError, with a hint,
-    when the model can't be captured, no engine can build it, or the artifact can't be written; nothing is left behind then.
+    example inputs, for a model of fixed sizes) that returns the tuple or dict to call it with. `after` is shown the
+    graph after each pass. Raises GrcError, with a hint, when the model can't be captured, no engine can build it, or
+    the artifact can't be written; nothing is left behind then.
     """
-    options, progress = options or Options(), progress or Silent()
+    options, told = options or Options(), Timed(progress or Silent())
     declared = as_model(model, inputs)
     output = options.output or Path(f"{declared.name}.grc")
     with writing(output, options.force) as folder:
-        source = traced(declared, progress)
+        source = traced(declared, told)
         plain = source.graph
-        optimised = optimise(source, options, progress)
-        choice, target, optimised_seconds = lower(source, plain, optimised, options, folder, progress)
+        optimised = optimise(source, options, told, after=after)
+        choice, target, optimised_seconds = lower(source, plain, optimised, options, folder, told)
         optimised.seconds |= optimised_seconds
+        told.begin("write")
         manifest = describe(source, optimised.graph, optimised.records, choice, target, options, folder)
+        told.end(size(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())))
+        manifest["stages"] = told.stages
+        write_report(manifest, folder)
         write_manifest(folder, manifest)
     return Artifact.open(output)
 

@@ -148,6 +148,7 @@ def record_entry(record: Record) -> dict[str, Any]:
     return {
         "name": record.name,
         "seconds": round(record.seconds, 3),
+        "proof_seconds": round(record.proof_seconds, 3),
         "error": record.error,
         "rolled_back": record.rolled_back,
         "changes": [asdict(change) for change in record.changes],

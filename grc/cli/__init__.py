@@ -1,0 +1,5 @@
+"""The command line: one file per command, each of which parses, calls and shows. Data goes to stdout, words to stderr."""
+
+from grc.cli.app import main
+
+__all__ = ["main"]

@@ -20,7 +20,7 @@ INTEGERS = (torch.int32, torch.int64)
 class Bag:
     """One look-up: `features` ids a row, each read from `table` at its base; pooled over `length` ids each.
 
-    Without offsets, `ids` is `[B, features * length]` (or `[B]` for one id); with offsets it is `[V]` and there is one feature.
+    Without offsets, `ids` is `[B, features * length]` (or `[B]` for one id); with offsets it is `[V]`, of one feature.
     """
 
     node: fx.Node
@@ -61,6 +61,7 @@ def find_bag(module: fx.GraphModule, node: Any) -> Bag | None:
 
 
 def embedding(module: fx.GraphModule, node: fx.Node, inner: fx.Node) -> Bag | None:
+    """`[B, D]` of one id a row, or `[B, L, D]` of L ids a row: then the bag is the embedding, not a reshape of it."""
     table, ids = inner.args[:2]
     if not is_table(module, table) or not isinstance(ids, fx.Node) or value(ids).dtype not in INTEGERS:
         return None
@@ -68,10 +69,10 @@ def embedding(module: fx.GraphModule, node: fx.Node, inner: fx.Node) -> Bag | No
     if len(dims) == 0 or len(dims) > 2 or (len(dims) == 2 and not static(dims[1])) or static(dims[0]):
         return None
     count = int(dims[1]) if len(dims) == 2 else 1
-    if value(node).dim() != 2 or count == 0:
+    if count == 0 or (node is not inner and shape(node)[1] != count * shape(table)[1]):  # type: ignore[arg-type]
         return None
     ids, bases = constant_bases(module, ids, count)
-    return Bag(node, table, ids, count, 1, bases)  # type: ignore[arg-type]
+    return Bag(inner, table, ids, count, 1, bases)  # type: ignore[arg-type]
 
 
 def pooled_embedding(module: fx.GraphModule, node: fx.Node, inner: fx.Node) -> Bag | None:
@@ -93,6 +94,8 @@ def pooled_embedding(module: fx.GraphModule, node: fx.Node, inner: fx.Node) -> B
         return None
     if value(node).dim() != 2 or static(shape(ids)[0]):  # type: ignore[arg-type]
         return None
+    if len(set(constant_bases(module, ids, int(shape(ids)[1]))[1])) > 1:  # type: ignore[arg-type]
+        return None  # a feature a column: a look-up of many features, and a sum over them
     pooling = SUM if is_op(inner, aten.sum) else MEAN if is_op(inner, aten.mean) else MAX
     return Bag(node, table, ids, 1, int(shape(ids)[1]), (0,), pooling)  # type: ignore[arg-type]
 
@@ -156,15 +159,20 @@ def constant_bases(module: fx.GraphModule, ids: fx.Node, count: int) -> tuple[fx
 
 @dataclass(frozen=True)
 class Columns:
-    """`width` columns of a matrix `[B, T]`, from `start` on."""
+    """`width` columns of a matrix `[B, T]`, from `start` on; cast to `dtype` where the matrix has another."""
 
     matrix: fx.Node
     start: int
     width: int
+    dtype: torch.dtype | None = None
 
 
 def columns_of(ids: fx.Node) -> Columns:
-    """Follow ids through select and slice to the matrix they are columns of."""
+    """Follow ids through select, slice and casts to the matrix they are columns of."""
+    if is_op(ids, aten.to, aten._to_copy) and value(ids).dtype in INTEGERS and isinstance(ids.args[0], fx.Node):
+        piece = columns_of(ids.args[0])
+        if piece.dtype is None and piece.matrix is not ids.args[0]:
+            return Columns(piece.matrix, piece.start, piece.width, value(ids).dtype)
     if is_op(ids, aten.reshape) and value(ids).dim() <= 2:
         inner = ids.args[0]
         flat_equal = value(ids).dim() == 1 or shape(ids)[1] == 1

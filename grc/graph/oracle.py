@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 
@@ -40,6 +41,18 @@ class Fp64(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+class Alike(TorchFunctionMode):
+    """Widen the narrow operands of a call that has wide ones: a few operators compare dtypes before they are dispatched."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, torch._ops.OpOverload) and func.overloadpacket not in VIEWS | GATHERS | BAGS:
+            found = [v.dtype for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+            if torch.float64 in found:
+                args, kwargs = tree_map(widen, args), tree_map(widen, kwargs)
+        return func(*args, **kwargs)
+
+
 FACTORIES = {aten.full, aten.zeros, aten.ones, aten.arange, aten.scalar_tensor, aten.empty, aten.linspace, aten.tensor}
 
 
@@ -65,7 +78,7 @@ def narrow_bag(args: Sequence[Any]) -> tuple[Any, ...]:
 @torch.no_grad()
 def run_fp64(function: Callable[..., Any], *inputs: torch.Tensor, **kwargs: Any) -> Any:
     """Call `function` in double precision. Integer inputs and every integer result keep their dtype."""
-    with Fp64():
+    with Alike(), Fp64():
         return function(*inputs, **kwargs)
 
 

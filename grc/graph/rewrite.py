@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ class Rewriter:
         self.module = module
         self.graph = module.graph
         self.mode = fake_mode(module)
+        self.named: dict[str, int] = {}
 
     @contextmanager
     def at(self, node: fx.Node) -> Iterator[None]:
@@ -68,8 +70,9 @@ class Rewriter:
 
     def parameter(self, name: str, tensor: torch.Tensor) -> fx.Node:
         """Add a constant, under the first free name, at the top of the graph so that every node may read it."""
-        taken = set(dir(self.module))
-        unique = next(n for n in (name, *(f"{name}_{i}" for i in range(1, 1 << 20))) if n not in taken)
+        names = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(self.named.get(name, 1))))
+        unique = next(n for n in names if not hasattr(self.module, n))
+        self.named[name] = self.named.get(name, 0) + 1
         self.module.register_buffer(unique, tensor)
         first = next(iter(self.graph.nodes))
         with self.graph.inserting_before(first):
@@ -79,6 +82,23 @@ class Rewriter:
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         old.replace_all_uses_with(new)
+
+    def sort(self) -> None:
+        """Put every value before its readers again, and leave the order alone otherwise."""
+        done: set[fx.Node] = set()
+        output = next(iter(reversed(self.graph.nodes)))
+        for node in list(self.graph.nodes):
+            waiting = [node]
+            while waiting:
+                missing = [n for n in waiting[-1].all_input_nodes if n not in done]
+                if missing:
+                    waiting += missing
+                    continue
+                ready = waiting.pop()
+                if ready not in done:
+                    done.add(ready)
+                    if ready is not output:
+                        output.prepend(ready)
 
     def finish(self) -> None:
         """Drop dead values and the constants that nothing reads any more."""

@@ -1,4 +1,4 @@
-"""Put look-ups that end in one cat into one arena, so that one kernel reads them all and later patterns have fixed arity."""
+"""Put look-ups that end in one cat into one arena, so that one kernel reads them all and patterns have fixed arity."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import networkx as nx
 import torch
 from torch import fx
 
+from grc.graph.jagged import keyed
 from grc.graph.lookups import NO_PADDING, SUM, Bag, Columns, columns_of, find_bag
-from grc.graph.match import aten, attribute, is_op, shape, source_text, value, where
+from grc.graph.match import argument, aten, attribute, is_op, shape, source_text, value, where
 from grc.graph.rewrite import Rewriter
 from grc.passes.manager import Change, Pass
 
@@ -47,25 +48,24 @@ class MergeTables(Pass):
         edit = Rewriter(graph)
         groups = [*grouped(graph)]
         arenas = build_arenas(edit, groups)
-        changes = [merge(edit, group, arenas) for group in groups]
+        place = {node: i for i, node in enumerate(graph.graph.nodes)}
+        changes = [merge(edit, group, arenas, place) for group in groups]
+        edit.sort()
         edit.finish()
         return changes
 
 
 def grouped(graph: fx.GraphModule) -> Iterable[Group]:
-    """Runs of look-ups that can share a kernel, in every cat of rows and for look-ups that stand alone."""
+    """Runs of look-ups that can share a kernel: those of the widest cat first, and at last those that stand alone."""
     taken: set[fx.Node] = set()
-    for node in graph.graph.nodes:
-        if (
-            not is_op(node, aten.cat)
-            or value(node).dim() != 2
-            or (node.args[1] if len(node.args) > 1 else 0) not in (1, -1)
-        ):
-            continue
+    cats = [node for node in graph.graph.nodes if is_op(node, aten.cat) and value(node).dim() == 2]
+    found = {node: [find_bag(graph, part) for part in node.args[0]] for node in cats if argument(node, "dim") in (1, -1)}
+    for node, bags in sorted(found.items(), key=lambda item: -sum(bag is not None for bag in item[1])):
         run: list[Bag] = []
         start = 0
-        for i, part in enumerate([*node.args[0], None]):
-            bag = find_bag(graph, part) if part is not None and part not in taken else None
+        for i, bag in enumerate([*bags, None]):
+            if bag is not None and bag.node in taken:
+                bag = None
             if run and (bag is None or not compatible(run, bag)):
                 yield Group(node, run, start)
                 run = []
@@ -117,7 +117,7 @@ def build_arenas(edit: Rewriter, groups: Sequence[Group]) -> dict[str, Arena]:
 
 
 def join(edit: Rewriter, tables: Sequence[fx.Node], flat: bool) -> Arena:
-    """Move tables into one tensor, one at a time; the model's own parameters become views of it, so memory never doubles."""
+    """Move tables into one tensor, one at a time; the model's parameters become views of it, so memory never doubles."""
     if len(tables) == 1:
         return Arena(tables[0], {str(tables[0].target): 0}, False)
     tensors = [attribute(edit.module, table) for table in tables]
@@ -141,18 +141,23 @@ def join(edit: Rewriter, tables: Sequence[fx.Node], flat: bool) -> Arena:
     return Arena(node, bases, flat)
 
 
-def merge(edit: Rewriter, group: Group, arenas: dict[str, Arena]) -> Change:
-    """Replace one group by one look-up; whoever else reads a member gets its slice."""
+def merge(edit: Rewriter, group: Group, arenas: dict[str, Arena], place: dict[fx.Node, int]) -> Change:
+    """Replace one group by one look-up; whoever else reads a member gets its slice.
+
+    The look-up stands at the last member, after all ids; readers of the others that stand before it move behind it.
+    """
     bags = group.bags
     arena = arenas[str(bags[0].table.target)]
     anchor = bags[-1].node if len(bags) > 1 or group.cat is bags[0].node else bags[0].node
-    last = max((b.node for b in bags), key=lambda n: order(edit.graph, n))
+    last = max((b.node for b in bags), key=place.__getitem__)
     with edit.at(last):
         lookup = emit(edit, bags, arena)
         start = 0
         for bag in bags:
             width = bag.features * bag.dim
             part = lookup if len(bags) == 1 else edit.call(aten.slice.Tensor, lookup, 1, start, start + width)
+            if value(bag.node).dim() == 3:
+                part = edit.reshape(part, -1, bag.features, bag.dim)
             bag.node.replace_all_uses_with(part, delete_user_cb=lambda user: user is not lookup)
             start += width
     if group.cat is not bags[0].node:
@@ -160,10 +165,6 @@ def merge(edit: Rewriter, group: Group, arenas: dict[str, Arena]) -> Change:
         group.cat.args = ([*parts[: group.start], lookup, *parts[group.start + len(bags) :]], *group.cat.args[1:])
     text = f"{sum(b.features for b in bags)} look-ups of {len({str(b.table.target) for b in bags})} tables -> 1"
     return Change(text, where(anchor), source_text(anchor), saves=f"{max(len(bags) - 1, 0)} launches")
-
-
-def order(graph: fx.Graph, node: fx.Node) -> int:
-    return next(i for i, n in enumerate(graph.nodes) if n is node)
 
 
 def emit(edit: Rewriter, bags: Sequence[Bag], arena: Arena) -> fx.Node:
@@ -194,8 +195,9 @@ def join_columns(edit: Rewriter, pieces: Sequence[Columns]) -> fx.Node:
     merged: list[Columns] = []
     for piece in pieces:
         previous = merged[-1] if merged else None
-        if previous and previous.matrix is piece.matrix and previous.start + previous.width == piece.start:
-            merged[-1] = Columns(piece.matrix, previous.start, previous.width + piece.width)
+        alike = previous is not None and previous.matrix is piece.matrix and previous.dtype is piece.dtype
+        if alike and previous is not None and previous.start + previous.width == piece.start:
+            merged[-1] = Columns(piece.matrix, previous.start, previous.width + piece.width, piece.dtype)
         else:
             merged.append(piece)
     nodes = [take(edit, piece) for piece in merged]
@@ -208,17 +210,23 @@ def join_columns(edit: Rewriter, pieces: Sequence[Columns]) -> fx.Node:
 
 
 def take(edit: Rewriter, piece: Columns) -> fx.Node:
-    matrix = piece.matrix
-    if value(matrix).dim() == 1:
-        return edit.reshape(matrix, -1, 1)
-    if piece.start == 0 and piece.width == shape(matrix)[1]:
-        return matrix
-    return edit.call(aten.slice.Tensor, matrix, 1, piece.start, piece.start + piece.width)
+    found = piece.matrix
+    if value(found).dim() == 1:
+        found = edit.reshape(found, -1, 1)
+    elif piece.start != 0 or piece.width != shape(found)[1]:
+        found = edit.call(aten.slice.Tensor, found, 1, piece.start, piece.start + piece.width)
+    return found if piece.dtype is None else edit.call(aten.to.dtype, found, piece.dtype)
 
 
 def join_jagged(edit: Rewriter, bags: Sequence[Bag]) -> tuple[fx.Node, fx.Node, fx.Node | None]:
     """Values one feature after the other, and offsets that run through all of them."""
     ids = [b.ids for b in bags]
+    whole = keyed(bags)
+    if whole is not None:
+        lengths = edit.reshape(whole.lengths, -1)
+        zero = edit.call(aten.full.default, [1], 0, dtype=torch.int64, device=value(lengths).device)
+        ends = edit.call(aten.cumsum.default, lengths, 0)
+        return whole.values, edit.call(aten.cat.default, [zero, ends], 0), join_weights(edit, bags)
     parts: list[fx.Node] = []
     total: fx.Node | None = None
     for bag in bags:
@@ -235,10 +243,12 @@ def join_jagged(edit: Rewriter, bags: Sequence[Bag]) -> tuple[fx.Node, fx.Node, 
         total = count if total is None else edit.call(torch.sym_sum, [total, count])
     end = edit.call(aten.full.default, [1], total, dtype=torch.int64, device=value(ids[0]).device)
     joined = edit.call(aten.cat.default, [*parts, end], 0)
-    weights = [b.weights for b in bags]
     if len({value(i).dtype for i in ids}) > 1:
         ids = [edit.call(aten.to.dtype, i, torch.int64) for i in ids]
     values = ids[0] if len(ids) == 1 else edit.call(aten.cat.default, ids, 0)
-    if weights[0] is None:
-        return values, joined, None
-    return values, joined, weights[0] if len(weights) == 1 else edit.call(aten.cat.default, weights, 0)
+    return values, joined, join_weights(edit, bags)
+
+
+def join_weights(edit: Rewriter, bags: Sequence[Bag]) -> fx.Node | None:
+    weights = [b.weights for b in bags if b.weights is not None]
+    return edit.call(aten.cat.default, weights, 0) if len(weights) > 1 else next(iter(weights), None)

@@ -1,0 +1,1 @@
+"""What a compilation tells people: the summary of a manifest and the HTML report. Both read the manifest alone."""

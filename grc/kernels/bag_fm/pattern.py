@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from grc.graph.match import Miss, argument, aten, is_op, only_user, shape, value
+from grc.graph.match import Miss, argument, aten, is_op, only_user, same_shape, shape, value
 from grc.graph.rewrite import Rewriter
 from grc.kernels.bag_dot.pattern import chosen_pairs, triangle
 from grc.kernels.bag_fm import BAG_FM
@@ -37,7 +39,8 @@ class BagFm(Fusion):
             raise Miss(f"features have widths {sorted(set(dims))}")  # type: ignore[type-var, arg-type]
         term = linear_term(old, lookup)
         linear = term.lookup.args[0] if term else None
-        root = term.root if term else old
+        if term:
+            edit.replace(term.sum, term.rest)
         readers = len(lookup.users)
         with edit.at(
             lookup
@@ -46,9 +49,11 @@ class BagFm(Fusion):
             both.meta["tables"] = lookup.meta.get("tables")
             rows_out, fm = edit.item(both, 0), edit.item(both, 1)
         edit.replace(lookup, rows_out)
-        with edit.at(root):
-            new = edit.reshape(fm, -1, *[int(s) for s in shape(root)[1:]])
-        return Fused(root, new, f"{6 + 2 * bool(term)} launches, {4 * count * dim * readers / 1024:.1f} KB a row")
+        if term and term.inner is not None and term.rest is not None:
+            edit.replace(term.inner, term.rest)
+        with edit.at(old):
+            new = edit.reshape(fm, -1, *[int(s) for s in shape(old)[1:]])
+        return Fused(old, new, f"{6 + 2 * bool(term)} launches, {4 * count * dim * readers / 1024:.1f} KB a row")
 
 
 def sum_square(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -56,9 +61,13 @@ def sum_square(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     if len(node.args) != 2 or argument(node, "alpha") != 1:
         return None
     squared, summed = node.args
-    if not is_op(squared, aten.mul) or squared.args[0] is not squared.args[1] or not over_features(squared.args[0]):  # type: ignore[union-attr]
+    if not is_op(squared, aten.mul) or squared.args[0] is not squared.args[1]:  # type: ignore[union-attr]
         return None
+    if flat_sums(squared.args[0], summed):  # type: ignore[union-attr]
+        raise Miss("the sums run over features and width at once, so every number is a feature of its own")
     if not over_features(summed) or not is_op(summed.args[0], aten.mul):  # type: ignore[union-attr]
+        return None
+    if not over_features(squared.args[0]):  # type: ignore[union-attr]
         return None
     features = squared.args[0].args[0]  # type: ignore[union-attr]
     product = summed.args[0]  # type: ignore[union-attr]
@@ -68,6 +77,17 @@ def sum_square(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         raise Miss("the features do not come from look-ups that end in one cat")
     end = halved_sum(node)
     return (features, end) if end is not None else None  # type: ignore[return-value]
+
+
+def flat_sums(total: Any, squares: Any) -> bool:
+    """True for `sum(x)` and `sum(x * x)` over all of `[B, F * D]` with look-ups in it."""
+    if not is_op(total, aten.sum) or not is_op(squares, aten.sum) or not is_op(squares.args[0], aten.mul):
+        return False
+    x = total.args[0]
+    if value(x).dim() != 2 or list(squares.args[0].args) != [x, x] or 1 not in axes(total, 2):
+        return False
+    parts = x.args[0] if is_op(x, aten.cat) else [x]
+    return any(isinstance(p, fx.Node) and p.target is torch.ops.grc.lookup.default for p in parts)
 
 
 def over_features(node: Any) -> bool:
@@ -114,37 +134,61 @@ def pair_sum(module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.Node] |
     return features, node  # type: ignore[return-value]
 
 
+@dataclass(frozen=True)
+@dataclass(frozen=True)
 class Linear:
-    """A linear term found beside the second-order one: its look-up, and the sum that holds both."""
+    """A linear term found beside the second-order one: its look-up, the sum that it enters, and that sum without it."""
 
-    def __init__(self, lookup: fx.Node, root: fx.Node):
-        self.lookup, self.root = lookup, root
+    lookup: fx.Node
+    sum: fx.Node
+    rest: fx.Node
 
 
 def linear_term(second_order: fx.Node, lookup: fx.Node) -> Linear | None:
-    """`second_order + sum_f w[id_f]`, where w is read with the ids and row numbers of the features."""
-    user = only_user(second_order)
-    if user is None or not is_op(user, aten.add) or argument(user, "alpha") != 1:
+    """`sum_f w[id_f]` among the terms that the second-order one is added to, read with its ids and row numbers."""
+    term, user = second_order, only_user(second_order)
+    while user is not None and plain_sum(user, second_order):
+        other = user.args[1] if user.args[0] is term else user.args[0]
+        if linear_lookup(other, lookup):
+            return Linear(linear_lookup(other, lookup), user, term)  # type: ignore[arg-type]
+        waiting = [other]
+        while waiting:
+            inner = waiting.pop()
+            if not isinstance(inner, fx.Node) or only_user(inner) is None or not plain_sum(inner, second_order):
+                continue
+            for leaf, rest in (inner.args, inner.args[::-1]):
+                found = linear_lookup(leaf, lookup)
+                if found is not None:
+                    return Linear(found, inner, rest)  # type: ignore[arg-type]
+            waiting += inner.args
+        term, user = user, only_user(user)
+    return None
+
+
+def plain_sum(node: fx.Node, like: fx.Node) -> bool:
+    """True for `a + b` in which both terms have the shape of the second-order one."""
+    if not is_op(node, aten.add) or len(node.args) != 2 or argument(node, "alpha") != 1:
+        return False
+    return all(isinstance(term, fx.Node) and same_shape(term, like) for term in node.args)
+
+
+def linear_lookup(node: Any, lookup: fx.Node) -> fx.Node | None:
+    """The look-up of one weight for each id of `lookup`, where a value is its sum over the features."""
+    while is_op(node, aten.reshape):
+        node = node.args[0]
+    if not is_op(node, aten.sum) or any(size != 1 for size in shape(node)[1:]):
         return None
-    other = user.args[1] if user.args[0] is second_order else user.args[0]
-    if not isinstance(other, fx.Node) or str(shape(other)) != str(shape(second_order)):
+    weights = node.args[0]
+    if 0 in axes(node, value(weights).dim()):
         return None
-    inner = other
-    while is_op(inner, aten.reshape):
-        inner = inner.args[0]  # type: ignore[assignment]
-    if not is_op(inner, aten.sum):
-        return None
-    rank = value(inner.args[0]).dim()  # type: ignore[arg-type]
-    if 0 in axes(inner, rank) or (rank == 3 and 1 not in axes(inner, rank)):
-        return None
-    weights = inner.args[0]
     while is_op(weights, aten.reshape):
-        weights = weights.args[0]  # type: ignore[assignment]
+        weights = weights.args[0]
     if not (isinstance(weights, fx.Node) and weights.target is torch.ops.grc.lookup.default):
         return None
     same = weights.args[1] is lookup.args[1] and weights.args[4] == lookup.args[4] and weights.args[5] == lookup.args[5]
     if not same or set(weights.args[6]) != {1} or weights.args[9] != lookup.args[9]:  # type: ignore[arg-type]
         return None
-    if value(weights.args[0]).numel() != value(lookup.args[0]).shape[0] or value(weights.args[0]).dim() != 2:  # type: ignore[arg-type]
+    if weights.args[2] is not None or weights.args[3] is not None or set(weights.args[7]) != {1}:  # type: ignore[arg-type]
         return None
-    return Linear(weights, user)
+    table = value(weights.args[0])
+    return weights if table.dim() == 2 and table.numel() == value(lookup.args[0]).shape[0] else None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from grc.graph.match import Miss, argument, aten, attribute, is_op, same_shape, value
+from grc.graph.match import Miss, argument, aten, attribute, is_op, same_shape, same_size, value
 from grc.graph.rewrite import Rewriter
 from grc.kernels.cross import CROSS
 from grc.kernels.fusion import Fused, Fusion
@@ -23,6 +23,8 @@ class Cross(Fusion):
     def fuse(self, edit: Rewriter, node: fx.Node) -> Fused | None:
         found = operands(node)
         if found is None:
+            if by_vector(node):
+                raise Miss("the cross layer weighs by one vector (DCN, 2017); only the matrix form has a kernel")
             return None
         x0, linear, x = found
         y, weight = linear.args[:2]
@@ -53,6 +55,16 @@ def operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
             if is_op(linear, aten.linear) and isinstance(x0, fx.Node) and x0.op != "get_attr":
                 return x0, linear, x  # type: ignore[return-value]
     return None
+
+
+def by_vector(node: fx.Node) -> bool:
+    """True for `x0 (x . w) + b + x`: x0 `[B, D, 1]` times one number a row."""
+    for product in node.args:
+        while is_op(product, aten.reshape, aten.add):
+            product = product.args[0]  # type: ignore[union-attr]
+        if is_op(product, aten.bmm) and same_size(value(product.args[1]).numel(), value(product).shape[0]):  # type: ignore[union-attr]
+            return is_op(product.args[1], aten.tensordot, aten.bmm, aten.reshape)  # type: ignore[union-attr]
+    return False
 
 
 def is_residual(y: Any, x: fx.Node) -> bool:

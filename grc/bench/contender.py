@@ -1,0 +1,81 @@
+"""A contender: one engine in one form, ready to answer the requests of a pool."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from grc.bench.requests import Request
+from grc.graph.capture import flat_tensors
+from grc.runtime.program import Program
+
+
+@dataclass
+class Contender:
+    """`prepare` turns a request into what `run` takes, outside of the clock; `tensors` flattens what `run` gives back.
+
+    On CUDA, `run` goes from pinned host input to pinned host output, and `replay` runs once more on what is already on the
+    device, to be timed by CUDA events.
+    """
+
+    name: str
+    form: str
+    prepare: Callable[[Request], Any]
+    run: Callable[[Any], Any]
+    tensors: Callable[[Any], list[torch.Tensor]]
+    scope: Callable[[], AbstractContextManager[Any]] = nullcontext
+    replay: Callable[[Any], Any] | None = None
+    build_s: float | None = None
+    load_s: float | None = None
+    bytes: int | None = None
+
+    def answer(self, request: Request) -> list[torch.Tensor]:
+        """The flat answer to one request, in memory of its own."""
+        with self.scope():
+            answer = self.tensors(self.run(self.prepare(request)))
+        return [tensor.detach().to("cpu", copy=True) for tensor in answer]
+
+
+def flat(answer: Any) -> list[torch.Tensor]:
+    return flat_tensors(answer)[0]
+
+
+def as_list(answer: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return list(answer)
+
+
+def called(request: Request) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return request.args, request.kwargs
+
+
+def grc_contender(program: Program, batch: int, build_s: float | None, load_s: float | None) -> Contender:
+    """The artifact as a user calls it: `program(*args, **kwargs)`, checks of the request and of the answer included."""
+
+    def run(prepared: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+        return program(*prepared[0], **prepared[1])
+
+    return Contender(
+        "grc",
+        program.engine_at(batch),
+        called,
+        run,
+        flat,
+        build_s=build_s,
+        load_s=load_s,
+        bytes=program.artifact.bytes,
+    )
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+
+    def read(self) -> float:
+        return time.perf_counter() - self.start

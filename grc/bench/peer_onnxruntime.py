@@ -1,0 +1,114 @@
+"""Peer: ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from grc.bench.contender import Contender, Stopwatch
+from grc.bench.requests import Request
+from grc.bench.subject import BenchError, Subject
+from grc.errors import LoweringError
+from grc.graph.capture import EXPORT_BATCH, Source
+from grc.kernels import FUSIONS
+from grc.lowering.engine import Lowerable
+from grc.lowering.onnxruntime import externalise, onnx_model
+from grc.options import Options
+from grc.passes.manager import Proof, run_passes
+from grc.passes.normalise import Normalise
+from grc.passes.pipeline import pipeline
+
+
+def build_onnxruntime(subject: Subject, example: Request, batch: int) -> Iterator[Contender]:
+    """ONNX Runtime with all graph optimisations, on numpy inputs made ahead of the clock.
+
+    The exporter writes EmbeddingBag as a Scan or Loop, which runs one row at a time; the peer is then given the same model
+    with its bags written as plain look-ups.
+    """
+    import onnxruntime as ort
+
+    if subject.device != "cpu":
+        raise BenchError("ONNX Runtime is measured on the CPU only", "leave onnxruntime out of --against")
+    if "onnxruntime" not in subject.built:
+        try:
+            subject.built["onnxruntime"] = onnx_session(subject, ort)
+        except Exception as error:  # the exporter or the session refuses the graph at every batch size alike
+            subject.built["onnxruntime"] = error
+    built = subject.built["onnxruntime"]
+    if isinstance(built, Exception):
+        raise built
+    names = {value.name: int(value.name.removeprefix("input_")) for value in built.session.get_inputs()}
+
+    def prepare(request: Request) -> dict[str, Any]:
+        return {name: request.leaves[index].numpy() for name, index in names.items()}
+
+    def tensors(answer: Sequence[Any]) -> list[torch.Tensor]:
+        return [torch.from_numpy(array) for array in answer]
+
+    yield Contender(
+        "onnxruntime",
+        built.form,
+        prepare,
+        lambda feed: built.session.run(None, feed),
+        tensors,
+        build_s=built.build_s,
+        load_s=built.load_s,
+        bytes=built.bytes,
+    )
+
+
+@dataclass
+class Session:
+    """An inference session, which reads its weights where `values` hold them."""
+
+    form: str
+    session: Any
+    values: list[Any]
+    build_s: float
+    load_s: float
+    bytes: int
+
+
+def onnx_session(subject: Subject, ort: Any) -> Session:
+    clock = Stopwatch()
+    source = subject.source
+    example, shapes = source.inputs(EXPORT_BATCH), source.shapes()
+    label, (proto, constants) = first_export(source, Lowerable(source.graph, example, shapes))
+    externalise(proto, constants)
+    model = proto.SerializeToString()
+    build_s = clock.read()
+    clock = Stopwatch()
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = subject.threads
+    options.log_severity_level = 3
+    values = [ort.OrtValue.ortvalue_from_numpy(tensor.numpy()) for tensor in constants.values()]
+    options.add_external_initializers(list(constants), values)
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    size = len(model) + sum(tensor.nbytes for tensor in constants.values())
+    return Session(label, session, values, build_s, clock.read(), size)
+
+
+def first_export(source: Source, own: Lowerable) -> tuple[str, tuple[Any, dict[str, torch.Tensor]]]:
+    """The model's own export, or the first of its plainer forms that the exporter writes without a loop over rows.
+
+    A bag of one id becomes a look-up by grc's normalisation alone; a bag of several only by its merged tables, and the peer
+    then gets those too. Raises LoweringError with the reason of the model's own export when no form exports.
+    """
+    try:
+        return "model's own export", onnx_model(own)
+    except LoweringError as error:
+        proof = Proof([source.inputs(size) for size in source.proof_batches()]).prepare(source.graph)
+        for label, passes in (
+            ("bags as plain look-ups", [Normalise()]),
+            ("grc's graph without its kernels", pipeline(Options(), FUSIONS)),
+        ):
+            graph, _ = run_passes(source.graph, passes, proof)
+            try:
+                return f"{label} ({error.message})", onnx_model(Lowerable(graph, own.inputs, own.shapes))
+            except LoweringError:
+                continue
+        raise

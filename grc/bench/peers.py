@@ -1,0 +1,29 @@
+"""Peers: what a user would run without grc, each at its best settings; where two settings may win, both are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from grc.bench.contender import Contender
+from grc.bench.peer_aoti import build_aoti
+from grc.bench.peer_onnxruntime import build_onnxruntime
+from grc.bench.peer_torch import build_compile, build_eager
+from grc.bench.requests import Request
+from grc.bench.subject import BenchError, Subject
+
+Build = Callable[[Subject, Request, int], Iterator[Contender]]
+
+PEERS: dict[str, Build] = {
+    "eager": build_eager,
+    "compile": build_compile,
+    "aoti": build_aoti,
+    "onnxruntime": build_onnxruntime,
+}
+
+
+def known(names: Sequence[str]) -> list[str]:
+    """The names, in the order of PEERS. Raises BenchError for one that is no peer."""
+    for name in names:
+        if name not in PEERS:
+            raise BenchError(f"there is no peer {name}", f"choose from {', '.join(PEERS)}")
+    return [name for name in PEERS if name in names]

@@ -1,0 +1,110 @@
+"""Timing: engines take turns in short bursts, so that noise falls on all alike while each runs as it would run alone."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+BURST = 0.03  # seconds: long beside a call, short beside the drift of a shared machine
+# Threads of the engine before (OpenMP's, ONNX Runtime's) spin for some milliseconds after their last call and would be
+# charged to this one; its own weights also come back to the caches meanwhile.
+LEAD_IN = 0.005
+FEWEST = 5
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds over all recorded calls. `spread` is the middle half's width over the median."""
+
+    p50: float
+    p99: float
+    least: float
+    spread: float
+    calls: int
+
+
+def summarise(seconds: Sequence[float]) -> Timing:
+    """Raises ValueError for no calls at all."""
+    if not seconds:
+        raise ValueError("nothing was timed")
+    ordered = sorted(seconds)
+    median = statistics.median(ordered)
+    width = quantile(ordered, 0.75) - quantile(ordered, 0.25)
+    return Timing(median * 1e6, quantile(ordered, 0.99) * 1e6, ordered[0] * 1e6, width / median, len(ordered))
+
+
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """The smallest value that at least `share` of all do not exceed, so that a p99 is a time that was really seen."""
+    rank = -int(-share * len(ordered) // 1)
+    return ordered[max(rank, 1) - 1]
+
+
+@dataclass
+class Turn:
+    """One engine of a run: a call on the request of a given index, and the times it recorded, in seconds.
+
+    `device` times the same call by the device's own clock; it runs after the wall clock has stopped.
+    """
+
+    call: Callable[[int], Any]
+    scope: Callable[[], AbstractContextManager[Any]] = nullcontext
+    device: Callable[[int], float] | None = None
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        self.seconds: list[float] = []
+        self.device_seconds: list[float] = []
+        self.cursor = self.offset
+
+    def spent(self) -> float:
+        return sum(self.seconds) + sum(self.device_seconds)
+
+    def burst(self, pool: int, burst: float, lead_in: float) -> None:
+        with self.scope():
+            begin = time.perf_counter()
+            while True:
+                self.call(self.advance(pool))
+                if time.perf_counter() - begin >= lead_in:
+                    break
+            begin = time.perf_counter()
+            for recorded in range(1 << 30):
+                if recorded >= 2 and time.perf_counter() - begin >= burst:
+                    return
+                index = self.advance(pool)
+                start = time.perf_counter()
+                self.call(index)
+                self.seconds.append(time.perf_counter() - start)
+                if self.device is not None:
+                    self.device_seconds.append(self.device(index))
+
+    def advance(self, pool: int) -> int:
+        self.cursor = (self.cursor + 1) % pool
+        return self.cursor
+
+
+def interleave(
+    turns: Sequence[Turn], pool: int, seconds: float, burst: float = BURST, lead_in: float = LEAD_IN
+) -> None:
+    """Give every engine `seconds` of recorded calls, and five calls at least, burst by burst in turns.
+
+    Each starts at another place in the pool of requests: none finds the rows that the one before it has just read.
+    """
+    for number, turn in enumerate(turns):
+        turn.cursor = turn.offset = number * pool // len(turns)
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        waiting = list(turns)
+        while waiting:
+            for turn in waiting:
+                turn.burst(pool, burst, lead_in)
+            waiting = [turn for turn in waiting if len(turn.seconds) < FEWEST or turn.spent() < seconds]
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,58 @@
+"""The application: which commands there are, and how every one of them fails."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from grc.cli import check, compile, doctor, explain, export_onnx, inspect, opt, run
+from grc.cli.errors import Failing
+from grc.runtime.version import VERSION
+
+
+class Commands(TyperGroup):
+    """The commands, in the order in which they were registered, with grc's own way to fail."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        with Failing(ctx):
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    name="grc",
+    cls=Commands,
+    help="Compile PyTorch recommenders: one graph, verified rewrites, measured engines, one artifact.",
+    epilog="Begin with:  grc compile examples/zoo/dlrm.py -o dlrm.grc",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def tell_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"grc {VERSION}\n")
+        raise typer.Exit()
+
+
+@app.callback()
+def grc(
+    ctx: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=tell_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show the Python traceback of an error.")] = False,
+) -> None:
+    ctx.meta["traceback"] = traceback or ctx.meta.get("traceback", False)
+
+
+for command in (compile, run, inspect, explain, opt, check, export_onnx, doctor):
+    app.command(command.NAME, epilog="\n\n".join(["Examples:", *command.EXAMPLES]))(command.command)
+
+
+def main() -> None:
+    app()

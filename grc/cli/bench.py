@@ -1,0 +1,94 @@
+"""grc bench: an artifact beside its peers, in one run."""
+
+from __future__ import annotations
+
+import json as jsons
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from grc.cli import parameters as p
+from grc.cli.errors import Traceback, say
+
+NAME = "bench"
+EXAMPLES = (
+    "grc bench examples/zoo/dlrm.py --batches 1,64,1024 --threads 2",
+    "grc bench model.py --artifact model.grc --against eager,onnxruntime --plot times.svg",
+    "grc bench model.py --output rows.jsonl --json",
+)
+PEERS = "eager,compile,aoti,onnxruntime"
+
+
+def command(
+    model: p.Model,
+    against: Annotated[str, typer.Option(metavar="PEER,…", help="What to compare with.")] = PEERS,
+    batches: Annotated[str, typer.Option(metavar="N,N,…", help="Batch sizes to measure.")] = "1,64,1024",
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Threads of every engine; torch's own number by default.")
+    ] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to measure.")] = "cpu",
+    seconds: Annotated[
+        float, typer.Option(metavar="S", min=0.01, help="Recorded calls of each engine at each batch size.")
+    ] = 2.0,
+    artifact: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Measure this artifact instead of compiling the model.")
+    ] = None,
+    engine: Annotated[str, typer.Option(metavar="NAME", help="The engine to compile with.")] = "auto",
+    ids: Annotated[
+        str, typer.Option(metavar="KIND,…", help="How ids are drawn, where the model file offers both.")
+    ] = "uniform,zipf",
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="Add the rows to this .jsonl file.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the times as .svg or .png.")] = None,
+    json: p.Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """Compile a model and measure it beside its peers: same inputs, same threads, in turns.
+
+    Every time stands beside its error against the fp64 oracle and the overlap of the best 100 ids; an engine that answers
+    wrongly has no time. The process starts over once, with malloc tuned for all engines alike.
+    """
+    sizes = p.batch_sizes(batches)
+    from grc.bench import rows as table_rows
+    from grc.bench.host import allocator, restart_tuned
+    from grc.bench.measure import Settings, measure
+    from grc.bench.peers import known
+    from grc.bench.plot import drawing, plot_times
+    from grc.bench.subject import BenchError
+    from grc.bench.table import text_table
+
+    names = known([name for name in against.split(",") if name])
+    kinds = ids.split(",")
+    if not set(kinds) <= {"uniform", "zipf"}:
+        raise BenchError(f"ids are drawn uniform or zipf, not {ids}", "use --ids uniform,zipf")
+    if plot is not None:
+        drawing(plot)
+    restart_tuned(threads)
+    say(f"memory: {allocator()}")
+    said = ["grc", "bench", shown(model), "--against", ",".join(names), "--batches", batches, "--seconds", f"{seconds:g}"]
+    said += ["--threads", str(threads)] if threads is not None else []
+    said += ["--device", device] if device != "cpu" else []
+    said += ["--engine", engine] if engine != "auto" else []
+    said += ["--artifact", artifact.name] if artifact is not None else []
+    settings = Settings(
+        model, names, sizes, threads, device, seconds, artifact, engine, tuple(kinds), command=shlex.join(said)
+    )
+    rows = measure(settings, lambda text: say(f"  {text}"))
+    if output is not None:
+        table_rows.write(output, rows)
+    if plot is not None:
+        plot_times(rows, plot)
+    lines = [jsons.dumps(row) for row in rows] if json else [text_table(rows)]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def shown(model: str) -> str:
+    """The model as others would name it: below the current folder, or by its file's name alone."""
+    path = Path(model)
+    if not path.is_absolute():
+        return model
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name

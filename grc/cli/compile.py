@@ -1,0 +1,84 @@
+"""grc compile: a model file becomes an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from grc.cli import parameters as p
+from grc.cli.errors import Traceback, say
+from grc.cli.printing import graph_printer
+from grc.cli.progress import Reporting
+from grc.cli.summary import put_json, show_changes, show_closing, timing_lines
+
+NAME = "compile"
+EXAMPLES = (
+    "grc compile model.py -o model.grc",
+    "grc compile model.py --engine onnxruntime --batches 1,32 --max-batch 256",
+    "grc compile model.py --on-bad-id zero --force --json",
+)
+
+
+def command(
+    model: p.Model,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="PATH", help="The artifact's folder; NAME.grc by default.")
+    ] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where the artifact will run.")] = "cpu",
+    engine: Annotated[
+        str, typer.Option(metavar="NAME", help="auto keeps the fastest that is exact enough; a name forces one.")
+    ] = "auto",
+    batches: Annotated[
+        str, typer.Option(metavar="N,N,…", help="Batch sizes at which the engines are measured.")
+    ] = "1,64,1024",
+    max_batch: Annotated[int, typer.Option(metavar="N", min=1, help="Largest batch a request may have.")] = 4096,
+    on_bad_id: p.OnBadId = "error",
+    disable: p.Disable = None,
+    bisect_limit: p.BisectLimit = None,
+    strict: p.Strict = False,
+    force: p.Force = False,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of every random choice made while compiling.")] = 0,
+    print_after: p.PrintAfter = None,
+    timing: p.Timing = False,
+    json: p.Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """Compile a recommender into an artifact that serves by itself.
+
+    The model file defines get_model(), which returns a torch.nn.Module in eval mode, and get_inputs(batch), which
+    returns the tuple or dict of tensors to call it with.
+    """
+    sizes = p.batch_sizes(batches)
+    from grc import Options
+    from grc.compiler import compile
+    from grc.passes.pipeline import NAMES
+    from grc.report.summary import summarise
+
+    options = Options(
+        output=output,
+        device=device,
+        engine=engine,
+        batches=sizes,
+        max_batch=max_batch,
+        on_bad_id=on_bad_id,
+        disable=tuple(disable or ()),
+        bisect_limit=bisect_limit,
+        strict=strict,
+        force=force,
+        seed=seed,
+    )
+    p.check_passes(options.disable, NAMES)
+    with Reporting() as progress:
+        artifact = compile(model, None, options, progress, graph_printer(print_after or [], NAMES))
+    if timing:
+        records = artifact.manifest["passes"]
+        for line in timing_lines((r["name"], len(r["changes"]), r["seconds"], r["proof_seconds"]) for r in records):
+            say(line)
+    summary = summarise(artifact.manifest)
+    if json:
+        put_json({"path": str(artifact.path), "bytes": artifact.bytes, **summary})
+        return
+    show_changes(summary)
+    show_closing(summary, str(artifact.path), artifact.bytes)

@@ -1,0 +1,53 @@
+"""Parameters that several commands share: the model, the artifact, and the fields of Options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grc.options import BadIdPolicy
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A model file (model.py or model.py:get_name) or a saved program (.pt2)."),
+]
+ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder that grc compile wrote.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
+Disable = Annotated[list[str] | None, typer.Option("--disable", metavar="PASS", help="Leave a pass out; may be repeated.")]
+BisectLimit = Annotated[
+    int | None,
+    typer.Option("--bisect-limit", metavar="N", min=0, help="Stop after N passes have changed something."),
+]
+OnBadId = Annotated[
+    BadIdPolicy, typer.Option("--on-bad-id", help="An id outside its table: refuse, read zeros, clamp or hash it.")
+]
+Strict = Annotated[bool, typer.Option("--strict", help="A pass that fails its proof is an error, not rolled back.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier run wrote there.")]
+Timing = Annotated[bool, typer.Option("--timing", help="Show what each pass cost, on stderr.")]
+PrintAfter = Annotated[
+    list[str] | None,
+    typer.Option("--print-after", metavar="PASS", help="Print the graph after a pass, or after 'all', on stderr."),
+]
+
+
+def batch_sizes(text: str) -> tuple[int, ...]:
+    """`1,64,1024` as numbers. Raises BadParameter, a usage error, for anything else."""
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no list of batch sizes such as 1,64,1024") from None
+    if min(sizes) < 1:
+        raise typer.BadParameter("a batch size is at least 1")
+    return sizes
+
+
+def check_passes(names: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse a pass that does not exist before any work is done."""
+    from grc.errors import GrcError
+
+    for name in names:
+        if name not in known:
+            raise GrcError(f"there is no pass {name}", f"the passes are {', '.join(known)}")

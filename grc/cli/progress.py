@@ -1,0 +1,68 @@
+"""Progress of a compilation on stderr: a live line on a terminal, one plain line a stage elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from rich.console import Console
+from rich.status import Status
+
+from grc.cli.errors import say
+
+WIDTH = 96  # columns of a line before its seconds
+
+
+def stage_line(stage: str, summary: str, seconds: float) -> str:
+    return f"  {stage:<10} {summary:<{WIDTH - 14}} {seconds:7.1f} s"
+
+
+class Lines:
+    """One line as each stage ends."""
+
+    def begin(self, stage: str) -> None:
+        self.stage, self.start = stage, time.perf_counter()
+
+    def detail(self, text: str) -> None:
+        return None
+
+    def end(self, summary: str) -> None:
+        say(stage_line(self.stage, summary, time.perf_counter() - self.start))
+
+
+class Live(Lines):
+    """The same lines, with a spinner that tells what is being done meanwhile."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.status: Status | None = None
+
+    def begin(self, stage: str) -> None:
+        super().begin(stage)
+        self.status = self.console.status(stage)
+        self.status.start()
+
+    def detail(self, text: str) -> None:
+        if self.status is not None:
+            self.status.update(f"{self.stage}: {text}")
+
+    def end(self, summary: str) -> None:
+        self.close()
+        super().end(summary)
+
+    def close(self) -> None:
+        if self.status is not None:
+            self.status.stop()
+            self.status = None
+
+
+class Reporting:
+    """`with Reporting() as progress:` leaves the terminal as it was, whatever happens."""
+
+    def __enter__(self) -> Lines:
+        self.progress = Live(Console(stderr=True)) if sys.stderr.isatty() else Lines()
+        return self.progress
+
+    def __exit__(self, *_: object) -> None:
+        if isinstance(self.progress, Live):
+            self.progress.close()

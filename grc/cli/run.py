@@ -1,0 +1,121 @@
+"""grc run: answer requests from a file or a pipe."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from grc.cli import parameters as p
+from grc.cli.errors import Traceback
+
+NAME = "run"
+EXAMPLES = (
+    "grc run model.grc --example -o request.json",
+    "grc run model.grc request.json",
+    "grc run model.grc requests.parquet -o answers.parquet",
+    "cat rows.jsonl | grc run model.grc - --format jsonl",
+    "grc run model.grc --request request.json        a request as the model's preprocess() takes it",
+)
+STDIN = "-"
+
+
+def command(
+    artifact: p.ArtifactPath,
+    source: Annotated[
+        str | None, typer.Argument(metavar="[INPUT]", help="A .json, .jsonl, .npz or .parquet file; - reads stdin.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="PATH", help="Where the answers go; stdout by default.")
+    ] = None,
+    form: Annotated[
+        Literal["json", "jsonl", "npz", "parquet"] | None,
+        typer.Option("--format", help="The format, where no extension tells it."),
+    ] = None,
+    request: Annotated[
+        bool, typer.Option("--request", help="INPUT is a JSON request for preprocess(); print what postprocess() gives.")
+    ] = False,
+    example: Annotated[bool, typer.Option("--example", help="Write an example INPUT instead of running.")] = False,
+    engine: Annotated[str | None, typer.Option(metavar="NAME", help="Answer with one of the artifact's parts.")] = None,
+    traceback: Traceback = False,
+) -> None:
+    """Answer requests: inputs by name in, outputs by name out.
+
+    JSON is either {"input": [row, row, …]} or a list of rows; JSON lines and parquet hold a row each.
+    """
+    if example == (source is not None):
+        raise typer.BadParameter("give an INPUT or --example, one of the two")
+    if example and request:
+        raise typer.BadParameter("--example writes tensors; --request has no example")
+    from grc import load
+    from grc.cli import values
+
+    if example:
+        put(values.encode(golden_inputs(artifact), target_format(output, form, "json")), output, form)
+        return
+    assert source is not None
+    program = load(artifact, engine=engine)
+    if request:
+        put(recommended(program, read(source).decode()), output, "json")
+        return
+    kind = values.format_of(source, form)
+    inputs = values.decode(read(source), kind, program.artifact.manifest["inputs"])
+    names = values.output_names(program.artifact.manifest)
+    answers = dict(zip(names, program.run_flat(inputs), strict=True))
+    wanted = target_format(output, form, "json" if kind in values.BINARY and output is None else kind)
+    put(values.encode(answers, wanted), output, wanted)
+
+
+def target_format(output: Path | None, form: str | None, default: str) -> str:
+    from grc.cli import values
+
+    if output is None:
+        return form or default
+    return values.format_of(output.name, None if output.suffix else form or default)
+
+
+def recommended(program: Any, text: str) -> bytes:
+    """The answer to one request as JSON; tensors become lists."""
+    import json
+
+    import torch
+
+    from grc.runtime.processing import read_request
+
+    answer = program.recommend(read_request(text))
+    return (json.dumps(answer, default=lambda v: v.tolist() if isinstance(v, torch.Tensor) else str(v)) + "\n").encode()
+
+
+def golden_inputs(artifact: Path) -> dict[str, Any]:
+    """The second golden request, which has more than one row where the model takes batches."""
+    from grc import Artifact
+    from grc.runtime.weights import read_weights
+
+    manifest = Artifact.open(artifact).manifest
+    tensors = read_weights(artifact / "golden.safetensors")
+    index = 1 if "1.input.0" in tensors else 0
+    return {spec["name"]: tensors[f"{index}.input.{i}"] for i, spec in enumerate(manifest["inputs"])}
+
+
+def read(source: str) -> bytes:
+    from grc import GrcError
+
+    if source == STDIN:
+        return sys.stdin.buffer.read()
+    if not Path(source).is_file():
+        raise GrcError(f"no request file at {source}", "make one with grc run ARTIFACT --example -o request.json")
+    return Path(source).read_bytes()
+
+
+def put(data: bytes, output: Path | None, form: str | None) -> None:
+    from grc import GrcError
+
+    if output is not None:
+        output.write_bytes(data)
+        return
+    if form in ("npz", "parquet") and sys.stdout.isatty():
+        raise GrcError(f"{form} is not for a terminal", f"write it to a file: -o answers.{form}")
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()

@@ -1,0 +1,76 @@
+"""The closing tables of compile and explain, in plain text so that they can be copied, searched and piped."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from grc.report.summary import microseconds, size
+
+MOST = 64  # characters of a source line that are shown
+
+
+def put(text: str = "") -> None:
+    """Data, on stdout."""
+    sys.stdout.write(text + "\n")
+
+
+def put_json(value: Any) -> None:
+    put(json.dumps(value, indent=1))
+
+
+def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> Iterable[str]:
+    """Rows in columns of equal width; the last column is as long as it is."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)]
+        yield indent + "  ".join([*cells, row[-1]]).rstrip()
+
+
+def show_changes(summary: dict[str, Any]) -> None:
+    """What fused, what missed and why, what was rolled back; a section that is empty is left out."""
+    sections = [
+        ("fused", ("where", "saves"), [(name(c), place(c), c["saves"]) for c in summary["fused"]]),
+        ("missed", ("where", "why"), [(name(c), place(c), c["missed"]) for c in summary["missed"]]),
+        ("rolled back", ("", "why"), [(r["pass"], "", r["why"]) for r in summary["rolled_back"]]),
+    ]
+    rows: list[tuple[str, ...]] = []
+    for title, heads, entries in sections:
+        if entries:
+            rows += [("", "", ""), (title, *heads), *entries]
+    for line in table(rows):
+        put(line)
+
+
+def name(change: dict[str, Any]) -> str:
+    return change["what"] + (f" x{change['count']}" if change["count"] > 1 else "")
+
+
+def place(change: dict[str, Any]) -> str:
+    source = change["source"]
+    return f"{change['where']}  {source if len(source) <= MOST else source[: MOST - 1] + '…'}"
+
+
+def show_closing(summary: dict[str, Any], path: str, count: int) -> None:
+    """The last lines: name, size, speed and error, then what to try next."""
+    speed = summary["speed"] or {}
+    times = [f"{speed[k]:.1f}x {title}" for k, title in (("eager", "eager"), ("aotinductor", "AOTInductor")) if k in speed]
+    how = f"{', '.join(times)} at batch {speed['batch']}" if times else "not measured"
+    put()
+    put(f"  {path}   {size(count)}   {how}   largest error {summary['error']:.1e}")
+    put(f"  try: grc run {path} --example")
+    for step in summary["next"]:
+        put(f"       {step}")
+
+
+def engine_lines(summary: dict[str, Any]) -> list[str]:
+    return [f"batch {e['batch']}: {e['engine']} {microseconds(e['p50_us'])}" for e in summary["engines"]]
+
+
+def timing_lines(records: Iterable[tuple[str, int, float, float]]) -> list[str]:
+    """One line a pass: changes, seconds of the pass, seconds of its proof."""
+    rows = [("pass", "changes", "pass s", "proof s")]
+    rows += [(pass_name, str(made), f"{seconds:.3f}", f"{proof:.3f}") for pass_name, made, seconds, proof in records]
+    return list(table(rows))

@@ -1,0 +1,140 @@
+"""Requests and answers in files: JSON (columns or rows), JSON lines, npz and parquet, by the names of the model's inputs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import torch
+
+from grc.errors import InputError
+from grc.runtime.structure import leaf_names
+
+FORMATS = ("json", "jsonl", "npz", "parquet")
+BINARY = ("npz", "parquet")
+
+
+def output_names(manifest: dict[str, Any]) -> list[str]:
+    """`output` where there is one, else the keys of the model's own dict, else `output[0]`, `output[1]`, …"""
+    return [name.removeprefix("output.") for name in leaf_names(manifest["structure"]["outputs"], "output")]
+
+
+def format_of(name: str, given: str | None) -> str:
+    """The format of a file, by its extension where none was given; JSON on a pipe. Raises InputError for another."""
+    found = given or ("json" if name == "-" else name.rpartition(".")[2].lower())
+    if found not in FORMATS:
+        raise InputError(f"{name} has no known format", f"name it with --format: {', '.join(FORMATS)}")
+    return found
+
+
+def decode(data: bytes, form: str, specs: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
+    """One tensor for each input. Raises InputError naming the input that is missing, ragged or not numeric."""
+    try:
+        columns = DECODERS[form](data)
+    except (ValueError, KeyError, OSError) as error:
+        raise InputError(f"the request is no {form}: {first_line(error)}", "see grc run ARTIFACT --example") from error
+    names = [spec["name"] for spec in specs]
+    for name in columns:
+        if name not in names:
+            raise InputError(f"the request has an unknown input {name}", f"the inputs are {', '.join(names)}")
+    for name in names:
+        if name not in columns:
+            raise InputError(f"the request misses input {name}", f"the inputs are {', '.join(names)}")
+    exact = form == "npz"
+    return [tensor_of(columns[spec["name"]], spec, exact) for spec in specs]
+
+
+def tensor_of(value: Any, spec: Mapping[str, Any], exact: bool) -> torch.Tensor:
+    """A tensor of the input's dtype; an array that has a dtype of its own, from npz, is left for the program to judge."""
+    if exact:
+        return torch.from_numpy(value)
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise InputError(f'input "{spec["name"]}" has rows of different lengths', "pad them to one length") from None
+    dtype = getattr(torch, spec["dtype"])
+    if array.size and array.dtype.kind not in ("biuf" if dtype.is_floating_point else "biu"):
+        have = "numbers with a fraction" if array.dtype.kind == "f" else "values that are no numbers"
+        raise InputError(f'input "{spec["name"]}" has {have}; the model takes {spec["dtype"]}', "see grc inspect")
+    return torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
+
+
+def from_json(data: bytes) -> dict[str, Any]:
+    """{"input": [rows]}, or a list of {"input": row}."""
+    value = json.loads(data)
+    if isinstance(value, list):
+        return columns_of(value)
+    if not isinstance(value, dict):
+        raise ValueError("it must be an object of columns or a list of rows")
+    return value
+
+
+def from_jsonl(data: bytes) -> dict[str, Any]:
+    return columns_of([json.loads(line) for line in data.decode().splitlines() if line.strip()])
+
+
+def columns_of(rows: Sequence[Any]) -> dict[str, list[Any]]:
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("it must hold at least one row, each an object")
+    for i, row in enumerate(rows):
+        if row.keys() != rows[0].keys():
+            raise ValueError(f"row {i} has the inputs {', '.join(row)}, row 0 has {', '.join(rows[0])}")
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def from_npz(data: bytes) -> dict[str, Any]:
+    with np.load(BytesIO(data), allow_pickle=False) as arrays:
+        if not hasattr(arrays, "files"):
+            raise ValueError("it is a single array")
+        return {name: arrays[name] for name in arrays.files}
+
+
+def from_parquet(data: bytes) -> dict[str, Any]:
+    read = parquet().read_table(BytesIO(data))
+    return {name: read.column(name).to_pylist() for name in read.column_names}
+
+
+DECODERS: dict[str, Callable[[bytes], dict[str, Any]]] = {
+    "json": from_json,
+    "jsonl": from_jsonl,
+    "npz": from_npz,
+    "parquet": from_parquet,
+}
+
+
+def encode(values: Mapping[str, torch.Tensor], form: str) -> bytes:
+    """The inverse of `decode`. Raises InputError where a format of rows can't hold tensors of different lengths."""
+    if form == "json":
+        return (json.dumps({name: tensor.tolist() for name, tensor in values.items()}) + "\n").encode()
+    if form == "npz":
+        buffer = BytesIO()
+        np.savez(buffer, **{name: tensor.numpy() for name, tensor in values.items()})
+        return buffer.getvalue()
+    lengths = {tensor.shape[0] if tensor.dim() else -1 for tensor in values.values()}
+    if len(lengths) != 1 or -1 in lengths:
+        raise InputError(f"{form} holds rows, and these tensors differ in length", "use json or npz")
+    columns = {name: tensor.tolist() for name, tensor in values.items()}
+    if form == "parquet":
+        buffer = BytesIO()
+        module = parquet()
+        import pyarrow
+
+        module.write_table(pyarrow.table(columns), buffer)
+        return buffer.getvalue()
+    rows = zip(*columns.values(), strict=True)
+    return "".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows).encode()
+
+
+def parquet() -> Any:
+    try:
+        from pyarrow import parquet as module
+    except ImportError:
+        raise InputError("parquet needs pyarrow", "pip install 'grc-compiler[parquet]'") from None
+    return module
+
+
+def first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,83 @@
+"""Rules for interactions written as loops over pairs of features: one product of all features with themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from grc.graph.match import argument, aten, is_op, only_user, same_shape, shape, value
+from grc.graph.rewrite import Rewriter
+
+FEWEST = 3  # pairs; below, the products of a loop cost no more than one bmm
+
+
+def pairs_of_loop(edit: Rewriter, node: fx.Node) -> fx.Node | None:
+    """stack or cat of `sum(e_i * e_j)` for many pairs: picks from `T @ T^T`."""
+    if is_op(node, aten.stack, aten.cat):
+        parts = list(node.args[0])  # type: ignore[arg-type]
+        rank = 2 if is_op(node, aten.stack) else value(parts[0]).dim()
+        if rank != 2 or value(node).dim() != 2 or argument(node, "dim") not in (1, -1):
+            return None
+        products = [pair_product(part) for part in parts]
+        return picked(edit, products) if all(products) else None  # type: ignore[arg-type]
+    return None
+
+
+def sum_of_loop(edit: Rewriter, node: fx.Node) -> fx.Node | None:
+    """`sum(e_1 * e_2) + sum(e_1 * e_3) + ...`, the second-order term as its definition has it: a sum of picks."""
+    if not is_op(node, aten.add) or any(is_op(user, aten.add) and adds(user) for user in node.users):
+        return None
+    leaves: list[Any] = []
+    waiting: list[Any] = [node]
+    while waiting:
+        part = waiting.pop()
+        if is_op(part, aten.add) and adds(part) and (part is node or only_user(part) is not None):
+            waiting += part.args[:2]
+        elif part not in (0, 0.0):
+            leaves.append(part)
+    products = [pair_product(leaf) for leaf in leaves]
+    if not all(products):
+        return None
+    chosen = picked(edit, products)  # type: ignore[arg-type]
+    if chosen is None:
+        return None
+    return edit.call(aten.sum.dim_IntList, chosen, [1], value(node).dim() == 2)
+
+
+def adds(node: fx.Node) -> bool:
+    return len(node.args) == 2 and argument(node, "alpha") == 1
+
+
+def pair_product(node: Any) -> tuple[fx.Node, fx.Node] | None:
+    """(a, b) of `sum(a * b, 1)` over rows `[B, D]`."""
+    while is_op(node, aten.reshape) and value(node).dim() <= 2 and is_op(node.args[0], aten.reshape, aten.sum):
+        node = node.args[0]
+    if not is_op(node, aten.sum) or not is_op(node.args[0], aten.mul) or value(node.args[0]).dim() != 2:
+        return None
+    dims = argument(node, "dim") if len(node.args) > 1 else [0, 1]
+    a, b = node.args[0].args[:2]
+    if [d % 2 for d in (dims if isinstance(dims, (list, tuple)) else [dims])] != [1]:
+        return None
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or not same_shape(a, b):
+        return None
+    return (a, b) if value(a).dtype == value(b).dtype == value(node).dtype else None
+
+
+def picked(edit: Rewriter, products: Sequence[tuple[fx.Node, fx.Node]]) -> fx.Node | None:
+    """`(T @ T^T)[:, i, j]` with T the factors in the order of the graph, where at least half of a triangle is wanted."""
+    factors = {factor for pair in products for factor in pair}
+    count = len(factors)
+    if len(products) < max(FEWEST, count * (count - 1) // 4) or len({str(shape(f)) for f in factors}) != 1:
+        return None
+    ordered = [node for node in edit.graph.nodes if node in factors]
+    index = {factor: i for i, factor in enumerate(ordered)}
+    width = shape(ordered[0])[1]
+    if not isinstance(width, int):
+        return None
+    tile = edit.reshape(edit.call(aten.cat.default, ordered, 1), -1, count, width)
+    gram = edit.call(aten.bmm.default, tile, edit.call(aten.transpose.int, tile, 1, 2))
+    places = [edit.parameter("pairs", torch.tensor([index[pair[side]] for pair in products])) for side in (0, 1)]
+    return edit.call(aten.index.Tensor, gram, [None, *places])

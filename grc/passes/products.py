@@ -1,0 +1,178 @@
+"""Rules for products: einsum, matmul, mm and addmm as bmm or linear, with the bias that follows them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from grc.graph.match import argument, aten, attribute, is_op, only_user, same_shape, same_size, shape, value
+from grc.graph.rewrite import Rewriter
+
+ARITHMETIC = (aten.add, aten.sub, aten.mul)
+
+
+def one_product(edit: Rewriter, node: fx.Node) -> fx.Node | None:
+    """einsum, matmul, mm and addmm: bmm for batches, linear where one side is a weight."""
+    if is_op(node, aten.einsum):
+        equation = str(node.args[0]).replace(" ", "")
+        operands = list(node.args[1])  # type: ignore[arg-type]
+        return einsum_product(edit, equation, operands)
+    if is_op(node, aten.matmul):
+        a, b = node.args[:2]
+        dims = value(a).dim(), value(b).dim()
+        if dims == (3, 3) and same_size(shape(a)[0], shape(b)[0]):  # type: ignore[arg-type]
+            return edit.call(aten.bmm.default, a, b)
+        if dims == (2, 3) and same_size(shape(b)[2], 1):  # type: ignore[arg-type]
+            return column_product(edit, a, b)
+        if dims[1] == 2 and dims[0] >= 2:
+            return linear_of(edit, a, b, None)
+    if is_op(node, aten.mm):
+        return linear_of(edit, node.args[0], node.args[1], None)
+    if is_op(node, aten.addmm) and argument(node, "beta") == 1 and argument(node, "alpha") == 1:
+        bias, a, b = node.args[:3]
+        if value(bias).dim() == 1:
+            return linear_of(edit, a, b, bias)
+    return None
+
+
+def linear_of(edit: Rewriter, x: Any, weight: Any, bias: Any) -> fx.Node | None:
+    """x @ W as a linear layer where W is a constant: an nn.Linear holds W transposed."""
+    if is_op(weight, aten.t, aten.transpose, aten.permute) and value(weight).dim() == 2:
+        inner = weight.args[0]
+        if attribute(edit.module, inner) is not None:
+            return edit.call(aten.linear.default, x, inner, bias)
+    tensor = attribute(edit.module, weight)
+    if tensor is None or tensor.dim() != 2:
+        return None
+    transposed = edit.parameter(f"{weight.name}_t", tensor.detach().t().contiguous())
+    return edit.call(aten.linear.default, x, transposed, bias)
+
+
+def column_product(edit: Rewriter, weight: Any, x: Any) -> fx.Node | None:
+    """W @ x with x of `[B, D, 1]`: a linear layer over `[B, D]`, as a column again."""
+    tensor = attribute(edit.module, weight)
+    if tensor is None or not isinstance(shape(x)[1], int):
+        return None
+    product = edit.call(aten.linear.default, edit.reshape(x, -1, shape(x)[1]), weight)
+    return edit.reshape(product, -1, int(tensor.shape[0]), 1)
+
+
+def column_arithmetic(edit: Rewriter, node: fx.Node) -> fx.Node | None:
+    """Sums and products of columns `[B, D, 1]` are those of the rows `[B, D]` that they were made from."""
+    if not is_op(node, *ARITHMETIC) or len(node.args) < 2 or value(node).dim() != 3:
+        return None
+    width = shape(node)[1]
+    if not same_size(shape(node)[2], 1) or not isinstance(width, int):
+        return None
+    if not any(is_column(a) for a in node.args[:2]):
+        return None
+    flat: list[Any] = []
+    for operand in node.args[:2]:
+        tensor = attribute(edit.module, operand)
+        if is_column(operand):
+            flat.append(operand.args[0])  # type: ignore[union-attr]
+        elif not isinstance(operand, fx.Node):
+            flat.append(operand)
+        elif tensor is not None and tensor.numel() == width and tensor.shape[-2:] == (width, 1):
+            flat.append(edit.parameter(operand.name, tensor.detach().reshape(width)))
+        elif value(operand).dim() == 3 and same_shape(operand, node):
+            flat.append(edit.reshape(operand, -1, width))
+        else:
+            return None
+    return edit.reshape(edit.call(node.target, *flat, *node.args[2:], **node.kwargs), -1, width, 1)
+
+
+def is_column(node: Any) -> bool:
+    """True for `[B, D]` as `[B, D, 1]`."""
+    if not is_op(node, aten.reshape) or value(node).dim() != 3 or value(node.args[0]).dim() != 2:
+        return False
+    return same_size(shape(node)[2], 1) and same_size(shape(node)[1], shape(node.args[0])[1])
+
+
+def bias_of_linear(edit: Rewriter, node: fx.Node) -> fx.Node | None:
+    """linear(x, W) + b with a constant b: a linear layer with a bias."""
+    if not is_op(node, aten.add) or len(node.args) != 2 or argument(node, "alpha") != 1:
+        return None
+    for product, other in (node.args, node.args[::-1]):
+        if not is_op(product, aten.linear) or argument(product, "bias") is not None or only_user(product) is None:  # type: ignore[arg-type]
+            continue
+        bias = attribute(edit.module, other)
+        if bias is None or bias.shape != value(product).shape[-1:] or bias.dtype != value(product).dtype:
+            continue
+        return edit.call(aten.linear.default, *product.args[:2], other)  # type: ignore[union-attr]
+    return None
+
+
+def einsum_product(edit: Rewriter, equation: str, operands: list[fx.Node]) -> fx.Node | None:
+    """Two-operand einsums over one batch letter: `bnd,bmd->bnm` and its transposes become bmm."""
+    if len(operands) != 2 or "->" not in equation or "." in equation:
+        return None
+    left, right = equation.partition("->")[0].split(",")
+    out = equation.partition("->")[2]
+    if not (len(left) == len(right) == len(out) == 3) or len(set(left)) != 3 or len(set(right)) != 3:
+        return None
+    batch = [c for c in left if c in right and c in out]
+    summed = [c for c in left if c in right and c not in out]
+    if len(batch) != 1 or len(summed) != 1 or {out[0]} != set(batch):
+        return None
+    b, k = batch[0], summed[0]
+    n, m = (next(c for c in side if c not in (b, k)) for side in (left, right))
+    first = permuted(edit, operands[0], left, b + n + k)
+    second = permuted(edit, operands[1], right, b + k + m)
+    product = edit.call(aten.bmm.default, first, second)
+    return permuted(edit, product, b + n + m, out)
+
+
+def permuted(edit: Rewriter, node: fx.Node, have: str, want: str) -> fx.Node:
+    if have == want:
+        return node
+    order = [have.index(c) for c in want]
+    if order == [0, 2, 1]:
+        return edit.call(aten.transpose.int, node, 1, 2)
+    return edit.call(aten.permute.default, node, order)
+
+
+def one_transpose(edit: Rewriter, node: fx.Node) -> fx.Node | None:
+    """Every swap of the last two of three dimensions is transpose(x, 1, 2)."""
+    if is_op(node, aten.permute) and value(node).dim() == 3 and [d % 3 for d in node.args[1]] == [0, 2, 1]:  # type: ignore[union-attr]
+        return edit.call(aten.transpose.int, node.args[0], 1, 2)
+    if is_op(node, aten.transpose) and value(node).dim() == 3:
+        dims = [argument(node, "dim0") % 3, argument(node, "dim1") % 3]
+        if sorted(dims) == [1, 2] and list(node.args[1:]) != [1, 2]:
+            return edit.call(aten.transpose.int, node.args[0], 1, 2)
+    return None
+
+
+def square(edit: Rewriter, node: fx.Node) -> fx.Node | None:
+    """pow(x, 2) and square(x) are x * x; x / c is x * (1 / c) for a power of two, which is exact."""
+    if is_op(node, aten.square) or (is_op(node, aten.pow) and len(node.args) > 1 and node.args[1] in (2, 2.0)):
+        base = node.args[0]
+        if isinstance(base, fx.Node) and value(base).is_floating_point():
+            return edit.call(aten.mul.Tensor, base, base)
+        return None
+    if not is_op(node, aten.div) or not isinstance(node.args[1], (int, float)) or node.kwargs.get("rounding_mode"):
+        return None
+    divisor = float(node.args[1])
+    if divisor in (2.0, 4.0, 0.5) and value(node).dtype == value(node.args[0]).dtype:
+        return edit.call(aten.mul.Tensor, node.args[0], 1.0 / divisor)
+    return None
+
+
+def drop_zero(edit: Rewriter, node: fx.Node) -> fx.Node | None:
+    """x + 0 of x's shape and dtype is x: sums that begin with an accumulator of zeros."""
+    if not is_op(node, aten.add) or len(node.args) != 2 or argument(node, "alpha") != 1:
+        return None
+    for zero, other in (node.args, node.args[::-1]):
+        if not isinstance(other, fx.Node) or not is_zero(zero) or value(other).dtype is not value(node).dtype:
+            continue
+        if same_shape(other, node):
+            return other
+    return None
+
+
+def is_zero(node: Any) -> bool:
+    if is_op(node, aten.new_zeros, aten.zeros, aten.zeros_like):
+        return True
+    return is_op(node, aten.full, aten.full_like, aten.new_full) and argument(node, "fill_value") == 0
+

@@ -1,0 +1,59 @@
+"""report.html: the manifest as one page for people, with nothing to fetch from elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from grc.report.summary import batches, medians, microseconds, size, summarise
+
+COLOURS = {"inductor": "#2f6f4f", "aoti": "#8fb3a3", "onnxruntime": "#3b6ea8", "eager": "#b98a3e", "model": "#a9a9a9"}
+OTHER = "#7a5c94"
+BAR = 420  # pixels of the slowest time of a batch
+ROW = 22
+
+
+def write_report(manifest: dict[str, Any], folder: Path) -> None:
+    """Write report.html into an artifact's folder. The manifest needs no list of files yet."""
+    (folder / "report.html").write_text(render(manifest), encoding="utf-8")
+
+
+def render(manifest: dict[str, Any]) -> str:
+    environment = Environment(
+        loader=PackageLoader("grc.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"size": size, "microseconds": microseconds}
+    return environment.get_template("report.html.j2").render(
+        manifest=manifest, summary=summarise(manifest), charts=charts(manifest), totals=totals(manifest), row=ROW
+    )
+
+
+def charts(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """One bar chart for each measured batch, the fastest engine first."""
+    times = medians(manifest)
+    found = []
+    for batch in batches(manifest):
+        rows = sorted((time, engine) for (engine, b), time in times.items() if b == batch)
+        slowest = rows[-1][0]
+        bars = [
+            {"engine": engine, "time": time, "width": BAR * time / slowest, "colour": COLOURS.get(engine, OTHER)}
+            for time, engine in rows
+        ]
+        found.append({"batch": batch, "bars": bars})
+    return found
+
+
+def totals(manifest: dict[str, Any]) -> dict[str, int]:
+    """Bytes of all parameters, of the tables alone, and floating-point operations for one row."""
+    layers = manifest["layers"]
+    return {
+        "bytes": sum(layer["bytes"] for layer in layers),
+        "tables": sum(layer["bytes"] for layer in layers if layer["kind"] == "table"),
+        "flops": sum(layer["flops"] for layer in layers),
+    }

@@ -1,0 +1,110 @@
+"""The summary of a manifest: what fused, what missed, what was rolled back, how fast, how exact, what to try next."""
+
+from __future__ import annotations
+
+import bisect
+from typing import Any
+
+MODEL = "model"  # the model itself, run eagerly
+PLAIN = "aoti"  # plain AOTInductor on the graph as it was captured
+
+
+def summarise(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest in what a person or a script asks of it first. Times are medians in microseconds."""
+    fused, missed = changes(manifest)
+    return {
+        "name": manifest["name"],
+        "stages": manifest.get("stages", []),
+        "fused": fused,
+        "missed": missed,
+        "rolled_back": rolled_back(manifest),
+        "rejected": manifest["rejected"],
+        "engines": winners(manifest),
+        "speed": speed(manifest),
+        "error": max((manifest["quality"][p["engine"]] for p in manifest["parts"]), default=0.0),
+        "next": next_steps(manifest, missed),
+    }
+
+
+def changes(manifest: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What fused and what missed, each with its place in the user's source; the same thing twice is one with a count."""
+    fused: dict[tuple[str, ...], dict[str, Any]] = {}
+    missed: dict[tuple[str, ...], dict[str, Any]] = {}
+    for record in manifest["passes"]:
+        for change in record["changes"]:
+            made = change["missed"] is None
+            if not change["where"] or (made and record["rolled_back"]):
+                continue
+            key = (change["what"], change["where"], change["missed"] or change["saves"])
+            found = (fused if made else missed).setdefault(key, {**change, "count": 0})
+            found["count"] += 1
+    return list(fused.values()), list(missed.values())
+
+
+def rolled_back(manifest: dict[str, Any]) -> list[dict[str, str]]:
+    return [{"pass": r["name"], "why": r["rolled_back"]} for r in manifest["passes"] if r["rolled_back"]]
+
+
+def medians(manifest: dict[str, Any]) -> dict[tuple[str, int], float]:
+    """Measured medians in microseconds by engine and batch."""
+    return {(row["engine"], row["batch"]): row["p50_us"] for row in manifest["measured"]}
+
+
+def batches(manifest: dict[str, Any]) -> list[int]:
+    return sorted({row["batch"] for row in manifest["measured"]})
+
+
+def engine_at(manifest: dict[str, Any], batch: int) -> str:
+    """The engine that answers a batch of this size."""
+    limits = [entry["up_to"] for entry in manifest["choice"]]
+    return manifest["parts"][manifest["choice"][bisect.bisect_left(limits, batch)]["part"]]["engine"]
+
+
+def winners(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    times = medians(manifest)
+    rows = ((batch, engine_at(manifest, batch)) for batch in batches(manifest))
+    return [{"batch": batch, "engine": engine, "p50_us": times[engine, batch]} for batch, engine in rows]
+
+
+def speed(manifest: dict[str, Any]) -> dict[str, Any] | None:
+    """How many times faster than the eager model and than plain AOTInductor, at the middle measured batch."""
+    measured = batches(manifest)
+    if not measured:
+        return None
+    batch = measured[len(measured) // 2]
+    times = medians(manifest)
+    own = times[engine_at(manifest, batch), batch]
+    ratios = {
+        name: round(times[peer, batch] / own, 2)
+        for name, peer in (("eager", MODEL), ("aotinductor", PLAIN))
+        if (peer, batch) in times
+    }
+    return {"batch": batch, **ratios}
+
+
+def next_steps(manifest: dict[str, Any], missed: list[dict[str, Any]]) -> list[str]:
+    """Commands that are worth a try after this compilation, the most useful first."""
+    model = manifest["command"].removeprefix("grc compile ")
+    steps = [f"grc opt {model} --passes {r['pass']} --print-after all" for r in rolled_back(manifest)]
+    if missed:
+        steps.append(f"grc explain {model}")
+    steps += [f"grc doctor  ({engine}: {reason})" for engine, reason in manifest["rejected"].items()]
+    return steps
+
+
+def microseconds(value: float) -> str:
+    """`63 us`, `2.8 ms`, `1.20 s`."""
+    if value < 1e3:
+        return f"{value:.0f} us"
+    return f"{value / 1e3:.1f} ms" if value < 1e6 else f"{value / 1e6:.2f} s"
+
+
+def size(count: float) -> str:
+    """`312 B`, `4.5 KB`, `668 MB`: powers of 1000, three digits."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            break
+        count /= 1000
+    else:
+        unit = "TB"
+    return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
