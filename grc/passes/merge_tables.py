@@ -49,7 +49,8 @@ class MergeTables(Pass):
         groups = [*grouped(graph)]
         arenas = build_arenas(edit, groups)
         place = {node: i for i, node in enumerate(graph.graph.nodes)}
-        changes = [merge(edit, group, arenas, place) for group in groups]
+        # From the last operands of a cat to its first, so that the places of those before them stay what they are.
+        changes = [merge(edit, group, arenas, place) for group in sorted(groups, key=lambda group: -group.start)]
         edit.sort()
         edit.finish()
         return changes

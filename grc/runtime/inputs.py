@@ -49,18 +49,7 @@ class InputCheck:
         for entry in manifest["ids"] if manifest["on_bad_id"] == "error" else ():
             limit = Limit(entry["start"], entry["stop"], entry["rows"], entry["table"], entry["padding"])
             self.limits.setdefault(entry["input"], []).append(limit)
-        self.rows = {i: self.row_limits(i, limits) for i, limits in self.limits.items()}
-
-    def row_limits(self, index: int, limits: list[Limit]) -> torch.Tensor | None:
-        """Rows by column where every column of a matrix has its table, so that one comparison checks all."""
-        sizes = self.specs[index]["sizes"]
-        if len(sizes) != 2 or not isinstance(sizes[1], int) or any(limit.padding is not None for limit in limits):
-            return None
-        rows = torch.full((sizes[1],), torch.iinfo(torch.int64).max)
-        for limit in limits:
-            stop = sizes[1] if limit.stop is None else limit.stop
-            rows[limit.start : stop] = rows[limit.start : stop].clamp(max=limit.rows)
-        return None if (rows == torch.iinfo(torch.int64).max).any() else rows.to(self.dtypes[index])
+        self.smallest = {i: min(limit.rows for limit in limits) for i, limits in self.limits.items()}
 
     def batch(self, inputs: Sequence[Any]) -> int:
         """The batch of a request. Raises InputError naming the input that does not fit."""
@@ -128,10 +117,12 @@ class InputCheck:
     def ids(self, inputs: Sequence[torch.Tensor]) -> None:
         """Raise InputError for the first id outside of its table."""
         for index, limits in self.limits.items():
-            tensor, rows = inputs[index], self.rows[index]
-            if rows is not None:
-                if not bool(((tensor < 0) | (tensor >= rows)).any()):
-                    continue
+            tensor = inputs[index]
+            if tensor.numel() == 0:
+                continue
+            low, high = torch.aminmax(tensor)  # one pass settles the usual case: every id fits the smallest table
+            if low.item() >= 0 and high.item() < self.smallest[index]:
+                continue
             for limit in limits:
                 part = tensor if limit.stop is None else tensor[..., limit.start : limit.stop]
                 bad = (part < 0) | (part >= limit.rows)

@@ -130,7 +130,7 @@ class Program:
         padded = batch < self.min_batch
         ready = self.check.padded(inputs, batch, self.min_batch) if padded else inputs
         try:
-            answers = self.runs[part](list(ready))
+            answers = self.runs[part]([plain(tensor) for tensor in ready])
         except GrcError:
             raise
         except Exception as error:  # an engine's own failure: name the input where one is to blame
@@ -141,9 +141,11 @@ class Program:
         if padded:
             answers = [self.unpadded(a, spec, batch) for a, spec in zip(answers, self.outputs, strict=True)]
         for answer in answers:
-            if answer.is_floating_point() and answer.sum().isnan():
-                self.check.nan(inputs)
-                break
+            if answer.is_floating_point():
+                total = answer.sum().item()
+                if total != total:  # NaN: one reduction finds it wherever it is
+                    self.check.nan(inputs)
+                    break
         return answers
 
     def unpadded(self, answer: torch.Tensor, spec: dict[str, Any], batch: int) -> torch.Tensor:
@@ -158,6 +160,13 @@ class Program:
             torch.empty([s if isinstance(s, int) else 0 for s in spec["sizes"]], dtype=getattr(torch, spec["dtype"]))
             for spec in self.outputs
         ]
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous and without history: compiled code reads memory by the strides it was built for."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def same_structure(a: Any, b: Any) -> bool:

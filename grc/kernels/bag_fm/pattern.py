@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,8 +48,6 @@ class BagFm(Fusion):
             both.meta["tables"] = lookup.meta.get("tables")
             rows_out, fm = edit.item(both, 0), edit.item(both, 1)
         edit.replace(lookup, rows_out)
-        if term and term.inner is not None and term.rest is not None:
-            edit.replace(term.inner, term.rest)
         with edit.at(old):
             new = edit.reshape(fm, -1, *[int(s) for s in shape(old)[1:]])
         return Fused(old, new, f"{6 + 2 * bool(term)} launches, {4 * count * dim * readers / 1024:.1f} KB a row")
@@ -134,7 +131,6 @@ def pair_sum(module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.Node] |
     return features, node  # type: ignore[return-value]
 
 
-@dataclass(frozen=True)
 @dataclass(frozen=True)
 class Linear:
     """A linear term found beside the second-order one: its look-up, the sum that it enters, and that sum without it."""

@@ -59,7 +59,9 @@ def operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
 
 def by_vector(node: fx.Node) -> bool:
     """True for `x0 (x . w) + b + x`: x0 `[B, D, 1]` times one number a row."""
-    for product in node.args:
+    for product, x in (node.args, node.args[::-1]) if len(node.args) == 2 else ():
+        if not isinstance(x, fx.Node) or x.op == "get_attr":
+            continue
         while is_op(product, aten.reshape, aten.add):
             product = product.args[0]  # type: ignore[union-attr]
         if is_op(product, aten.bmm) and same_size(value(product.args[1]).numel(), value(product).shape[0]):  # type: ignore[union-attr]

@@ -1,0 +1,140 @@
+"""The program: the model's own signature, every request checked, safe from many threads."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import grc
+from grc.errors import InputError
+from grc.runtime.structure import flatten, unflatten
+
+
+class Ranker(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(n, 8) for n in (20, 30))
+        self.top = nn.Linear(5 + 16, 3)
+
+    def forward(self, dense: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        rows = [table(ids[:, i]) for i, table in enumerate(self.tables)]
+        scores = self.top(torch.cat([dense, *rows], 1))
+        return {"scores": scores, "best": scores.argmax(1)}
+
+
+def ranker_inputs(batch: int) -> tuple[Tensor, Tensor]:
+    make = torch.Generator().manual_seed(batch)
+    ids = torch.stack([torch.randint(n, (batch,), generator=make) for n in (20, 30)], 1)
+    return torch.rand(batch, 5, generator=make), ids
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return Ranker().eval()
+
+
+@pytest.fixture(scope="module", params=["eager", pytest.param("inductor", marks=pytest.mark.engine)])
+def program(request: pytest.FixtureRequest, model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> grc.Program:
+    output = tmp_path_factory.mktemp("program") / "ranker.grc"
+    options = grc.Options(output=output, engine=request.param, batches=(1, 8), max_batch=64)
+    grc.compile(model, ranker_inputs, options)
+    return grc.load(output)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 2, 7, 64])
+def test_answers_as_the_model_does(program: grc.Program, model: nn.Module, batch: int) -> None:
+    inputs = ranker_inputs(batch)
+    expected, found = model(*inputs), program(*inputs)
+    assert list(found) == ["scores", "best"]
+    torch.testing.assert_close(found["scores"], expected["scores"])
+    assert torch.equal(found["best"], expected["best"])
+
+
+def test_takes_keywords(program: grc.Program) -> None:
+    dense, ids = ranker_inputs(3)
+    by_name, by_place = program(ids=ids, dense=dense), program(dense, ids)
+    assert torch.equal(by_name["scores"], by_place["scores"])
+
+
+def test_batch_zero_is_answered_with_empty_outputs(program: grc.Program) -> None:
+    dense, ids = ranker_inputs(1)
+    found = program(dense[:0], ids[:0])
+    assert found["scores"].shape == (0, 3) and found["best"].dtype is torch.int64
+
+
+def test_strided_inputs_and_inputs_with_history_are_read_rightly(program: grc.Program) -> None:
+    dense, ids = ranker_inputs(6)
+    wide = torch.stack([dense, dense], -1).requires_grad_()
+    expected = program(dense, ids)["scores"]
+    assert torch.equal(program(wide[..., 0], ids.t().contiguous().t())["scores"], expected)
+
+
+def test_many_threads_get_their_own_answers(program: grc.Program) -> None:
+    requests = [ranker_inputs(batch) for batch in (1, 3, 8, 13)]
+    expected = [program(*inputs)["scores"].clone() for inputs in requests]
+
+    def ask(turn: int) -> bool:
+        return torch.equal(program(*requests[turn % 4])["scores"], expected[turn % 4])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, range(400)))
+
+
+BAD = [
+    (lambda d, i: (d.double(), i), 'input "dense" is float64; the model takes float32'),
+    (lambda d, i: (d, i.int()), 'input "ids" is int32; the model takes int64'),
+    (lambda d, i: (d[0], i), 'input "dense" has 1 dimensions [5]; the model takes [batch, 5]'),
+    (lambda d, i: (d[:, :4], i), 'input "dense" has shape [4, 4]; the model takes [batch, 5]'),
+    (lambda d, i: (d[:2], i), 'input "ids" has size 4 in dimension 0; at batch 2 it must be 2'),
+    (lambda d, i: (d.repeat(20, 1), i.repeat(20, 1)), "the request has batch 80; the artifact takes up to 64"),
+    (lambda d, i: (d, i + 20), 'input "ids" has id 30 at row 0, column 0; table tables.0.weight has 20 rows'),
+    (lambda d, i: (d, i - 40), 'input "ids" has id -30 at row 0, column 0; table tables.0.weight has 20 rows'),
+    (lambda d, i: (d, "ids"), 'input "ids" is a str, not a tensor'),
+    (lambda d, i: (d,), "the request misses input ids; ranker takes dense, ids"),
+    (lambda d, i: (d, i, i), "the request has too many inputs; ranker takes dense, ids"),
+    (lambda d, i: (d.index_fill(1, torch.tensor([2]), torch.nan), i), 'input "dense" holds nan at [0, 2]'),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), BAD, ids=[message[:40] for _, message in BAD])
+def test_a_bad_request_is_named(program: grc.Program, spoil: object, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        program(*spoil(*ranker_inputs(4)))  # type: ignore[operator]
+    assert caught.value.message == message and caught.value.hint
+    program(*ranker_inputs(4))  # the next request is answered
+
+
+@pytest.mark.parametrize("policy", ["zero", "clamp", "hash"])
+def test_bad_ids_by_policy(model: nn.Module, tmp_path: Path, policy: str) -> None:
+    options = grc.Options(output=tmp_path / "r.grc", engine="eager", batches=(4,), on_bad_id=policy)  # type: ignore[arg-type]
+    grc.compile(model, ranker_inputs, options)
+    dense, ids = ranker_inputs(4)
+    bad = ids.clone()
+    bad[0, 0], bad[2, 1] = 25, -3
+    found = grc.load(tmp_path / "r.grc")(dense, bad)["scores"]
+    rows = torch.tensor([20, 30])
+    mended = {"zero": bad, "clamp": bad.clamp(min=0).minimum(rows - 1), "hash": bad.remainder(rows)}[policy]
+    with torch.no_grad():
+        if policy == "zero":
+            looked = [t(mended[:, i].clamp(0, int(rows[i]) - 1)) for i, t in enumerate(model.tables)]  # type: ignore[arg-type]
+            looked[0][0], looked[1][2] = 0, 0
+            expected = model.top(torch.cat([dense, *looked], 1))  # type: ignore[operator]
+        else:
+            expected = model(dense, mended)["scores"]
+    torch.testing.assert_close(found, expected)
+
+
+def test_structures_survive_json() -> None:
+    values = torch.rand(3, 4).topk(2)
+    nested = {"a": [torch.ones(1), (torch.zeros(2), 3, None)], "b": values}
+    leaves: list[Tensor] = []
+    structure = flatten(nested, leaves)
+    back = unflatten(structure, leaves)
+    assert back["a"][1][1:] == (3, None) and type(back["b"]) is torch.return_types.topk
+    assert torch.equal(back["b"].indices, values.indices)
