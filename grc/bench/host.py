@@ -63,7 +63,9 @@ def cpu_model() -> str:
         fields.setdefault(key.strip(), value.strip())
     name = fields.get("model name") or platform.processor() or platform.machine()
     # Virtual machines hide the model's name; family and model number still tell the generation.
-    number = f" (family {fields['cpu family']} model {fields['model']})" if {"cpu family", "model"} <= set(fields) else ""
+    number = (
+        f" (family {fields['cpu family']} model {fields['model']})" if {"cpu family", "model"} <= set(fields) else ""
+    )
     return name + number
 
 

@@ -182,7 +182,9 @@ def measure_batch(run: Run, names: Sequence[str], batch: int, pools: dict[str, l
         trials = prove(run, contenders, requests[0])
         time_all(trials, requests, run.settings)
         best = best_forms(trials)
-        absent = [Trial(Contender(n, "", *([flat] * 3)), refused=failed[n]) for n in names if n in failed and n not in best]
+        absent = [
+            Trial(Contender(n, "", *([flat] * 3)), refused=failed[n]) for n in names if n in failed and n not in best
+        ]
         for trial in [*best.values(), *absent]:
             rows.append(row_of(run.common, trial, batch, kind, len(requests)))
     return rows
@@ -192,7 +194,9 @@ def measure_batch(run: Run, names: Sequence[str], batch: int, pools: dict[str, l
 def prove(run: Run, contenders: Sequence[Contender], request: Request) -> list[Trial]:
     """Every contender's answer to one request, beside the fp64 oracle's and the eager model's."""
     module, device = run.subject.source.model.module, run.settings.device
-    args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, (request.args, request.kwargs))
+    args, kwargs = pytree.tree_map(
+        lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, (request.args, request.kwargs)
+    )
     truth = [tensor.cpu() for tensor in flat(run_fp64(module, *args, **kwargs))]
     baseline = judge([tensor.cpu() for tensor in flat(module(*args, **kwargs))], truth)
     trials = []

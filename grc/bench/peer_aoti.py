@@ -16,6 +16,7 @@ from grc.graph.capture import EXPORT_BATCH, quiet_export
 from grc.lowering.engine import Lowerable
 from grc.lowering.export import export_graph
 from grc.lowering.inductor import linking_compiler
+from grc.lowering.onnxruntime import quiet
 
 
 def build_aoti(subject: Subject, example: Request, batch: int) -> Iterator[Contender]:
@@ -39,7 +40,7 @@ def aoti_package(subject: Subject, batch: int, dynamic: bool, autotune: bool) ->
         if subject.device == "cpu":
             configs |= {"max_autotune_gemm_backends": "CPP,ATEN"}
     file = subject.folder / f"{'autotuned' if autotune else 'default'}-{batch}.pt2"
-    with torch.no_grad(), quiet_export():
+    with torch.no_grad(), quiet_export(), quiet():
         torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=configs)
     return file, clock.read()
 

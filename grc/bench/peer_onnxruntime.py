@@ -18,15 +18,14 @@ from grc.lowering.engine import Lowerable
 from grc.lowering.onnxruntime import externalise, onnx_model
 from grc.options import Options
 from grc.passes.manager import Proof, run_passes
-from grc.passes.normalise import Normalise
 from grc.passes.pipeline import pipeline
 
 
 def build_onnxruntime(subject: Subject, example: Request, batch: int) -> Iterator[Contender]:
     """ONNX Runtime with all graph optimisations, on numpy inputs made ahead of the clock.
 
-    The exporter writes EmbeddingBag as a Scan or Loop, which runs one row at a time; the peer is then given the same model
-    with its bags written as plain look-ups.
+    The exporter writes EmbeddingBag as a Scan or Loop, which runs one row at a time; the peer is then given the graph that
+    grc made of the model, in plain operators.
     """
     import onnxruntime as ort
 
@@ -93,22 +92,17 @@ def onnx_session(subject: Subject, ort: Any) -> Session:
 
 
 def first_export(source: Source, own: Lowerable) -> tuple[str, tuple[Any, dict[str, torch.Tensor]]]:
-    """The model's own export, or the first of its plainer forms that the exporter writes without a loop over rows.
+    """The model's own export or, where that holds a loop over rows, the export of grc's graph with its fused ops written
+    out: the peer then profits from grc's merged tables, which is the best form it can be given.
 
-    A bag of one id becomes a look-up by grc's normalisation alone; a bag of several only by its merged tables, and the peer
-    then gets those too. Raises LoweringError with the reason of the model's own export when no form exports.
+    Raises LoweringError with the reason of the model's own export when neither exports.
     """
     try:
         return "model's own export", onnx_model(own)
     except LoweringError as error:
         proof = Proof([source.inputs(size) for size in source.proof_batches()]).prepare(source.graph)
-        for label, passes in (
-            ("bags as plain look-ups", [Normalise()]),
-            ("grc's graph without its kernels", pipeline(Options(), FUSIONS)),
-        ):
-            graph, _ = run_passes(source.graph, passes, proof)
-            try:
-                return f"{label} ({error.message})", onnx_model(Lowerable(graph, own.inputs, own.shapes))
-            except LoweringError:
-                continue
-        raise
+        graph, _ = run_passes(source.graph, pipeline(Options(), FUSIONS), proof)
+        try:
+            return f"grc's graph, plain ({error.message})", onnx_model(Lowerable(graph, own.inputs, own.shapes))
+        except LoweringError:
+            raise error from None

@@ -12,6 +12,7 @@ from grc.bench import cuda
 from grc.bench.contender import Contender, Stopwatch, called, flat
 from grc.bench.requests import Request
 from grc.bench.subject import Subject
+from grc.lowering.onnxruntime import quiet
 
 
 def build_eager(subject: Subject, example: Request, batch: int) -> Iterator[Contender]:
@@ -33,7 +34,7 @@ def build_compile(subject: Subject, example: Request, batch: int) -> Iterator[Co
         options = {**list_mode_options("max-autotune", dynamic=False), "freezing": freezing}
         module = torch.compile(subject.source.model.module, dynamic=False, options=options)
         # Dynamo asks the global setting whether parameters are constants, when it traces the first call.
-        with config.patch(freezing=freezing), torch.inference_mode():
+        with config.patch(freezing=freezing), torch.inference_mode(), quiet():
             for _ in range(3):
                 args, kwargs = on_device(example, subject.device)
                 module(*args, **kwargs)
@@ -45,9 +46,7 @@ def build_compile(subject: Subject, example: Request, batch: int) -> Iterator[Co
 
 def module_contender(subject: Subject, example: Request, name: str, form: str, module: Any) -> Contender:
     if subject.device != "cuda":
-        return Contender(
-            name, form, called, lambda call: module(*call[0], **call[1]), flat, scope=torch.inference_mode
-        )
+        return Contender(name, form, called, lambda call: module(*call[0], **call[1]), flat, scope=torch.inference_mode)
     spec = pytree.tree_structure((example.args, example.kwargs))
 
     def function(inputs: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -27,7 +27,9 @@ def plot_times(rows: Sequence[Row], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(max(6.0, 1.6 * len(found)), 4.0), layout="constrained")
     width = 0.8 / len(engines)
     for number, name in enumerate(engines):
-        timed = [(x, row) for x, cell in enumerate(found) for row in cell.rows if row["engine"] == name and time_of(row)]
+        timed = [
+            (x, row) for x, cell in enumerate(found) for row in cell.rows if row["engine"] == name and time_of(row)
+        ]
         places = [x + (number - (len(engines) - 1) / 2) * width for x, _ in timed]
         medians = [row["p50_us"] for _, row in timed]
         below = [max(row["p50_us"] - row["min_us"], 0.0) for _, row in timed]

@@ -78,9 +78,7 @@ def pool(draw: Draw, source: Source, batch: int, bytes: int) -> list[Request]:
     drawn = draw(batch * count, SEED)
     leaves, spec = pytree.tree_flatten(drawn)
     # A cut is copied: a view may start where no vector load is aligned, and would keep the whole draw alive.
-    cuts = [
-        leaf.split(batch) if isinstance(leaf, torch.Tensor) else itertools.repeat(leaf, count) for leaf in leaves
-    ]
+    cuts = [leaf.split(batch) if isinstance(leaf, torch.Tensor) else itertools.repeat(leaf, count) for leaf in leaves]
     found = []
     for parts in zip(*cuts, strict=True):
         own = [part.clone() if isinstance(part, torch.Tensor) else part for part in parts]

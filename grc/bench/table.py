@@ -53,7 +53,9 @@ def cells(rows: Iterable[Row]) -> list[Cell]:
         place = tuple(row[name] for name in ("model", "device", "precision", "batch", "ids", "machine"))
         grouped.setdefault(place, []).append(row)
     found = []
-    for place, group in sorted(grouped.items(), key=lambda item: tuple(map(str, item[0][:3])) + (item[0][4], item[0][3])):
+    for place, group in sorted(
+        grouped.items(), key=lambda item: tuple(map(str, item[0][:3])) + (item[0][4], item[0][3])
+    ):
         ordered = sorted(group, key=lambda row: (row["engine"] != "grc", time_of(row) or math.inf))
         found.append(Cell(*place, rows=tuple(ordered)))
     return found
@@ -127,7 +129,9 @@ def aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     left = {1, 2}
     return [
-        "  ".join(v.ljust(w) if i in left else v.rjust(w) for i, (v, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+        "  ".join(
+            v.ljust(w) if i in left else v.rjust(w) for i, (v, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
         for line in lines
     ]
 
@@ -149,7 +153,9 @@ def markdown_table(rows: Sequence[Row]) -> str:
                 shown(own),
                 "" if own is None or time_of(own) is None else f"{own['spread']:.0%}",
                 *(shown(by_name.get(name)) for name in peers),
-                "" if cell.ratio is None else f"**{cell.ratio:.2f}x** {cell.best_peer['engine'] if cell.best_peer else ''}",
+                ""
+                if cell.ratio is None
+                else f"**{cell.ratio:.2f}x** {cell.best_peer['engine'] if cell.best_peer else ''}",
                 "" if own is None or own["max_error"] is None else f"{own['max_error']:.1e}",
                 "" if own is None or own["overlap100"] is None else f"{own['overlap100']:.3f}",
             ]

@@ -1,4 +1,4 @@
-"""The command line: one file per command, each of which parses, calls and shows. Data goes to stdout, words to stderr."""
+"""The command line: one file per command, which parses, calls and shows. Data goes to stdout, words to stderr."""
 
 from grc.cli.app import main
 

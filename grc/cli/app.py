@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from grc.runtime.version import VERSION
 class Commands(TyperGroup):
     """The commands, in the order in which they were registered, with grc's own way to fail."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         with Failing(ctx):
             return super().invoke(ctx)
 
@@ -55,4 +56,6 @@ for command in (compile, run, inspect, explain, opt, check, export_onnx, doctor)
 
 
 def main() -> None:
+    """Run the command line. SIGTERM ends it as an exit does, so that a half-written artifact is removed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     app()

@@ -69,7 +69,17 @@ def command(
         drawing(plot)
     restart_tuned(threads)
     say(f"memory: {allocator()}")
-    said = ["grc", "bench", shown(model), "--against", ",".join(names), "--batches", batches, "--seconds", f"{seconds:g}"]
+    said = [
+        "grc",
+        "bench",
+        shown(model),
+        "--against",
+        ",".join(names),
+        "--batches",
+        batches,
+        "--seconds",
+        f"{seconds:g}",
+    ]
     said += ["--threads", str(threads)] if threads is not None else []
     said += ["--device", device] if device != "cpu" else []
     said += ["--engine", engine] if engine != "auto" else []

@@ -35,7 +35,9 @@ def command(artifact: p.ArtifactPath, json: p.Json = False, traceback: Traceback
         rows.append({"part": engine or "routing", "error": error, "ok": within(error, own, QUALITY)})
     bad = [row for row in rows if not row["ok"]]
     if json:
-        put_json({"path": str(artifact), "files": len(opened.manifest["files"]), "requests": len(requests), "parts": rows})
+        put_json(
+            {"path": str(artifact), "files": len(opened.manifest["files"]), "requests": len(requests), "parts": rows}
+        )
     else:
         put(f"{artifact}: {len(opened.manifest['files'])} files as written, {len(requests)} golden requests replayed")
         for line in table([(r["part"], f"largest error {r['error']:.1e}", "ok" if r["ok"] else "WRONG") for r in rows]):

@@ -70,6 +70,7 @@ def command(
         seed=seed,
     )
     p.check_passes(options.disable, NAMES)
+    p.check_engine(engine)
     with Reporting() as progress:
         artifact = compile(model, None, options, progress, graph_printer(print_after or [], NAMES))
     if timing:

@@ -20,6 +20,9 @@ def command(json: p.Json = False, traceback: Traceback = False) -> None:
     if json:
         put_json({finding.name: asdict(finding) for finding in found})
         return
-    rows = [(f.kind, f.name, "yes" if f.usable else "no", f.detail + (f"   try: {f.command}" if f.command else "")) for f in found]
+    rows = [
+        (f.kind, f.name, "yes" if f.usable else "no", f.detail + (f"   try: {f.command}" if f.command else ""))
+        for f in found
+    ]
     for line in table(rows):
         put(line)

@@ -69,7 +69,9 @@ def compiler() -> Finding:
     except GrcError as error:
         return Finding("software", "c++", False, error.message, "apt-get install g++")
     done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-    return Finding("software", "c++", done.returncode == 0, f"{path}: {(done.stdout or done.stderr).partition(chr(10))[0]}")
+    return Finding(
+        "software", "c++", done.returncode == 0, f"{path}: {(done.stdout or done.stderr).partition(chr(10))[0]}"
+    )
 
 
 def isa() -> Finding:
@@ -85,7 +87,9 @@ def threads() -> Finding:
     cores = len(os.sched_getaffinity(0))
     used = torch.get_num_threads()
     detail = f"torch uses {used} threads on {cores} cores"
-    return Finding("hardware", "threads", used <= cores, detail, None if used <= cores else f"export OMP_NUM_THREADS={cores}")
+    return Finding(
+        "hardware", "threads", used <= cores, detail, None if used <= cores else f"export OMP_NUM_THREADS={cores}"
+    )
 
 
 def huge_pages() -> Finding:

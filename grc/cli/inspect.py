@@ -61,11 +61,23 @@ def sections(manifest: dict[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]
             [(spec["name"], spec["dtype"], check.described(i)) for i, spec in enumerate(manifest["inputs"])],
         ),
         ("outputs", [(n, spec["dtype"], listed(spec["sizes"])) for n, spec in named_outputs(manifest)]),
-        ("ids", [(manifest["inputs"][e["input"]]["name"], columns(e), f"{e['rows']} rows", e["table"]) for e in manifest["ids"]]),
+        (
+            "ids",
+            [
+                (manifest["inputs"][e["input"]]["name"], columns(e), f"{e['rows']} rows", e["table"])
+                for e in manifest["ids"]
+            ],
+        ),
         (
             f"layers: {parameters(layers):,} parameters, {size(total)}, {flops:,} FLOPs a row",
             [
-                (x["name"], x["kind"], "x".join(map(str, x["shape"])), size(x["bytes"]), f"{x['flops']:,} FLOPs" if x["flops"] else "")
+                (
+                    x["name"],
+                    x["kind"],
+                    "x".join(map(str, x["shape"])),
+                    size(x["bytes"]),
+                    f"{x['flops']:,} FLOPs" if x["flops"] else "",
+                )
                 for x in layers
             ],
         ),
@@ -86,7 +98,11 @@ def parameters(layers: list[dict[str, Any]]) -> int:
 def columns(entry: dict[str, Any]) -> str:
     if entry["stop"] is None:
         return "all columns"
-    return f"column {entry['start']}" if entry["stop"] == entry["start"] + 1 else f"columns {entry['start']}..{entry['stop'] - 1}"
+    return (
+        f"column {entry['start']}"
+        if entry["stop"] == entry["start"] + 1
+        else f"columns {entry['start']}..{entry['stop'] - 1}"
+    )
 
 
 def listed(sizes: list[Any]) -> str:
@@ -108,10 +124,14 @@ def engine_rows(manifest: dict[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("", *(f"batch {b}" for b in measured), "error")]
     for engine in engines:
         marks = [
-            microseconds(times[engine, b]) + ("*" if engine_at(manifest, b) == engine else "") if (engine, b) in times else ""
+            microseconds(times[engine, b]) + ("*" if engine_at(manifest, b) == engine else "")
+            if (engine, b) in times
+            else ""
             for b in measured
         ]
         error = manifest["quality"].get(engine)
         rows.append((engine, *marks, "" if error is None else f"{error:.1e}"))
-    rows += [(engine, *("" for _ in measured), f"left out: {reason}") for engine, reason in manifest["rejected"].items()]
+    rows += [
+        (engine, *("" for _ in measured), f"left out: {reason}") for engine, reason in manifest["rejected"].items()
+    ]
     return rows

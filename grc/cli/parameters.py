@@ -16,7 +16,9 @@ Model = Annotated[
 ]
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder that grc compile wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
-Disable = Annotated[list[str] | None, typer.Option("--disable", metavar="PASS", help="Leave a pass out; may be repeated.")]
+Disable = Annotated[
+    list[str] | None, typer.Option("--disable", metavar="PASS", help="Leave a pass out; may be repeated.")
+]
 BisectLimit = Annotated[
     int | None,
     typer.Option("--bisect-limit", metavar="N", min=0, help="Stop after N passes have changed something."),
@@ -51,3 +53,12 @@ def check_passes(names: Sequence[str], known: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             raise GrcError(f"there is no pass {name}", f"the passes are {', '.join(known)}")
+
+
+def check_engine(name: str) -> None:
+    """Refuse an engine that does not exist before any work is done."""
+    from grc.errors import LoweringError
+    from grc.runtime.engines import LOADERS
+
+    if name != "auto" and name not in LOADERS:
+        raise LoweringError(f"there is no engine {name}", f"choose auto or one of {', '.join(LOADERS)}")

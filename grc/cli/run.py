@@ -35,7 +35,8 @@ def command(
         typer.Option("--format", help="The format, where no extension tells it."),
     ] = None,
     request: Annotated[
-        bool, typer.Option("--request", help="INPUT is a JSON request for preprocess(); print what postprocess() gives.")
+        bool,
+        typer.Option("--request", help="INPUT is a JSON request for preprocess(); print postprocess()'s answer."),
     ] = False,
     example: Annotated[bool, typer.Option("--example", help="Write an example INPUT instead of running.")] = False,
     engine: Annotated[str | None, typer.Option(metavar="NAME", help="Answer with one of the artifact's parts.")] = None,

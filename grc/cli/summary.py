@@ -9,7 +9,7 @@ from typing import Any
 
 from grc.report.summary import microseconds, size
 
-MOST = 64  # characters of a source line that are shown
+MOST = 48  # characters of a source line that are shown
 
 
 def put(text: str = "") -> None:
@@ -26,7 +26,7 @@ def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> Iterable[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)]
-        yield indent + "  ".join([*cells, row[-1]]).rstrip()
+        yield (indent + "  ".join([*cells, row[-1]])).rstrip()
 
 
 def show_changes(summary: dict[str, Any]) -> None:
@@ -56,7 +56,9 @@ def place(change: dict[str, Any]) -> str:
 def show_closing(summary: dict[str, Any], path: str, count: int) -> None:
     """The last lines: name, size, speed and error, then what to try next."""
     speed = summary["speed"] or {}
-    times = [f"{speed[k]:.1f}x {title}" for k, title in (("eager", "eager"), ("aotinductor", "AOTInductor")) if k in speed]
+    times = [
+        f"{speed[k]:.1f}x {title}" for k, title in (("eager", "eager"), ("aotinductor", "AOTInductor")) if k in speed
+    ]
     how = f"{', '.join(times)} at batch {speed['batch']}" if times else "not measured"
     put()
     put(f"  {path}   {size(count)}   {how}   largest error {summary['error']:.1e}")

@@ -1,4 +1,4 @@
-"""Requests and answers in files: JSON (columns or rows), JSON lines, npz and parquet, by the names of the model's inputs."""
+"""Requests and answers in files: JSON, JSON lines, npz and parquet, by the names of the model's inputs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def decode(data: bytes, form: str, specs: Sequence[Mapping[str, Any]]) -> list[t
 
 
 def tensor_of(value: Any, spec: Mapping[str, Any], exact: bool) -> torch.Tensor:
-    """A tensor of the input's dtype; an array that has a dtype of its own, from npz, is left for the program to judge."""
+    """A tensor of the input's dtype; an npz array has a dtype of its own, which is left for the program to judge."""
     if exact:
         return torch.from_numpy(value)
     try:

@@ -38,7 +38,22 @@ class Fp64(TorchDispatchMode):
         if packet in FACTORIES and kwargs.get("dtype") is None and torch.get_default_dtype() is not torch.float64:
             result = func(*args, **kwargs)
             return tree_map(widen, result)
+        if func.namespace in ("aten", "prims", "grc"):
+            return func(*args, **kwargs)
+        return foreign(func, args, kwargs)
+
+
+def foreign(func: Any, args: Any, kwargs: Any) -> Any:
+    """A library's own operator, in float32 where it has no kernel for float64."""
+    try:
         return func(*args, **kwargs)
+    except NotImplementedError:
+        args, kwargs = tree_map(single, args), tree_map(single, kwargs)
+        return tree_map(widen, func(*args, **kwargs))
+
+
+def single(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype is torch.float64 else value
 
 
 class Alike(TorchFunctionMode):

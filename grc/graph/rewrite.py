@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 def fake_mode(module: fx.GraphModule) -> FakeTensorMode:
@@ -38,6 +40,9 @@ def find_attribute(module: torch.nn.Module, path: str) -> Any:
     for part in path.split("."):
         found = getattr(found, part)
     return found
+
+
+SMALL = 1 << 20  # bytes
 
 
 class Rewriter:
@@ -73,12 +78,39 @@ class Rewriter:
         names = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(self.named.get(name, 1))))
         unique = next(n for n in names if not hasattr(self.module, n))
         self.named[name] = self.named.get(name, 0) + 1
-        self.module.register_buffer(unique, tensor)
+        if tensor.nbytes > SMALL and tensor.is_floating_point():  # AOTInductor clones buffers, and parameters it does not
+            self.module.register_parameter(unique, torch.nn.Parameter(tensor, requires_grad=False))
+        else:
+            self.module.register_buffer(unique, tensor)
         first = next(iter(self.graph.nodes))
         with self.graph.inserting_before(first):
             node = self.graph.get_attr(unique)
         node.meta["val"] = self.mode.from_tensor(tensor, static_shapes=True)
         return node
+
+    def inline(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Insert the operators that `function` calls on these arguments, and return its results as nodes.
+
+        It is traced on the recorded values, with the graph's own symbols; arguments may hold nodes in lists.
+        """
+        leaves, spec = tree_flatten(args)
+        nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
+
+        def call(*values: Any) -> Any:
+            given = iter(values)
+            return function(*tree_unflatten([next(given) if isinstance(v, fx.Node) else v for v in leaves], spec))
+
+        with torch.no_grad():
+            traced = make_fx(call, tracing_mode="symbolic")(*[node.meta["val"] for node in nodes])
+        traced.graph.eliminate_dead_code()
+        inputs = [n for n in traced.graph.nodes if n.op == "placeholder"]
+        mapping = dict(zip(inputs, nodes, strict=True))
+        result = self.graph.graph_copy(traced.graph, mapping)
+        for old, new in mapping.items():
+            if old.op != "placeholder":
+                new.meta = {k: v for k, v in self.origin.meta.items() if k in ("stack_trace", "nn_module_stack")}
+                new.meta["val"] = old.meta["val"]
+        return result
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         old.replace_all_uses_with(new)

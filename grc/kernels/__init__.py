@@ -7,8 +7,9 @@ from grc.kernels.cross import CROSS
 from grc.kernels.fusion import FusedOp
 from grc.kernels.lookup import LOOKUP
 from grc.kernels.packed_linear import PACKED_LINEAR
+from grc.kernels.score_topk import PACKED_SCORE_TOPK, SCORE_TOPK
 
-OPS: tuple[FusedOp, ...] = (LOOKUP, BAG_DOT, BAG_FM, CROSS, PACKED_LINEAR)
+OPS: tuple[FusedOp, ...] = (LOOKUP, BAG_DOT, BAG_FM, CROSS, PACKED_LINEAR, SCORE_TOPK, PACKED_SCORE_TOPK)
 
 for op in OPS:
     register(op)
@@ -17,6 +18,7 @@ from grc.kernels.bag_dot.pattern import BagDot  # noqa: E402
 from grc.kernels.bag_fm.pattern import BagFm  # noqa: E402
 from grc.kernels.cross.pattern import Cross  # noqa: E402
 from grc.kernels.fusion import Fusion  # noqa: E402
+from grc.kernels.score_topk.pattern import ScoreTopk  # noqa: E402
 
-FUSIONS: tuple[Fusion, ...] = (BagDot(), BagFm(), Cross())
+FUSIONS: tuple[Fusion, ...] = (BagDot(), BagFm(), Cross(), ScoreTopk())
 """In the order in which they are tried: the largest patterns first."""

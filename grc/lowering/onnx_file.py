@@ -26,8 +26,8 @@ ALIGNMENT = 4096  # bytes: external tensors that begin on a page can be memory-m
 def write_onnx(source: Source, graph: torch.fx.GraphModule, folder: Path) -> float | None:
     """Write model.onnx and its weights into `folder`, and check them with onnx's checker and strict shape inference.
 
-    Returns the largest difference from the eager model, run by ONNX Runtime at two batch sizes; None where ONNX Runtime is
-    not installed. Raises LoweringError when the graph has no ONNX form, or the file is wrong.
+    Returns the largest difference from the eager model, run by ONNX Runtime at two batch sizes; None where it is not
+    installed. Raises LoweringError when the graph has no ONNX form, or the file is wrong.
     """
     absent = [m for m in ("onnx", "onnxscript") if importlib.util.find_spec(m) is None]
     if absent:

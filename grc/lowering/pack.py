@@ -9,7 +9,7 @@ from torch import fx
 
 from grc.graph.match import argument, aten, attribute, is_op, only_user, same_shape, value
 from grc.graph.rewrite import Rewriter, copy_graph
-from grc.kernels import CROSS, PACKED_LINEAR
+from grc.kernels import CROSS, PACKED_LINEAR, PACKED_SCORE_TOPK, SCORE_TOPK
 from grc.kernels.packed_linear import pack
 
 NONE, RELU, GELU, GELU_TANH, SILU, SIGMOID, TANH = range(7)
@@ -17,7 +17,7 @@ ACTIVATIONS = {aten.relu: RELU, aten.silu: SILU, aten.sigmoid: SIGMOID, aten.tan
 
 
 def pack_linears(graph: fx.GraphModule, isa: str) -> fx.GraphModule:
-    """A copy of the graph in which fp32 linear layers with constant weights, and cross layers, are packed."""
+    """A copy of the graph in which fp32 linear layers with constant weights, cross layers and scored items are packed."""
     packed = copy_graph(graph)
     edit = Rewriter(packed)
     for node in list(packed.graph.nodes):
@@ -25,6 +25,8 @@ def pack_linears(graph: fx.GraphModule, isa: str) -> fx.GraphModule:
             pack_linear(edit, node, isa)
         elif node.target is CROSS.overload:
             pack_cross(edit, node, isa)
+        elif node.target is SCORE_TOPK.overload:
+            pack_score_topk(edit, node, isa)
     edit.finish()
     return packed
 
@@ -43,6 +45,18 @@ def pack_cross(edit: Rewriter, node: fx.Node, isa: str) -> None:
     x0, y, weight, bias, x = node.args
     if value(node).dtype is torch.float32:
         replace(edit, node, y, weight, bias, x0, x, NONE, isa)
+
+
+def pack_score_topk(edit: Rewriter, node: fx.Node, isa: str) -> None:
+    """The packed items are a second copy of the table where a look-up reads it too: rows of a panel are not contiguous."""
+    x, weight, bias, k = node.args
+    tensor = attribute(edit.module, weight)
+    if tensor is None or value(x).dtype is not torch.float32:
+        return
+    panels = edit.parameter(f"{weight.name}_packed", pack(tensor.detach(), isa))  # type: ignore[union-attr]
+    with edit.at(node):
+        new = edit.call(PACKED_SCORE_TOPK.overload, x, panels, bias, int(tensor.shape[0]), k)
+    edit.replace(node, new)
 
 
 def replace(

@@ -39,13 +39,19 @@ class Jagged(Pass):
             except Unsupported as reason:
                 changes.append(Change(*place, missed=str(reason)))
                 continue
-            for user in list(node.users) if isinstance(new, list) else ():
-                edit.replace(user, new[user.args[1]])  # type: ignore[index]
-            if not isinstance(new, list):
-                edit.replace(node, new)
+            put(edit, node, new)
             changes.append(Change(*place))
         edit.finish()
         return changes
+
+
+def put(edit: Rewriter, old: fx.Node, new: Any) -> None:
+    """Give the readers of a value its new form; of a list, each item to its readers."""
+    if isinstance(new, fx.Node):
+        edit.replace(old, new)
+        return
+    for user in list(old.users):
+        put(edit, user, new[user.args[1]])  # type: ignore[index]
 
 
 def plain(edit: Rewriter, node: fx.Node, name: str) -> Any:
@@ -93,7 +99,7 @@ def to_jagged(dense: Tensor, offsets: Sequence[Tensor], total: int | None = None
     """`[B, L, ...]` to `[V, ...]`: the inverse of `to_padded`; zeros where a row is longer than L."""
     if total is None:
         raise Unsupported("the number of values is read from the offsets: pass total_L")
-    return [taken(dense, offsets, total)]
+    return [taken(dense, offsets, total), list(offsets)]
 
 
 def taken(dense: Tensor, offsets: Sequence[Tensor], total: int) -> Tensor:
@@ -112,12 +118,20 @@ def add_dense(values: Tensor, offsets: Sequence[Tensor], dense: Tensor) -> Tenso
     return dense + to_padded(values, offsets, [dense.shape[1]])
 
 
-def add_jagged(values: Tensor, offsets: Sequence[Tensor], dense: Tensor) -> list[Any]:
-    return [values + taken(dense, offsets, values.shape[0])]
+def add_values(values: Tensor, offsets: Sequence[Tensor], *dense: Tensor) -> Tensor:
+    """The dense rows of each jagged value added to it; the result stays jagged."""
+    for rows in dense:
+        values = values + taken(rows, offsets, values.shape[0])
+    return values
 
 
-def mul_jagged(values: Tensor, offsets: Sequence[Tensor], dense: Tensor) -> list[Any]:
-    return [values * taken(dense, offsets, values.shape[0])]
+def mul_values(values: Tensor, offsets: Sequence[Tensor], dense: Tensor) -> Tensor:
+    return values * taken(dense, offsets, values.shape[0])
+
+
+def with_offsets(form: Callable[..., Tensor]) -> Callable[..., list[Any]]:
+    """For operators that give their offsets back beside the values."""
+    return lambda values, offsets, *dense: [form(values, offsets, *dense), list(offsets)]
 
 
 def permute_features(
@@ -137,6 +151,7 @@ def permute_features(
 
 FORMS: dict[str, Callable[..., Any]] = {
     "asynchronous_complete_cumsum": complete_cumsum,
+    "asynchronous_batched_complete_cumsum": complete_cumsum,
     "asynchronous_inclusive_cumsum": inclusive_cumsum,
     "asynchronous_exclusive_cumsum": exclusive_cumsum,
     "jagged_to_padded_dense": to_padded,
@@ -144,9 +159,12 @@ FORMS: dict[str, Callable[..., Any]] = {
     "jagged_2d_to_dense": two_to_dense,
     "jagged_1d_to_dense": one_to_dense,
     "dense_to_jagged": to_jagged,
-    "dense_to_jagged_forward": lambda dense, offsets, total=None: to_jagged(dense, offsets, total)[0],
+    "dense_to_jagged_forward": lambda dense, offsets, total: to_jagged(dense, offsets, total)[0],
     "jagged_dense_elementwise_add": add_dense,
-    "jagged_dense_elementwise_add_jagged_output": add_jagged,
-    "jagged_dense_elementwise_mul": mul_jagged,
+    "jagged_dense_elementwise_add_jagged_output": with_offsets(add_values),
+    "jagged_dense_dense_elementwise_add_jagged_output": with_offsets(add_values),
+    "jagged_dense_dense_elementwise_add_jagged_output_forward": add_values,
+    "jagged_dense_elementwise_mul": with_offsets(mul_values),
+    "jagged_dense_elementwise_mul_forward": mul_values,
     "permute_2D_sparse_data": permute_features,
 }

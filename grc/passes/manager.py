@@ -111,15 +111,20 @@ def run_passes(
             progress(step.name)
         trial = copy_graph(graph)
         start = time.perf_counter()
-        changes = step.run(trial)
+        reason: str | None = None
+        changes: list[Change] = []
+        try:
+            changes = step.run(trial)
+        except Exception as failure:  # whatever a pass stumbles over in a model, the others still run
+            reason = f"failed: {type(failure).__name__}: {failure}"
         record = Record(step.name, changes, time.perf_counter() - start)
         records.append(record)
-        if record.made:
+        if record.made or reason:
             start = time.perf_counter()
-            reason = None
             try:
-                verify(trial, widest)
-                record.error, reason = proof.check(trial)
+                if reason is None:
+                    verify(trial, widest)
+                    record.error, reason = proof.check(trial)
             except SpecError as fault:
                 reason = fault.message
             record.proof_seconds = time.perf_counter() - start

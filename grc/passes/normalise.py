@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from grc.graph.match import argument, aten, attribute, constant_list, is_op, same_shape, same_size, shape, static, value
-from grc.graph.rewrite import Rewriter
+from grc.graph.rewrite import Rewriter, is_impure
 from grc.passes.manager import Change, Pass
 from grc.passes.pairs import pairs_of_loop, sum_of_loop
 from grc.passes.pieces import cat_of_pieces, flatten_cat, inferred_sizes, piece_of_cat, stack_to_cat
@@ -39,9 +39,10 @@ class Normalise(Pass):
                 if node.op == "call_function":
                     changed += self.apply(edit, node, counts)
             changed += count(counts, "duplicate", drop_duplicates(graph.graph))
-            edit.finish()
+            graph.graph.eliminate_dead_code(is_impure)
             if not changed:
                 break
+        edit.finish()
         after = len(graph.graph.nodes)
         made = [Change(f"{name} {count}") for name, count in counts.items()]
         if after < before:

@@ -9,15 +9,16 @@ from grc.errors import GrcError
 from grc.options import Options
 from grc.passes.fuse import Fuse
 from grc.passes.guard_ids import GuardIds
+from grc.passes.jagged import Jagged
 from grc.passes.manager import Pass
 from grc.passes.merge_tables import MergeTables
 from grc.passes.normalise import Normalise
 
-NAMES = ("normalise", "merge-tables", "simplify", "fuse", "guard-ids")
+NAMES = ("jagged", "normalise", "merge-tables", "simplify", "fuse", "guard-ids")
 
 
 def pipeline(options: Options, fusions: Sequence[Any]) -> list[Pass]:
-    """Canonicalise, merge tables, canonicalise what that left, fuse; then make bad ids safe where the policy asks for it.
+    """Plain aten, canonical form, merged tables, canonical form of what that left, fused; then bad ids made safe.
 
     Raises GrcError for a name in `options.disable` that no pass has.
     """
@@ -25,6 +26,7 @@ def pipeline(options: Options, fusions: Sequence[Any]) -> list[Pass]:
     if unknown:
         raise GrcError(f"there is no pass {unknown[0]}", f"the passes are {', '.join(NAMES)}")
     passes: dict[str, Pass] = {
+        "jagged": Jagged(),
         "normalise": Normalise(),
         "merge-tables": MergeTables(),
         "simplify": Normalise(),

@@ -27,7 +27,7 @@ def summarise(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def changes(manifest: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """What fused and what missed, each with its place in the user's source; the same thing twice is one with a count."""
+    """What fused and what missed, each with its place in the user's source; what happens twice there is counted."""
     fused: dict[tuple[str, ...], dict[str, Any]] = {}
     missed: dict[tuple[str, ...], dict[str, Any]] = {}
     for record in manifest["passes"]:
@@ -101,10 +101,9 @@ def microseconds(value: float) -> str:
 
 def size(count: float) -> str:
     """`312 B`, `4.5 KB`, `668 MB`: powers of 1000, three digits."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            break
+    units = ["B", "KB", "MB", "GB", "TB"]
+    while count >= 1000 and len(units) > 1:
         count /= 1000
-    else:
-        unit = "TB"
+        units.pop(0)
+    unit = units[0]
     return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"

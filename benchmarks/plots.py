@@ -1,0 +1,122 @@
+"""Draw docs/performance-*.svg and the tables of docs/performance.md from benchmarks/results/*.jsonl.
+
+    python -m benchmarks.plots [--check]
+
+`--check` writes nothing and fails when the document does not say what the rows say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from grc.bench.plot import plot_ratios, plot_times
+from grc.bench.rows import Row, read
+from grc.bench.table import cells, geometric_mean, markdown_table, time_of
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENT = ROOT / "docs" / "performance.md"
+NOT_MEASURED = "Not measured yet."
+BLOCK = re.compile(r"(<!-- begin: ([\w-]+) -->\n).*?(<!-- end: \2 -->)", re.S)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only compare the document with the rows")
+    options = parser.parse_args()
+    text = DOCUMENT.read_text()
+    fresh = filled(text, RESULTS)
+    if options.check:
+        if fresh != text:
+            sys.stderr.write("error: docs/performance.md is not what the rows say\nhint: python -m benchmarks.plots\n")
+        return int(fresh != text)
+    DOCUMENT.write_text(fresh)
+    for name in measured(RESULTS):
+        draw(name, read(RESULTS / f"{name}.jsonl"))
+    return 0
+
+
+def filled(text: str, results: Path) -> str:
+    """The document with everything between its markers written anew. Raises KeyError for a marker that nothing fills."""
+    return BLOCK.sub(lambda match: match[1] + block(match[2], results) + "\n" + match[3], text)
+
+
+def block(name: str, results: Path) -> str:
+    if name == "overhead":
+        return overhead(results / "overhead.jsonl")
+    if name not in ("cpu", "h100"):
+        raise KeyError(f"docs/performance.md has a marker {name}, which nothing fills")
+    rows = read(results / f"{name}.jsonl")
+    return section(name, rows) if rows else NOT_MEASURED
+
+
+def section(name: str, rows: list[Row]) -> str:
+    """A table for each machine, with where, when and how it was measured."""
+    parts = []
+    for machine in sorted({row["machine"] for row in rows}):
+        own = [row for row in rows if row["machine"] == machine]
+        ratios = [cell.ratio for cell in cells(own) if cell.ratio is not None]
+        versions = sorted({f"{k} {v}" for row in own for k, v in row["versions"].items()})
+        dates = sorted({row["date"] for row in own})
+        mean = (
+            f" Geometric mean of the ratios: **{geometric_mean(ratios):.2f}x** over {len(ratios)} cells."
+            if ratios
+            else ""
+        )
+        memory = " and ".join(sorted({row["allocator"] for row in own}))
+        parts.append(
+            f"### {machine}\n\n{' to '.join(dict.fromkeys((dates[0], dates[-1])))}; {', '.join(versions)}; {memory}.{mean}"
+            f"\n\n{markdown_table(own)}"
+        )
+        refused = [row for row in own if time_of(row) is None]
+        if refused:
+            parts.append(
+                "\n".join(f"- {r['engine']} on {r['model']}, batch {r['batch']}: {r['refused']}" for r in refused)
+            )
+        commands = sorted({row["command"] for row in own})
+        parts.append("```\n" + "\n".join(commands) + "\n```")
+    parts.append(f"![Ratios of medians](performance-{name}-ratios.svg)")
+    parts += [
+        f"![Times of {model}](performance-{name}-{model}.svg)" for model in sorted({row["model"] for row in rows})
+    ]
+    return "\n\n".join(parts)
+
+
+def overhead(file: Path) -> str:
+    if not file.exists():
+        return NOT_MEASURED
+    lines = ["| figure | engine | value | goal | machine | date |", "| --- | --- | ---: | ---: | --- | --- |"]
+    for line in file.read_text().splitlines():
+        row = json.loads(line)
+        what = row["figure"] + (f", {row['model']} at batch {row['batch']}" if "model" in row else "")
+        cells_ = [
+            what,
+            row["engine"],
+            f"{row['value']:g} {row['unit']}",
+            f"{row['goal']:g}",
+            row["machine"],
+            row["date"],
+        ]
+        lines.append("| " + " | ".join(cells_) + " |")
+    return "\n".join(lines)
+
+
+def measured(results: Path) -> list[str]:
+    return [name for name in ("cpu", "h100") if read(results / f"{name}.jsonl")]
+
+
+def draw(name: str, rows: list[Row]) -> None:
+    if any(cell.ratio is not None for cell in cells(rows)):
+        plot_ratios(rows, DOCUMENT.parent / f"performance-{name}-ratios.svg")
+    for model in sorted({row["model"] for row in rows}):
+        own = [row for row in rows if row["model"] == model]
+        if any(time_of(row) is not None for row in own):
+            plot_times(own, DOCUMENT.parent / f"performance-{name}-{model}.svg")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

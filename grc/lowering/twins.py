@@ -1,0 +1,124 @@
+"""Give fused look-ups to their Triton twins, and count the ids that lie outside of their tables."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from grc.graph.match import value
+from grc.graph.rewrite import copy_graph
+from grc.kernels import OPS
+
+NO_PADDING = -(2**63)
+KERNELS = (torch.float32, torch.float16, torch.bfloat16)  # the arenas that the kernels read
+
+
+def with_twins(graph: fx.GraphModule, device: torch.device, count: bool) -> tuple[fx.GraphModule, bool]:
+    """A copy of a graph on `device` in which fused look-ups are `grc_cuda::` operators on ready-made lists.
+
+    With `count`, the number of ids outside of their tables (int64, 0-dim) follows the outputs, and the answer is whether
+    it does: the kernels read zeros for such ids, and the runtime refuses the request by this number.
+    """
+    copy = copy_graph(graph)
+    edit = Constants(copy, device)
+    counted: dict[Any, fx.Node] = {}
+    for node in list(copy.graph.nodes):
+        name = node.target._opname if getattr(node.target, "namespace", "") == "grc" else ""
+        if not name or importlib.util.find_spec(f"grc.kernels.{name}.triton") is None:
+            continue
+        given = arguments(node)
+        if value(given["arena"]).dtype not in KERNELS:
+            continue
+        if count:
+            key = given["ids"], given.get("offsets"), tuple(given["rows"]), tuple(given["padding"])
+            key = (*key, tuple(given.get("lengths") or ()))
+            counted.setdefault(key, bad_ids(edit, node, given))
+        module = importlib.import_module(f"grc.kernels.{name}.triton")
+        wanted = inspect.signature(module.lists).parameters
+        values = module.lists(value(given["arena"]), *(given[parameter] for parameter in list(wanted)[1:]))
+        node.args = (*given.values(), edit.constant(f"{node.name}_tables", values))
+        node.kwargs = {}
+        node.target = module.register()
+    if counted:
+        add_output(copy.graph, list(counted.values()))
+    copy.graph.eliminate_dead_code()
+    copy.recompile()
+    return copy, bool(counted)
+
+
+class Constants:
+    """Adds int64 constants on one device to the top of a graph."""
+
+    def __init__(self, module: fx.GraphModule, device: torch.device):
+        self.module = module
+        self.device = device
+
+    def constant(self, name: str, values: Any) -> fx.Node:
+        self.module.register_buffer(name, torch.tensor(list(values), dtype=torch.int64, device=self.device))
+        with self.module.graph.inserting_before(next(iter(self.module.graph.nodes))):
+            return self.module.graph.get_attr(name)
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of a call by name, in the order of its schema, defaults filled in."""
+    given = {}
+    for place, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if place < len(node.args):
+            given[argument.name] = node.args[place]
+        else:
+            given[argument.name] = node.kwargs.get(argument.name, argument.default_value)
+    return given
+
+
+def bad_ids(edit: Constants, node: fx.Node, given: dict[str, Any]) -> fx.Node:
+    """The count of one look-up, inserted before it."""
+    rows, padding, ids, offsets = list(given["rows"]), list(given["padding"]), given["ids"], given.get("offsets")
+    # An id of 0 is in every table, so that it can stand for "no padding".
+    padding = [0 if value == NO_PADDING else value for value in padding]
+    if offsets is None:
+        lengths = given.get("lengths") or [1] * len(rows)
+        rows, padding = ([v for v, n in zip(values, lengths, strict=True) for _ in range(n)] for values in (rows, padding))
+    limits, pads = edit.constant(f"{node.name}_rows", rows), edit.constant(f"{node.name}_padding", padding)
+    with edit.module.graph.inserting_before(node):
+        if offsets is None:
+            return edit.module.graph.call_function(outside, (ids, limits, pads))
+        return edit.module.graph.call_function(outside_of_bags, (ids, offsets, limits, pads))
+
+
+def outside(ids: Tensor, rows: Tensor, padding: Tensor) -> Tensor:
+    """How many ids `[B, T]` are neither in 0..rows[t]-1 nor padding[t]."""
+    return (((ids < 0) | (ids >= rows)) & (ids != padding)).sum()
+
+
+def outside_of_bags(ids: Tensor, offsets: Tensor, rows: Tensor, padding: Tensor) -> Tensor:
+    """The same for jagged ids `[V]` with feature-major offsets `[F * B + 1]`; ids in no bag are not counted."""
+    features = rows.shape[0]
+    batch = (offsets.shape[0] - 1) // features
+    position = torch.arange(ids.shape[0], device=ids.device)
+    bag = torch.searchsorted(offsets[1:].to(torch.int64), position, right=True)
+    held = (bag < features * batch) & (position >= offsets[0])
+    feature = (bag // batch).clamp(max=features - 1)
+    return (((ids < 0) | (ids >= rows[feature])) & (ids != padding[feature]) & held).sum()
+
+
+def add_output(graph: fx.Graph, counts: list[fx.Node]) -> None:
+    output = next(iter(reversed(graph.nodes)))
+    with graph.inserting_before(output):
+        total = counts[0]
+        for other in counts[1:]:
+            total = graph.call_function(operator.add, (total, other))
+    output.args = ((*output.args[0], total),)
+
+
+def covers(graph: fx.GraphModule) -> bool:
+    """Whether some fused look-up of the graph has a twin."""
+    names = {op.name for op in OPS if importlib.util.find_spec(f"grc.kernels.{op.name}.triton") is not None}
+    return any(
+        getattr(node.target, "namespace", "") == "grc" and node.target._opname in names for node in graph.graph.nodes
+    )

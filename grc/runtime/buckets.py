@@ -1,0 +1,258 @@
+"""Buckets: one captured CUDA graph per batch size, with the copies from and to pinned memory inside it.
+
+A lane is a stream, a memory pool and the graphs that were captured on them; one request at a time goes through a lane,
+because a replay may overwrite the answers of any other graph of its pool. A request takes the smallest bucket that holds
+it, its rows repeated from the first one up to the bucket's size, and what is larger than the largest is answered in
+pieces. Requests from the host are answered on the host, requests from the device on the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from grc.errors import ArtifactError
+from grc.runtime.plan import Plan, Spec, layout, views
+
+Tensors = list[torch.Tensor]
+Run = Callable[[Tensors], Sequence[torch.Tensor]]
+Events = tuple[torch.cuda.Event, torch.cuda.Event]
+WARM_UP = 3  # runs before a capture: cubins load lazily, and a load can't be captured
+CAPTURING = threading.Lock()  # torch captures one graph at a time in a process
+
+
+class Buckets:
+    """A part on the GPU, as a function from a list of tensors to a list of tensors; safe to call from many threads.
+
+    `make` loads one runner for each lane, since a runner serves one thread. With `counts`, the last answer of a runner
+    is the number of ids outside of their tables, and a request that has some raises IndexError. Raises ArtifactError
+    when a graph can't be captured.
+    """
+
+    def __init__(self, make: Callable[[], Run], plan: Plan, counts: bool):
+        self.plan = plan
+        self.free: queue.SimpleQueue[Lane] = queue.SimpleQueue()
+        for _ in range(plan.streams):
+            self.free.put(Lane(make(), plan, counts))
+
+    def __call__(self, inputs: Tensors) -> Sequence[torch.Tensor]:
+        lane = self.free.get()
+        try:
+            return self.answer(lane, inputs, None)
+        finally:
+            self.free.put(lane)
+
+    def seconds(self, inputs: Tensors) -> float:
+        """Answer a request, and return the time between two events around its copies and kernels."""
+        lane = self.free.get()
+        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        try:
+            self.answer(lane, inputs, events)
+        finally:
+            self.free.put(lane)
+        events[1].synchronize()
+        return events[0].elapsed_time(events[1]) / 1e3
+
+    def answer(self, lane: Lane, inputs: Tensors, events: Events | None) -> Sequence[torch.Tensor]:
+        device = any(tensor.is_cuda for tensor in inputs)
+        if not self.plan.buckets:
+            return lane.direct(inputs, device, events)
+        batch = self.plan.batch(inputs)
+        one = lane.from_device if device else lane.from_host
+        if batch <= self.plan.buckets[-1]:
+            return one(inputs, batch, events)
+        answers = []
+        for at, (start, length) in enumerate(self.plan.pieces(batch)):
+            first = None if events is None else (events[0] if at == 0 else torch.cuda.Event(), events[1])
+            answers.append(one(self.plan.cut(inputs, start, length), length, first))
+        return self.plan.joined(answers)
+
+
+@dataclass
+class Bucket:
+    """One batch size: its buffers, which are views of the lane's arenas, and its graphs."""
+
+    batch: int
+    host: Tensors
+    device: Tensors
+    graph: torch.cuda.CUDAGraph
+    answers: Tensors
+    kept: Sequence[torch.Tensor]
+    bare: tuple[torch.cuda.CUDAGraph, Sequence[torch.Tensor]] | None = None
+    cuts: dict[tuple[int, bool], list[Cut]] = field(default_factory=dict)
+
+    def cut(self, plan: Plan, batch: int, host: bool) -> list[Cut]:
+        """The buffers on one side, each cut for a request of `batch` rows; made once for each size."""
+        found = self.cuts.get((batch, host))
+        if found is None:
+            own = self.host if host else self.device
+            found = self.cuts[batch, host] = [Cut.of(t, s, batch) for t, s in zip(own, plan.inputs, strict=True)]
+        return found
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A buffer's rows for a request, and its rows beyond it."""
+
+    rows: torch.Tensor
+    rest: torch.Tensor | None
+    dim: int
+
+    @classmethod
+    def of(cls, buffer: torch.Tensor, spec: Spec, batch: int) -> Cut:
+        dim = spec.batch_dim
+        if dim is None or buffer.shape[dim] == batch:
+            return cls(buffer, None, 0)
+        return cls(buffer.narrow(dim, 0, batch), buffer.narrow(dim, batch, buffer.shape[dim] - batch), dim)
+
+    def fill(self, tensor: torch.Tensor) -> None:
+        """Copy a request's tensor in, and its row 0 into all rows beyond: its ids are as valid as the request's own."""
+        self.rows.copy_(tensor, non_blocking=True)
+        if self.rest is not None:
+            self.rest.copy_(tensor.narrow(self.dim, 0, 1), non_blocking=True)
+
+
+class Lane:
+    """One stream with its pool, its runner and its buckets. Only one thread at a time may use it."""
+
+    def __init__(self, run: Run, plan: Plan, counts: bool):
+        self.run, self.plan, self.counts = run, plan, counts
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.stream = torch.cuda.Stream()
+        self.pool = torch.cuda.graph_pool_handle()
+        self.bad = torch.zeros((), dtype=torch.int64, pin_memory=True)
+        self.buckets: dict[int, Bucket] = {}
+        if plan.buckets:
+            largest = plan.buckets[-1]
+            taken, given = (layout(specs, largest)[1] for specs in (plan.inputs, plan.outputs))
+            self.host_in, self.host_out = (torch.zeros(n, dtype=torch.uint8, pin_memory=True) for n in (taken, given))
+            self.device_in = torch.zeros(taken, dtype=torch.uint8, device=self.device)
+            # The largest first: the smaller ones then fit into the memory that its capture left in the pool.
+            for batch in reversed(plan.buckets):
+                self.buckets[batch] = self.capture(batch)
+
+    def capture(self, batch: int) -> Bucket:
+        """Capture one bucket with its copies: requests in one copy, since they lie in one arena, answers one by one."""
+        plan = self.plan
+        used = layout(plan.inputs, batch)[1]
+        device = views(self.device_in, plan.inputs, batch)
+        answers = views(self.host_out, plan.outputs, batch)
+        self.warm_up(device, batch)
+        graph = torch.cuda.CUDAGraph()
+        with self.recording(graph, batch):
+            self.device_in[:used].copy_(self.host_in[:used], non_blocking=True)
+            kept = self.run(list(device))
+            for host, answer in zip(answers, kept, strict=False):
+                host.copy_(answer, non_blocking=True)
+            if self.counts:
+                self.bad.copy_(kept[-1], non_blocking=True)
+        return Bucket(batch, views(self.host_in, plan.inputs, batch), device, graph, answers, kept)
+
+    def warm_up(self, device: Tensors, batch: int) -> None:
+        with torch.cuda.stream(self.stream):
+            for _ in range(WARM_UP):
+                found = self.run(list(device))
+        self.stream.synchronize()
+        want = [(entry.shape(batch), entry.dtype) for entry in self.plan.outputs]
+        have = [(tuple(answer.shape), answer.dtype) for answer in found[: len(found) - self.counts]]
+        if want != have:
+            raise ArtifactError(f"at batch {batch} the part answers {have}, the manifest says {want}", "rebuild it")
+
+    @contextlib.contextmanager
+    def recording(self, graph: torch.cuda.CUDAGraph, batch: int):  # type: ignore[no-untyped-def]
+        """Capture what runs in this block. Other threads may allocate meanwhile: hence the mode of its own thread."""
+        try:
+            with (
+                CAPTURING,
+                torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
+            ):
+                yield
+        except ArtifactError:
+            raise
+        except Exception as error:  # CUDA refuses what waits for the device, torch what allocates outside of the pool
+            text = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise ArtifactError(f"the graph of batch {batch} can't be captured: {text}", "rebuild the artifact") from error
+
+    def from_host(self, inputs: Tensors, batch: int, events: Events | None) -> Tensors:
+        """Fill pinned memory, replay, wait, and copy the answers out before another replay can overwrite them."""
+        bucket = self.buckets[self.plan.bucket(batch)]
+        for cut, tensor in zip(bucket.cut(self.plan, batch, host=True), inputs, strict=True):
+            cut.fill(tensor)
+        with torch.cuda.stream(self.stream):
+            if events:
+                events[0].record()
+            bucket.graph.replay()
+            if events:
+                events[1].record()
+        self.stream.synchronize()
+        self.refuse()
+        return [
+            answer.narrow(entry.batch_dim, 0, batch).clone() if entry.batch_dim is not None else answer.clone()
+            for answer, entry in zip(bucket.answers, self.plan.outputs, strict=True)
+        ]
+
+    def from_device(self, inputs: Tensors, batch: int, events: Events | None) -> Tensors:
+        """The same from device memory to device memory. The answers are allocated on the caller's stream.
+
+        The count of bad ids is waited for, so that no answer to a bad request is ever handed out.
+        """
+        plan, bucket = self.plan, self.buckets[self.plan.bucket(batch)]
+        graph, found = bucket.bare or self.capture_bare(bucket)
+        caller = torch.cuda.current_stream(self.device)
+        answers = [torch.empty(entry.shape(batch), dtype=entry.dtype, device=self.device) for entry in plan.outputs]
+        self.stream.wait_stream(caller)
+        with torch.cuda.stream(self.stream):
+            for cut, tensor in zip(bucket.cut(plan, batch, host=False), inputs, strict=True):
+                cut.fill(tensor)
+            if events:
+                events[0].record()
+            graph.replay()
+            if events:
+                events[1].record()
+            for answer, own, entry in zip(answers, found, plan.outputs, strict=False):
+                answer.copy_(own if entry.batch_dim is None else own.narrow(entry.batch_dim, 0, batch))
+            if self.counts:
+                self.bad.copy_(found[-1], non_blocking=True)
+        caller.wait_stream(self.stream)
+        if self.counts:
+            self.stream.synchronize()
+            self.refuse()
+        return answers
+
+    def capture_bare(self, bucket: Bucket) -> tuple[torch.cuda.CUDAGraph, Sequence[torch.Tensor]]:
+        """The bucket's graph without its copies, captured when the first request comes from device memory."""
+        self.stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with self.recording(graph, bucket.batch):
+            kept = self.run(list(bucket.device))
+        bucket.bare = graph, kept
+        return bucket.bare
+
+    def direct(self, inputs: Tensors, device: bool, events: Events | None) -> Tensors:
+        """Launch by launch, for requests that have no bucket."""
+        caller = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(caller)
+        with torch.cuda.stream(self.stream):
+            if events:
+                events[0].record()
+            moved = [tensor.to(self.device, non_blocking=True) for tensor in inputs]
+            found = list(self.run(moved))
+            if self.counts:
+                self.bad.copy_(found.pop(), non_blocking=True)
+            answers = found if device else [answer.cpu() for answer in found]
+            if events:
+                events[1].record()
+        self.stream.synchronize()
+        self.refuse()
+        for answer in answers if device else ():
+            answer.record_stream(caller)
+        return answers
+
+    def refuse(self) -> None:
+        if self.counts and self.bad.item():
+            raise IndexError(f"{self.bad.item()} ids, counted with padded rows, are outside of their tables")

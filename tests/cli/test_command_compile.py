@@ -1,0 +1,180 @@
+"""grc compile: one screen of story, its summary as JSON, its flags, and its errors."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+from tests.cli.session import Grc, Ran, refused
+
+QUICK = ("--engine", "eager", "--batches", "4")
+
+
+def test_tells_its_stages_on_stderr_and_its_results_on_stdout(compiled: tuple[Path, Ran]):
+    path, ran = compiled
+    stages = [line.split()[0] for line in ran.err.splitlines() if line.endswith(" s") and "pass" not in line.split()[0]]
+    assert stages == ["capture", "build", "measure"] or stages == ["capture", "build", "measure", "write"]
+    lines = ran.out.splitlines()
+    assert lines[0] == ""
+    assert lines[1].split() == ["fused", "where", "saves"]
+    assert "2 look-ups of 2 tables -> 1" in lines[2]
+    assert "tiny.py:13  both = torch.cat([self.users(ids[:, 0])" in lines[2]
+    assert lines[-2].startswith(f"  {path}   ")
+    assert "x eager at batch 4   largest error " in lines[-2]
+    assert lines[-1] == f"  try: grc run {path} --example"
+
+
+def test_timing_tells_the_cost_of_each_pass(compiled: tuple[Path, Ran]):
+    rows = [line.split() for line in compiled[1].err.splitlines()]
+    assert ["pass", "changes", "pass", "s", "proof", "s"] in rows
+    (merge,) = [row for row in rows if row[0] == "merge-tables"]
+    assert merge[1] == "1"
+    assert float(merge[2]) >= 0
+
+
+def test_json_is_the_summary_and_nothing_else(grc: Grc, model: Path, artifact_path: Path):
+    ran = grc("compile", model, "-o", artifact_path, *QUICK, "--json")
+    summary = json.loads(ran.out)
+    assert ran.code == 0
+    assert summary["path"] == str(artifact_path)
+    assert [stage["name"] for stage in summary["stages"]] == ["capture", "passes", "build", "measure", "write"]
+    assert [change["where"] for change in summary["fused"]] == ["tiny.py:13"]
+    assert summary["speed"]["batch"] == 4
+    assert summary["speed"]["eager"] > 0
+    assert summary["engines"][0]["engine"] == "eager"
+    assert 0 <= summary["error"] < 1e-5
+
+
+def test_disable_and_bisect_limit_leave_the_tables_apart(grc: Grc, model: Path, tmp_path: Path):
+    for flags in (("--disable", "merge-tables"), ("--bisect-limit", "0")):
+        ran = grc("compile", model, "-o", tmp_path / flags[1], *QUICK, *flags, "--json")
+        assert json.loads(ran.out)["fused"] == []
+
+
+def test_print_after_shows_the_graph_between_two_passes(grc: Grc, model: Path, artifact_path: Path):
+    ran = grc("compile", model, "-o", artifact_path, *QUICK, "--print-after", "merge-tables", "--json")
+    _, _, shown = ran.err.partition("// after merge-tables\n")
+    assert "grc.lookup(%arena" in shown
+    assert json.loads(ran.out)["path"] == str(artifact_path)
+
+
+def test_a_rolled_back_pass_is_told(grc: Grc, model: Path, artifact_path: Path, monkeypatch: pytest.MonkeyPatch):
+    break_pass(monkeypatch)
+    ran = grc("compile", model, "-o", artifact_path, *QUICK)
+    assert ran.code == 0
+    assert any(line.split()[:2] == ["rolled", "back"] for line in ran.out.splitlines())
+    assert any("against fp64" in line and "broken" in line for line in ran.out.splitlines())
+
+
+def test_strict_makes_a_broken_pass_an_error(
+    grc: Grc, model: Path, artifact_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    break_pass(monkeypatch)
+    ran = grc("compile", model, "-o", artifact_path, *QUICK, "--strict")
+    assert ran.code == 1
+    assert ran.told[0].startswith("error: pass broken: error ")
+    assert ran.told[1] == "hint: leave it out with --disable broken"
+    assert not artifact_path.exists()
+
+
+def break_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the pipeline be one pass that turns sigmoid into tanh."""
+    import torch
+
+    from grc.passes.manager import Change, Pass
+
+    class Broken(Pass):
+        name = "broken"
+
+        def run(self, graph):
+            for node in graph.graph.nodes:
+                if node.target is torch.ops.aten.sigmoid.default:
+                    node.target = torch.ops.aten.tanh.default
+            graph.recompile()
+            return [Change("tanh", "tiny.py:14")]
+
+    monkeypatch.setattr("grc.compiler.pipeline", lambda *_: [Broken()])
+
+
+def test_an_output_that_exists_is_replaced_only_with_force(grc: Grc, model: Path, artifact: Path):
+    before = (artifact / "manifest.json").read_bytes()
+    refused(
+        grc("compile", model, "-o", artifact, *QUICK),
+        f"error: {artifact} exists",
+        "hint: choose another -o, or replace it with --force",
+    )
+    assert (artifact / "manifest.json").read_bytes() == before
+    assert grc("compile", model, "-o", artifact, *QUICK, "--force", "--max-batch", "9").code == 0
+    assert json.loads((artifact / "manifest.json").read_text())["batch"]["max"] == 9
+
+
+def test_force_never_replaces_what_is_no_artifact(grc: Grc, model: Path, tmp_path: Path):
+    (tmp_path / "precious").mkdir()
+    refused(
+        grc("compile", model, "-o", tmp_path / "precious", *QUICK, "--force"),
+        f"error: {tmp_path}/precious exists and is no grc artifact",
+        "hint: choose another -o; --force replaces a grc artifact only",
+    )
+
+
+def test_an_output_that_cannot_be_written(grc: Grc, model: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    output = tmp_path / "file" / "x.grc"
+    refused(
+        grc("compile", model, "-o", output, *QUICK),
+        f"error: can't write {output}: Not a directory",
+        "hint: choose another -o",
+    )
+
+
+def test_a_full_disk_leaves_nothing(grc: Grc, model: Path, artifact_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("grc.lowering.store.write_weights", full)
+    refused(
+        grc("compile", model, "-o", artifact_path, *QUICK),
+        f"error: can't write {artifact_path}: No space left on device",
+        "hint: free some space, or choose another -o",
+    )
+    assert list(artifact_path.parent.iterdir()) == []
+
+
+def test_an_unknown_engine_is_refused_at_once(grc: Grc, model: Path, artifact_path: Path):
+    ran = grc("compile", model, "-o", artifact_path, "--engine", "abacus")
+    refused(
+        ran,
+        "error: there is no engine abacus",
+        "hint: choose auto or one of inductor, aoti, onnxruntime, eager",
+    )
+    assert "capture" not in ran.err
+
+
+@pytest.mark.parametrize("flag", ["--disable", "--print-after"])
+def test_an_unknown_pass_is_refused_at_once(grc: Grc, model: Path, artifact_path: Path, flag: str):
+    ran = grc("compile", model, "-o", artifact_path, flag, "polish")
+    assert ran.told[0] == "error: there is no pass polish"
+    assert ran.told[1].startswith("hint: the passes are normalise, merge-tables, ")
+    assert ran.code == 1
+    assert "capture" not in ran.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--batches", "1,x"), "'1,x' is no list of batch sizes"),
+        (("--batches", "0"), "a batch size is at least 1"),
+        (("--on-bad-id", "ignore"), "is not one of"),
+        (("--device", "abacus"), "is not one of"),
+        (("--max-batch", "0"), "--max-batch"),
+        (("--colour",), "No such option: --colour"),
+        ((), "MODEL"),
+    ],
+)
+def test_usage_errors_are_exit_code_2(grc: Grc, model: Path, flags: tuple[str, ...], words: str):
+    ran = grc("compile", *([model] if flags else []), *flags)
+    assert ran.code == 2
+    assert words in " ".join(ran.err.split())
+    assert "Traceback" not in ran.err

@@ -1,0 +1,133 @@
+"""What a user's own mistakes look like: the line of their file, what to do, and no traceback unless asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.session import MODEL, Grc, refused
+
+INPUTS = """
+def get_inputs(batch):
+    return (torch.randn(batch, 4),)
+"""
+BRANCH = """\
+import torch
+from torch import nn
+
+
+class Gate(nn.Module):
+    def forward(self, x):
+        if x.sum() > 0:
+            return x * 2
+        return x
+
+
+def get_model():
+    return Gate().eval()
+
+""" + INPUTS
+
+CASES = {
+    "syntax": ("def get_model(:\n", "{file}:1: invalid syntax", "mend the syntax error"),
+    "import": (
+        "import no_such_package.part\n",
+        "{file} can't be imported: No module named 'no_such_package'",
+        "pip install no_such_package",
+    ),
+    "raises": ("x = 1\ny = {}['a']\n", "{file}:2: KeyError: 'a'", "the file must run by itself: python {file}"),
+    "no get_model": ("x = 1\n", "{file} has no get_model()", "define get_model() -> nn.Module"),
+    "no get_inputs": (
+        "def get_model(): ...\n",
+        "{file} has no get_inputs(batch)",
+        "define get_inputs(batch) -> tuple or dict of tensors",
+    ),
+    "no module": (
+        "def get_model(): return 3\ndef get_inputs(batch): ...\n",
+        "get_model() in {file} returned a int",
+        "return a torch.nn.Module in eval mode",
+    ),
+    "get_model raises": (
+        "def get_model():\n    return 1 / 0\ndef get_inputs(batch): ...\n",
+        "{file}:2: get_model() raised ZeroDivisionError: division by zero",
+        None,
+    ),
+    "training": (
+        MODEL.replace("Tiny().eval()", "Tiny()"),
+        "{file}: the model is in training mode (Tiny and others)",
+        "return model.eval() from get_model()",
+    ),
+    "get_inputs raises": (
+        MODEL.replace("return torch.randn(batch, 3", "return torch.randn(batch, x"),
+        "{file}:24: get_inputs(2) raised NameError: name 'x' is not defined",
+        "get_inputs(batch) must work for every batch size from 1 up",
+    ),
+    "model fails": (
+        MODEL.replace("nn.Linear(19, 1)", "nn.Linear(18, 1)"),
+        "{file}:14: the model itself fails on get_inputs(2): RuntimeError: mat1 and mat2 shapes cannot be multiplied",
+        "mend the model or its get_inputs",
+    ),
+    "control flow": (
+        BRANCH,
+        "{file}:7: control flow depends on the values of a tensor",
+        "use torch.where or torch.cond instead of `if tensor:`, and keep .item() out of forward",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mistake_is_told_with_its_line(
+    grc: Grc, model_file: Callable[[str], Path], artifact_path: Path, case: str
+):
+    text, message, hint = CASES[case]
+    file = model_file(text)
+    ran = grc("compile", file, "-o", artifact_path)
+    assert ran.code == 1
+    assert ran.out == ""
+    assert ran.told[0].startswith(f"error: {message.format(file=file)}")
+    assert ran.told[1:] == ([f"hint: {hint.format(file=file)}"] if hint else [])
+    assert not artifact_path.exists()
+    assert list(artifact_path.parent.glob(".*.partial")) == []
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_traceback_is_shown_to_those_who_ask(grc: Grc, model_file: Callable[[str], Path], place: str):
+    words = ["compile", model_file("x = 1\ny = {}['a']\n")]
+    words = ["--traceback", *words] if place == "before" else [*words, "--traceback"]
+    ran = grc(*words)
+    assert ran.err.startswith("Traceback (most recent call last):\n")
+    assert "\nKeyError: 'a'\n" in ran.err
+    assert ran.err.splitlines()[-1] == f"hint: the file must run by itself: python {words[-1] if place == 'before' else words[1]}"
+    assert ran.code == 1
+
+
+@pytest.mark.parametrize("command", ["compile", "explain", "opt"])
+def test_a_model_file_must_exist(grc: Grc, tmp_path: Path, command: str):
+    refused(
+        grc(command, tmp_path / "no.py"),
+        f"error: no model file at {tmp_path}/no.py",
+        "hint: give a Python file with get_model() and get_inputs(batch)",
+    )
+
+
+def test_a_model_file_is_python_or_a_saved_program(grc: Grc, tmp_path: Path):
+    (tmp_path / "model.onnx").write_text("")
+    refused(
+        grc("explain", tmp_path / "model.onnx"),
+        f"error: {tmp_path}/model.onnx is neither a .py file nor a .pt2 program",
+        "hint: see docs/model-files.md",
+    )
+
+
+def test_a_fault_of_grc_says_so(grc: Grc, model: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: object) -> None:
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr("grc.compiler.as_model", broken)
+    refused(
+        grc("explain", model),
+        "error: grc itself failed: RuntimeError: out of order",
+        "hint: this is a fault of grc; see it with --traceback",
+    )
