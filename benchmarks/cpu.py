@@ -3,8 +3,8 @@
     python -m benchmarks.cpu [--only dlrm,din] [--small] [--threads N] [--seconds S] [--against eager,compile,...]
 
 Each model runs in a process of its own, so that one that runs out of memory costs no other its rows. Rows go to
-benchmarks/results/cpu.jsonl, where they replace those of the same model, batch, ids, engine and machine. `--small` runs the
-small sizes at small batches as a check of the machinery: it keeps nothing, and holds nothing against the goals.
+benchmarks/results/cpu.jsonl, where they replace those of the same model, batch, ids, engine and machine. `--small` runs
+the small sizes at small batches as a check of the machinery: it keeps nothing, and holds nothing against the goals.
 """
 
 from __future__ import annotations
@@ -93,8 +93,10 @@ def environment(options: argparse.Namespace) -> dict[str, str]:
 
 
 def against_goals(found: Sequence[Cell]) -> list[str]:
-    """Ratio and goal of every cell, the geometric mean, and what was missed. Goals are for uniform ids; no cell of either
-    kind may fall below the floor."""
+    """Ratio and goal of every cell, the geometric mean, and what was missed.
+
+    Goals are for uniform ids; with Zipf ids no cell may fall below the floor.
+    """
     lines = [f"{'model':8} {'ids':8} {'batch':>5} {'ratio':>6} {'goal':>5}"]
     misses: list[str] = []
     ratios: list[float] = []

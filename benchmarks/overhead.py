@@ -2,8 +2,8 @@
 
     python -m benchmarks.overhead [--engine inductor] [--batch 1] [--gigabytes 1.0] [--only call,load] [--small]
 
-Prints one JSON object for each figure with its goal, and keeps them in benchmarks/results/overhead.jsonl; `--small` keeps
-nothing. Memory is what the kernel tells of two processes that have both read every weight of one artifact.
+Prints one JSON object for each figure with its goal, and keeps them in benchmarks/results/overhead.jsonl; `--small`
+keeps nothing. Memory is what the kernel tells of two processes that have both read every weight of one artifact.
 """
 
 from __future__ import annotations
@@ -99,7 +99,14 @@ def load_and_memory(engine: str, gigabytes: float) -> list[dict[str, Any]]:
     own = max(after["private"] - before["private"] for before, after in zip(loaded, held, strict=True))
     first = max(after["rss"] - before["rss"] for before, after in zip(loaded, held, strict=True))
     return [
-        {"figure": "load", **common, "value": round(load_s, 4), "unit": "s", "goal": LOAD_S},
+        {
+            "figure": "load",
+            **common,
+            "value": round(load_s, 4),
+            "unit": "s",
+            "goal": LOAD_S,
+            "first_call_s": round(max(child["first_call_s"] for child in loaded), 4),
+        },
         {"figure": "memory", **common, "value": round(first / weights, 3), "unit": "of the weights", "goal": MEMORY},
         {
             "figure": "memory not shared",
@@ -121,8 +128,10 @@ def child(path: Path) -> None:
     before = memory()
     start = time.perf_counter()
     program = grc.load(path)
+    loaded = time.perf_counter()
     program(torch.tensor([0]))
-    print(json.dumps({"load_s": time.perf_counter() - start, **before}), flush=True)
+    times = {"load_s": loaded - start, "first_call_s": time.perf_counter() - loaded}
+    print(json.dumps({**times, **before}), flush=True)
     for tensor in program.artifact.weights.values():
         tensor.view(-1).view(torch.uint8)[:: os.sysconf("SC_PAGE_SIZE")].sum()
     sys.stdin.readline()

@@ -41,7 +41,7 @@ def main() -> int:
 
 
 def filled(text: str, results: Path) -> str:
-    """The document with everything between its markers written anew. Raises KeyError for a marker that nothing fills."""
+    """The document with everything between its markers written anew. Raises KeyError for an unknown marker."""
     return BLOCK.sub(lambda match: match[1] + block(match[2], results) + "\n" + match[3], text)
 
 
@@ -68,10 +68,8 @@ def section(name: str, rows: list[Row]) -> str:
             else ""
         )
         memory = " and ".join(sorted({row["allocator"] for row in own}))
-        parts.append(
-            f"### {machine}\n\n{' to '.join(dict.fromkeys((dates[0], dates[-1])))}; {', '.join(versions)}; {memory}.{mean}"
-            f"\n\n{markdown_table(own)}"
-        )
+        when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+        parts.append(f"### {machine}\n\n{when}; {', '.join(versions)}; {memory}.{mean}\n\n{markdown_table(own)}")
         refused = [row for row in own if time_of(row) is None]
         if refused:
             parts.append(

@@ -16,8 +16,9 @@ from grc.errors import GrcError
 from grc.graph.capture import EXPORT_BATCH, Source, capture
 from grc.graph.model_file import Model, from_module, load_model
 from grc.kernels import FUSIONS, cpp
-from grc.lowering.choose import Choice, Requests, build_all, choose, engines_for, measure
-from grc.lowering.engine import Lowerable, Target
+from grc.lowering.choose import Choice, Requests, build_all, choose, engines_for, load_built, measure
+from grc.lowering.cuda import Gpu, described, full_precision, gpu_engines, gpu_target, mixed_rows
+from grc.lowering.engine import Built, Engine, Lowerable, Target
 from grc.manifest import describe
 from grc.options import Options
 from grc.passes.manager import Proof, Record, run_passes
@@ -25,6 +26,9 @@ from grc.passes.pipeline import pipeline
 from grc.report.html import write_report
 from grc.report.summary import size
 from grc.runtime.artifact import Artifact, write_manifest, writing
+from grc.runtime.device import DeviceWeights
+from grc.runtime.engines import Run
+from grc.runtime.plan import Plan, bucket_sizes
 
 
 class Progress(Protocol):
@@ -88,6 +92,7 @@ def compile(
     the artifact can't be written; nothing is left behind then.
     """
     options, told = options or Options(), Timed(progress or Silent())
+    target_of(options)  # a GPU that is not there is told before any work is done
     declared = as_model(model, inputs)
     output = options.output or Path(f"{declared.name}.grc")
     with writing(output, options.force) as folder:
@@ -155,25 +160,65 @@ def lower(
     source: Source, plain: fx.GraphModule, optimised: Optimised, options: Options, folder: Path, progress: Progress
 ) -> tuple[Choice, Target, dict[str, float]]:
     """Build, prove and measure the engines, and keep the files of the winners."""
-    target = Target(options.device, cpp.target_isa(), torch.get_num_threads())
+    target = target_of(options)
     parts = folder / "parts"
     parts.mkdir()
-    requests = make_requests(source, optimised, options)
     example = source.inputs(EXPORT_BATCH)
     shapes = source.shapes()
+    ours, theirs = Lowerable(optimised.graph, example, shapes), Lowerable(plain, example, shapes)
     guarded = options.on_bad_id != "error"
-    offered = engines_for(
-        Lowerable(optimised.graph, example, shapes), None if guarded else Lowerable(plain, example, shapes)
-    )
+    unguarded = None if guarded else theirs
+    if target.device == "cuda":
+        gpu = open_gpu(source, options)
+        requests = make_requests(source, optimised, options, gpu.plan.buckets)
+        fixed = [(b, Lowerable(optimised.graph, source.inputs(b), ())) for b in fixed_batches(options, gpu.plan)]
+        offered, load, model = gpu_engines(gpu, ours, unguarded, fixed), gpu.load, gpu.model_runner(theirs, source.inputs)
+        with full_precision():
+            return build_and_choose(offered, target, parts, requests, options, progress, load, model, gpu.plan)
+    requests = make_requests(source, optimised, options)
+    offered = engines_for(ours, unguarded)
+    return build_and_choose(offered, target, parts, requests, options, progress, load_built, source.eager_runner())
+
+
+def target_of(options: Options) -> Target:
+    """The host that is compiled for: this one. Raises LoweringError for a GPU that is not there."""
+    isa, threads = cpp.target_isa(), torch.get_num_threads()
+    return gpu_target(isa, threads) if options.device == "cuda" else Target(options.device, isa, threads)
+
+
+def open_gpu(source: Source, options: Options) -> Gpu:
+    """The GPU with the plan of its buckets; models whose rows read each other get none."""
+    sizes = bucket_sizes((*options.buckets,), source.min_batch, options.max_batch)
+    plan = Plan.of(*described(source), sizes, options.streams, mixed_rows(source, source.graph))
+    return Gpu(DeviceWeights(torch.device("cuda", torch.cuda.current_device())), plan)
+
+
+def fixed_batches(options: Options, plan: Plan) -> list[int]:
+    return [b for b in options.batches if b in plan.buckets] if options.static_buckets else []
+
+
+def build_and_choose(
+    offered: Sequence[tuple[Engine, Lowerable]],
+    target: Target,
+    parts: Path,
+    requests: Requests,
+    options: Options,
+    progress: Progress,
+    load: Callable[[Built, Path], Run],
+    model: Callable[[int], Any],
+    plan: Plan | None = None,
+) -> tuple[Choice, Target, dict[str, float]]:
+    """Build and prove every engine, measure them beside the model itself, and keep the files of the winners."""
     start = time.perf_counter()
     progress.begin("build")
     only = None if options.engine == "auto" else options.engine
-    candidates, rejected = build_all(offered, target, parts, requests, only, progress.detail)
+    candidates, rejected = build_all(offered, target, parts, requests, only, progress.detail, load)
     progress.end(", ".join(f"{c.built.engine} {c.build_seconds:.0f} s" for c in candidates))
     built = time.perf_counter()
     progress.begin("measure")
-    eager_times = measure(candidates, source.eager_runner(), requests, progress.detail)
+    eager_times = measure(candidates, model, requests, progress.detail)
     choice = choose(candidates, rejected, eager_times)
+    choice.plan = plan
     progress.end("   ".join(f"batch {b}: {c.built.engine} {microseconds(c.median(b))}" for b, c in choice.winners))
     for candidate in candidates:
         if candidate not in choice.parts:
@@ -181,13 +226,16 @@ def lower(
     return choice, target, {"build": built - start, "measure": time.perf_counter() - built}
 
 
-def make_requests(source: Source, optimised: Optimised, options: Options) -> Requests:
-    """Proof inputs with the oracle's answers, a single row among them, and inputs to time."""
+def make_requests(
+    source: Source, optimised: Optimised, options: Options, buckets: Sequence[int] = ()
+) -> Requests:
+    """Proof inputs with the oracle's answers, a single row among them, and inputs to time: of every bucket's size."""
     proof, truth, baseline = list(optimised.proof.inputs), list(optimised.proof.truth), list(optimised.proof.baseline)
     if source.dynamic and source.min_batch == 1:
         one = Proof([source.inputs(1)]).prepare(source.graph)
         proof, truth, baseline = proof + one.inputs, truth + one.truth, baseline + one.baseline
-    sizes = [b for b in options.batches if source.min_batch <= b <= options.max_batch] if source.dynamic else [1]
+    wanted = buckets or options.batches
+    sizes = [b for b in wanted if source.min_batch <= b <= options.max_batch] if source.dynamic else [1]
     return Requests(
         proof,
         truth,

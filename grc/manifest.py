@@ -16,6 +16,7 @@ from grc.graph.cost import layers
 from grc.graph.ids import id_ranges
 from grc.graph.show import show
 from grc.lowering.choose import Candidate, Choice, boundaries
+from grc.lowering.cuda import described, part_on_gpu
 from grc.lowering.engine import Target
 from grc.lowering.store import Store
 from grc.options import Options
@@ -39,11 +40,12 @@ def describe(
 ) -> dict[str, Any]:
     """Write weights, golden requests and graph.txt into `folder`, and return the manifest that names them."""
     store = Store()
-    parts = [part_entry(candidate, store, graph) for candidate in choice.parts]
+    parts = [part_entry(candidate, store, graph, target) for candidate in choice.parts]
     store.write(folder / "weights.safetensors")
     write_golden(source, choice, folder)
     (folder / "graph.txt").write_text(show(graph))
-    limits = boundaries(choice.winners)
+    limits = boundaries(choice.winners, buckets=choice.plan is not None and bool(choice.plan.buckets))
+    inputs, outputs = described(source)
     model = source.model
     command = f"grc compile {model.file or model.name}"
     if options.device != "cpu":
@@ -58,15 +60,11 @@ def describe(
             "isa": target.isa,
             "torch": torch.__version__.split("+")[0],
             "threads": target.threads,
+            **({"sm": target.sm} if target.sm else {}),
         },
-        "inputs": [
-            {"name": name, "dtype": str(dtype)[6:], "sizes": [s.json() for s in sizes]}
-            for name, dtype, sizes in zip(source.names, source.dtypes, source.sizes, strict=True)
-        ],
-        "outputs": [
-            {"dtype": str(dtype)[6:], "sizes": [s.json() for s in sizes]}
-            for dtype, sizes in zip(source.out_dtypes, source.out_sizes, strict=True)
-        ],
+        **gpu_entry(choice),
+        "inputs": inputs,
+        "outputs": outputs,
         "structure": {
             "inputs": source.in_structure,
             "outputs": source.out_structure,
@@ -91,13 +89,22 @@ def describe(
     }
 
 
-def part_entry(candidate: Candidate, store: Store, graph: fx.GraphModule) -> dict[str, Any]:
+def gpu_entry(choice: Choice) -> dict[str, Any]:
+    """Which batch sizes have a CUDA graph, or why none has."""
+    plan = choice.plan
+    if plan is None:
+        return {}
+    return {"gpu": {"buckets": list(plan.buckets), "streams": plan.streams, "reason": plan.reason}}
+
+
+def part_entry(candidate: Candidate, store: Store, graph: fx.GraphModule, target: Target) -> dict[str, Any]:
     built = candidate.built
-    kernels_check = built.engine == "inductor" and all(entry.checked_by_kernel for entry in id_ranges(graph))
+    # A kernel on a GPU can't raise: it counts, and only a part that hands the count over checks its ids.
+    own_kernels = built.counts_bad_ids if target.device == "cuda" else built.engine == "inductor"
+    kernels_check = own_kernels and all(entry.checked_by_kernel for entry in id_ranges(graph))
     weights = {name: store.add(name, tensor) for name, tensor in sorted(built.constants.items())}
     return {
-        "engine": built.engine,
-        "file": built.file,
+        **(part_on_gpu(built) if target.device == "cuda" else {"engine": built.engine, "file": built.file}),
         "weights": weights,
         "checks_ids": kernels_check,
         "notes": built.notes,

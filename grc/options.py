@@ -24,6 +24,12 @@ class Options:
     """Batch sizes at which the candidates are measured; each may have its own winner."""
     max_batch: int = 4096
     """Largest batch a request may have."""
+    buckets: tuple[int, ...] = ()
+    """On a GPU: batch sizes with a CUDA graph of their own; others are padded up. Empty: 1, 8, 32, 128, … up to max_batch."""
+    streams: int = 1
+    """On a GPU: requests that run at once, each with graphs and buffers of its own."""
+    static_buckets: bool = False
+    """On a GPU: also build for each of `batches` alone, max-autotuned; minutes of build, kept only where faster."""
     on_bad_id: BadIdPolicy = "error"
     """An id outside its table: refuse the request, read zeros, clamp to the table, or hash into it."""
     disable: tuple[str, ...] = ()

@@ -19,8 +19,8 @@ from grc.runtime.program import Program
 class Contender:
     """`prepare` turns a request into what `run` takes, outside of the clock; `tensors` flattens what `run` gives back.
 
-    On CUDA, `run` goes from pinned host input to pinned host output, and `replay` runs once more on what is already on the
-    device, to be timed by CUDA events.
+    On CUDA, `run` goes from pinned host input to pinned host output, and `replay` runs once more on what is already on
+    the device, to be timed by CUDA events.
     """
 
     name: str

@@ -15,7 +15,7 @@ import torch
 from grc.runtime.version import VERSION
 
 # glibc gives blocks above its thresholds back to the system at every free, so that each call faults its pages in again.
-# mmap_max=0 keeps blocks of any size in the heap (the threshold itself can't exceed 32 MB); hugetlb=1 advises huge pages.
+# mmap_max=0 keeps blocks of any size in the heap (the threshold can't exceed 32 MB); hugetlb=1 advises huge pages.
 TUNABLES = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1"
 ALLOCATOR = "glibc: nothing unmapped or trimmed, transparent huge pages advised"
 STOCK_ALLOCATOR = "glibc defaults"

@@ -76,10 +76,10 @@ class Run:
 
 
 def measure(settings: Settings, progress: Callable[[str], None] = lambda text: None) -> list[Row]:
-    """The rows of one run: grc and each peer at each batch size, with uniform and, where the model file offers them, Zipf ids.
+    """The rows of one run: grc and each peer at each batch size, with uniform and, if the file has them, Zipf ids.
 
-    An engine that fails or answers wrongly has a row without a time, and with the reason. Raises GrcError when the model
-    can't be compiled, a peer is unknown, or a batch size is refused by the model.
+    An engine that fails or answers wrongly has a row without a time, and with the reason. Raises GrcError when the
+    model can't be compiled, a peer is unknown, or a batch size is refused by the model.
     """
     names = known(settings.against)
     if settings.device == "cuda" and not torch.cuda.is_available():
@@ -183,11 +183,15 @@ def measure_batch(run: Run, names: Sequence[str], batch: int, pools: dict[str, l
         time_all(trials, requests, run.settings)
         best = best_forms(trials)
         absent = [
-            Trial(Contender(n, "", *([flat] * 3)), refused=failed[n]) for n in names if n in failed and n not in best
+            Trial(never_built(name), refused=failed[name]) for name in names if name in failed and name not in best
         ]
         for trial in [*best.values(), *absent]:
             rows.append(row_of(run.common, trial, batch, kind, len(requests)))
     return rows
+
+
+def never_built(name: str) -> Contender:
+    return Contender(name, "", prepare=flat, run=flat, tensors=flat)
 
 
 @torch.no_grad()

@@ -24,8 +24,8 @@ from grc.passes.pipeline import pipeline
 def build_onnxruntime(subject: Subject, example: Request, batch: int) -> Iterator[Contender]:
     """ONNX Runtime with all graph optimisations, on numpy inputs made ahead of the clock.
 
-    The exporter writes EmbeddingBag as a Scan or Loop, which runs one row at a time; the peer is then given the graph that
-    grc made of the model, in plain operators.
+    The exporter writes EmbeddingBag as a Scan or Loop, which runs one row at a time; the peer is then given the graph
+    that grc made of the model, in plain operators.
     """
     import onnxruntime as ort
 
@@ -92,10 +92,10 @@ def onnx_session(subject: Subject, ort: Any) -> Session:
 
 
 def first_export(source: Source, own: Lowerable) -> tuple[str, tuple[Any, dict[str, torch.Tensor]]]:
-    """The model's own export or, where that holds a loop over rows, the export of grc's graph with its fused ops written
-    out: the peer then profits from grc's merged tables, which is the best form it can be given.
+    """The model's own export or, where that holds a loop over rows, the export of grc's graph in plain operators.
 
-    Raises LoweringError with the reason of the model's own export when neither exports.
+    The peer then profits from grc's merged tables, which is the best form it can be given. Raises LoweringError with
+    the reason of the model's own export when neither exports.
     """
     try:
         return "model's own export", onnx_model(own)

@@ -21,15 +21,15 @@ def build_eager(subject: Subject, example: Request, batch: int) -> Iterator[Cont
 
 
 def build_compile(subject: Subject, example: Request, batch: int) -> Iterator[Contender]:
-    """torch.compile for this one batch size: max-autotune, with CUDA graphs on a GPU, with and without freezing on a CPU.
+    """torch.compile for this one batch size: max-autotune, with CUDA graphs on a GPU, and with and
+    without freezing on a CPU.
 
-    Without freezing, torch.compile sends linear layers to MKL; with it, to oneDNN or Inductor's own GEMM on packed weights.
+    Without freezing, torch.compile sends linear layers to MKL; with it, to oneDNN or Inductor's GEMM on packed weights.
     """
     from torch._inductor import config, list_mode_options
 
     torch._dynamo.reset()
-    forms = {"max-autotune": False} if subject.device == "cuda" else {"max-autotune": False, "freezing": True}
-    for form, freezing in forms.items():
+    for freezing in (False,) if subject.device == "cuda" else (False, True):
         clock = Stopwatch()
         options = {**list_mode_options("max-autotune", dynamic=False), "freezing": freezing}
         module = torch.compile(subject.source.model.module, dynamic=False, options=options)

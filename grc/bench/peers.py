@@ -1,4 +1,4 @@
-"""Peers: what a user would run without grc, each at its best settings; where two settings may win, both are measured."""
+"""Peers: what a user would run without grc, each at its best; where two settings may win, both are measured."""
 
 from __future__ import annotations
 

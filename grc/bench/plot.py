@@ -15,7 +15,7 @@ FORMATS = (".svg", ".png")
 
 
 def plot_times(rows: Sequence[Row], path: Path) -> None:
-    """A bar for each engine at each batch, in microseconds on a log scale; whiskers from the least to the 99th percentile.
+    """A bar for each engine at each batch, in microseconds on a log scale; whiskers from the least to the p99.
 
     Raises BenchError when no engine has a time, the file is neither .svg nor .png, or matplotlib is missing.
     """

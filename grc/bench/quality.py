@@ -17,8 +17,8 @@ FEWEST_SHARED = 0.98
 
 @dataclass(frozen=True)
 class Quality:
-    """`max_error` over the float outputs, relative to the largest answer (or to 1); `overlap100` of the best ids, or None
-    for a model that gives neither ids nor a score vector; `others` the share of other integers that differ.
+    """`max_error` over the float outputs, relative to the largest answer (or to 1); `overlap100` of the best ids, or
+    None for a model that gives neither ids nor a score vector; `others` the share of other integers that differ.
     """
 
     max_error: float

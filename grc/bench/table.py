@@ -9,6 +9,7 @@ from typing import Any
 
 from grc.bench.rows import Row
 
+PLACE = ("model", "device", "precision", "batch", "ids", "machine")
 HEAD = ("batch", "engine", "form", "p50", "min", "p99", "spread", "error", "top-100", "grc is")
 
 
@@ -50,15 +51,13 @@ def time_of(row: Row) -> float | None:
 def cells(rows: Iterable[Row]) -> list[Cell]:
     grouped: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        place = tuple(row[name] for name in ("model", "device", "precision", "batch", "ids", "machine"))
+        place = tuple(row[name] for name in PLACE)
         grouped.setdefault(place, []).append(row)
     found = []
-    for place, group in sorted(
-        grouped.items(), key=lambda item: tuple(map(str, item[0][:3])) + (item[0][4], item[0][3])
-    ):
+    for place, group in grouped.items():
         ordered = sorted(group, key=lambda row: (row["engine"] != "grc", time_of(row) or math.inf))
-        found.append(Cell(*place, rows=tuple(ordered)))
-    return found
+        found.append(Cell(rows=tuple(ordered), **dict(zip(PLACE, place, strict=True))))
+    return sorted(found, key=lambda c: (c.machine, c.device, c.model, c.precision, c.ids, c.batch))
 
 
 def geometric_mean(ratios: Sequence[float]) -> float:
@@ -74,7 +73,7 @@ def text_table(rows: Sequence[Row]) -> str:
     machine = title = None
     for cell in cells(rows):
         if cell.machine != machine:
-            machine = cell.machine
+            machine, title = cell.machine, None
             lines += [*([""] if lines else []), machine]
         if (cell.model, cell.ids, cell.precision) != title:
             title = (cell.model, cell.ids, cell.precision)
@@ -172,7 +171,7 @@ def shown(row: Row | None) -> str:
 def duration(microseconds: float) -> str:
     """Three digits: `63.1 us`, `2.80 ms`, `1.21 s`."""
     for unit, size in (("us", 1.0), ("ms", 1e3), ("s", 1e6)):
-        value = microseconds / size
-        if value < 999.5 or unit == "s":
-            return f"{value:.{max(0, 2 - math.floor(math.log10(max(value, 1e-2))) if value < 100 else 0)}f} {unit}"
+        value = float(f"{microseconds / size:.2e}")
+        if value < 1000 or unit == "s":
+            return f"{value:.{max(0, 2 - math.floor(math.log10(max(value, 0.01))))}f} {unit}"
     raise AssertionError("seconds take any value")

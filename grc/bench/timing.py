@@ -1,4 +1,4 @@
-"""Timing: engines take turns in short bursts, so that noise falls on all alike while each runs as it would run alone."""
+"""Timing: engines take turns in short bursts, so that noise falls on all alike while each runs as it would alone."""
 
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ def command(
 ) -> None:
     """Compile a model and measure it beside its peers: same inputs, same threads, in turns.
 
-    Every time stands beside its error against the fp64 oracle and the overlap of the best 100 ids; an engine that answers
-    wrongly has no time. The process starts over once, with malloc tuned for all engines alike.
+    Every time stands beside its error against the fp64 oracle and the overlap of the best 100 ids; an engine that
+    answers wrongly has no time. The process starts over once, with malloc tuned for all engines alike.
     """
     sizes = p.batch_sizes(batches)
     from grc.bench import rows as table_rows

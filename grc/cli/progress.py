@@ -60,7 +60,8 @@ class Reporting:
     """`with Reporting() as progress:` leaves the terminal as it was, whatever happens."""
 
     def __enter__(self) -> Lines:
-        self.progress = Live(Console(stderr=True)) if sys.stderr.isatty() else Lines()
+        # The stream of now: torch.export's own words are kept off stderr by redirecting it, and these lines must not be.
+        self.progress = Live(Console(file=sys.stderr)) if sys.stderr.isatty() else Lines()
         return self.progress
 
     def __exit__(self, *_: object) -> None:

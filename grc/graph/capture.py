@@ -1,15 +1,14 @@
 """Capture: a model becomes one flat torch.fx graph of aten operators, proven equal to the model.
 
-The export is tried non-strict first, then strict; each is compared with the eager model at batch sizes that the export did
-not see, so an export that specialised silently, returned fake tensors or froze a random number is refused here.
+The export is tried non-strict first, then strict; each is compared with the eager model at batch sizes that the export
+did not see, so an export that specialised silently, returned fake tensors or froze a random number is refused here.
 """
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import io
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,40 +16,22 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
-from torch.export import Dim, ShapesCollection
+from torch.export import Dim
 
 from grc.errors import CaptureError, ModelFileError
+from grc.graph.faults import explain, find_fault, hint_for
+from grc.graph.flat import flat_graph, quiet_export
 from grc.graph.model_file import Model, user_line
-from grc.graph.oracle import largest_error, run_fp64
+from grc.graph.sizes import Size, collection, find_sizes, named_dims, size_of
 from grc.runtime.structure import Json, flatten, leaf_names
 
 EXPORT_BATCH = 7  # no divisor of a usual layer size, so that a batch and a width are not taken for each other
-UNSEEN = (4, 13)
-
-
-@dataclass(frozen=True)
-class Size:
-    """One dimension of an input or output: a constant, `scale * batch + offset`, or a free size (`batch` is False)."""
-
-    scale: int = 0
-    offset: int = 0
-    free: str | None = None
-
-    @property
-    def constant(self) -> bool:
-        return self.scale == 0 and self.free is None
-
-    def json(self) -> Json:
-        if self.free:
-            return self.free
-        if self.scale == 0:
-            return self.offset
-        return "batch" if (self.scale, self.offset) == (1, 0) else {"scale": self.scale, "offset": self.offset}
+SAMPLES = (2, 3, 5, 11)  # batch sizes at which the sizes of inputs and outputs are looked at
 
 
 @dataclass
 class Source:
-    """A captured model: its graph, its flat inputs at any batch size, and how they nest in the model's own signature."""
+    """A captured model: its graph, its flat inputs at any batch size, and how they nest in the model's signature."""
 
     model: Model
     graph: fx.GraphModule
@@ -88,6 +69,11 @@ class Source:
     def dynamic(self) -> bool:
         return any(not size.constant for sizes in self.sizes for size in sizes)
 
+    @property
+    def example_batch(self) -> int:
+        """The batch size that the graph was exported at."""
+        return EXPORT_BATCH
+
     def shapes(self) -> tuple[dict[int, Any], ...]:
         """`dynamic_shapes` to export the flat graph again."""
         return tuple({i: Dim.DYNAMIC for i, size in enumerate(sizes) if not size.constant} for sizes in self.sizes)
@@ -107,18 +93,18 @@ def capture(model: Model) -> Source:
 
     Raises CaptureError with the user's own file and line when the model can't be captured as one graph.
     """
-    samples = {batch: flat_tensors(model.inputs(batch)) for batch in (2, 3, 5)}
+    samples = {batch: flat_tensors(model.inputs(batch)) for batch in SAMPLES}
     structure = samples[2][1]
     names = input_names(model, structure)
     sizes = find_sizes({b: leaves for b, (leaves, _) in samples.items()}, names)
-    check_deterministic(model)
     smallest = smallest_batch(model)
+    check_deterministic(model)
     failures: list[tuple[str, str, Exception | None]] = []
     for mode in ("saved",) if model.program else ("non-strict", "strict"):
         try:
             graph = flat_graph(export(model, sizes, mode))
         except Exception as error:  # torch.export raises anything, from UserError to AssertionError
-            failures.append((mode, explain(error, model), error))
+            failures.append((mode, explain(error), error))
             continue
         source = describe(model, graph, names, sizes, structure, smallest, mode)
         fault = find_fault(source)
@@ -132,9 +118,7 @@ def capture(model: Model) -> Source:
 
 def input_names(model: Model, structure: Json) -> list[str]:
     args, kwargs = structure["tuple"]
-    import inspect
-
-    parameters = [p for p in inspect.signature(model.module.forward).parameters.values()]
+    parameters = list(inspect.signature(model.module.forward).parameters.values())
     positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     names: list[str] = []
     for i, part in enumerate(args["tuple"]):
@@ -149,50 +133,6 @@ def input_names(model: Model, structure: Json) -> list[str]:
             f"the inputs are {', '.join(names)}",
         )
     return list(model.input_names)
-
-
-def find_sizes(samples: dict[int, list[torch.Tensor]], names: Sequence[str]) -> list[tuple[Size, ...]]:
-    """Tell constant sizes from those that follow the batch and those that vary on their own (jagged values)."""
-    counts = {len(leaves) for leaves in samples.values()}
-    if len(counts) != 1:
-        raise ModelFileError(
-            "get_inputs(batch) returns different numbers of tensors at different batch sizes",
-            "return the same structure for every batch size",
-        )
-    found: list[tuple[Size, ...]] = []
-    free: dict[tuple[int, ...], str] = {}
-    for i, name in enumerate(names):
-        shapes = [leaves[i].shape for leaves in samples.values()]
-        if len({len(shape) for shape in shapes}) != 1:
-            raise ModelFileError(f"input {name} changes its rank with the batch size", "return tensors of one rank")
-        found.append(tuple(size_of([s[d] for s in shapes], list(samples), free) for d in range(len(shapes[0]))))
-    return found
-
-
-def size_of(sizes: Sequence[int], batches: Sequence[int], free: dict[tuple[int, ...], str]) -> Size:
-    if len(set(sizes)) == 1:
-        return Size(offset=sizes[0])
-    scale, rest = divmod(sizes[1] - sizes[0], batches[1] - batches[0])
-    offset = sizes[0] - scale * batches[0]
-    if rest == 0 and scale > 0 and all(s == scale * b + offset for s, b in zip(sizes, batches, strict=True)):
-        return Size(scale=scale, offset=offset)
-    return Size(free=free.setdefault(tuple(sizes), f"n{len(free)}"))
-
-
-@contextmanager
-def quiet_export() -> Iterator[None]:
-    """torch.export logs and warns about its own workings; what matters is raised as a CaptureError instead."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._dynamo", "torch._export")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 def export(model: Model, sizes: list[tuple[Size, ...]], mode: str) -> torch.export.ExportedProgram:
@@ -215,75 +155,6 @@ def export(model: Model, sizes: list[tuple[Size, ...]], mode: str) -> torch.expo
                 raise first from None
 
 
-def named_dims(sizes: list[tuple[Size, ...]]) -> dict[str, Any]:
-    dims = {"batch": Dim("batch", min=1)}
-    for dim in {size.free for dims_ in sizes for size in dims_ if size.free}:
-        dims[dim] = Dim(dim)
-    return dims
-
-
-def collection(
-    leaves: Sequence[torch.Tensor], sizes: list[tuple[Size, ...]], dims: dict[str, Any] | None
-) -> ShapesCollection | None:
-    shapes = ShapesCollection()
-    dynamic = False
-    for leaf, tensor_sizes in zip(leaves, sizes, strict=True):
-        spec: dict[int, Any] = {}
-        for i, size in enumerate(tensor_sizes):
-            if size.constant:
-                continue
-            if dims is None:
-                spec[i] = Dim.AUTO
-            elif size.free:
-                spec[i] = dims[size.free]
-            else:
-                dim = dims["batch"] if size.scale == 1 else size.scale * dims["batch"]
-                spec[i] = dim + size.offset if size.offset else dim
-        if spec:
-            dynamic = True
-            shapes[leaf] = spec
-    return shapes if dynamic else None
-
-
-def flat_graph(program: torch.export.ExportedProgram) -> fx.GraphModule:
-    """The program in unlifted form, with flat inputs and a flat tuple of outputs."""
-    with quiet_export():
-        module = program.run_decompositions({}).module(check_guards=False)
-    graph = module.graph
-    graph.set_codegen(fx.graph.CodeGen())
-    inline_regions(module)
-    tensors_only(graph)
-    flat = fx.GraphModule(module, graph)
-    flat.recompile()
-    return flat
-
-
-def inline_regions(module: fx.GraphModule) -> None:
-    """Replace `with torch.no_grad():` and autocast regions, which export keeps as submodules, by their bodies."""
-    wrappers = {torch.ops.higher_order.wrap_with_set_grad_enabled: 1, torch.ops.higher_order.wrap_with_autocast: 4}
-    for node in list(module.graph.nodes):
-        if node.op != "call_function" or node.target not in wrappers:
-            continue
-        skip = wrappers[node.target]
-        body: fx.GraphModule = getattr(module, node.args[skip].target)
-        mapping = dict(zip([n for n in body.graph.nodes if n.op == "placeholder"], node.args[skip + 1 :], strict=True))
-        with module.graph.inserting_before(node):
-            results = module.graph.graph_copy(body.graph, mapping)
-        results = results if isinstance(results, (tuple, list)) else (results,)
-        for user in list(node.users):
-            user.replace_all_uses_with(results[user.args[1]])
-            module.graph.erase_node(user)
-        module.graph.erase_node(node)
-    module.graph.eliminate_dead_code()
-
-
-def tensors_only(graph: fx.Graph) -> None:
-    """Outputs that are constants live in the structure, not in the graph."""
-    output = next(iter(reversed(graph.nodes)))
-    leaves = pytree.tree_leaves(output.args[0])
-    output.args = (tuple(leaf for leaf in leaves if isinstance(leaf, fx.Node)),)
-
-
 def describe(
     model: Model,
     graph: fx.GraphModule,
@@ -294,7 +165,7 @@ def describe(
     mode: str,
 ) -> Source:
     outputs = {}
-    for batch in (2, 3, 5):
+    for batch in SAMPLES:
         args, kwargs = model.inputs(batch)
         with torch.no_grad():
             outputs[batch] = flat_tensors(model.module(*args, **kwargs))
@@ -368,56 +239,3 @@ def smallest_batch(model: Model) -> int:
             ) from error
         return 2
     return 1 if [t.dim() for t in out] == [t.dim() for t in two] else 2
-
-
-@torch.no_grad()
-def find_fault(source: Source) -> str | None:
-    """Why the graph does not stand for the model, or None."""
-    batches = [*UNSEEN] if source.dynamic else [EXPORT_BATCH]
-    if source.min_batch == 1 and source.dynamic:
-        batches.append(1)
-    for batch in batches:
-        inputs = source.inputs(batch)
-        try:
-            answers = list(source.graph(*inputs))
-        except Exception as error:
-            if batch == 1:
-                source.min_batch = 2
-                source.notes.append("the export does not take batch 1; a single row is padded to two")
-                continue
-            return f"the export was specialised: it fails at batch {batch} ({first_line(error)})"
-        expected = source.eager(batch)
-        if any(type(a) is not torch.Tensor for a in answers):
-            return "the export holds a fake tensor: a value was computed by numpy or Python while tracing"
-        if len(answers) != len(expected):
-            return f"the export gives {len(answers)} outputs, the model {len(expected)}"
-        error = largest_error(answers, expected)
-        if error > 1e-5:
-            truth = run_fp64(source.graph, *inputs)
-            if largest_error(answers, truth) < error / 2:
-                return f"the export answers differently at batch {batch} (error {error:.1e}): it was specialised or is random"
-    return None
-
-
-def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def explain(error: Exception, model: Model) -> str:
-    """What is wrong in the user's terms."""
-    text = str(error)
-    if "data-dependent" in text or "GuardOnDataDependent" in type(error).__name__ or "unbacked" in text.lower():
-        return "control flow depends on the values of a tensor"
-    if "Constraints violated" in text or "specialized" in text.lower():
-        return f"a size that should vary was fixed ({first_line(error)})"
-    return f"{type(error).__name__}: {first_line(error)}"
-
-
-def hint_for(reason: str) -> str:
-    if "control flow" in reason:
-        return "use torch.where or torch.cond instead of `if tensor:`, and keep .item() out of forward"
-    if "fixed" in reason or "specialised" in reason:
-        return "derive sizes from x.shape instead of Python integers, and build no tensor of a fixed batch in forward"
-    if "fake tensor" in reason:
-        return "use torch operations instead of numpy in forward"
-    return "see the full error with --traceback"

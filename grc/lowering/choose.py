@@ -19,6 +19,7 @@ from grc.lowering.engine import Built, Engine, Lowerable, Target
 from grc.lowering.inductor import Inductor
 from grc.lowering.onnxruntime import OnnxRuntime
 from grc.runtime.engines import Run, load_part
+from grc.runtime.plan import Plan
 
 SECONDS = 0.4  # spent on each engine at each batch size, in interleaved rounds
 QUALITY = 1e-4  # largest error of a float32 engine relative to the largest answer; rounding of a deep model is 1e-6
@@ -46,6 +47,7 @@ class Choice:
     rejected: dict[str, str]
     eager_times: dict[int, float]
     winners: list[tuple[int, Candidate]]
+    plan: Plan | None = None  # of a GPU's buckets
 
     @property
     def parts(self) -> list[Candidate]:
@@ -74,6 +76,10 @@ def engines_for(optimised: Lowerable, source: Lowerable | None) -> list[tuple[En
     return [*offered, (OnnxRuntime(), optimised), (Eager(), optimised)]
 
 
+def load_built(built: Built, folder: Path) -> Run:
+    return load_part({"engine": built.engine, "file": built.file}, folder, built.constants)
+
+
 def build_all(
     offered: Sequence[tuple[Engine, Lowerable]],
     target: Target,
@@ -81,6 +87,7 @@ def build_all(
     requests: Requests,
     only: str | None,
     progress: Callable[[str], None],
+    load: Callable[[Built, Path], Run] = load_built,
 ) -> tuple[list[Candidate], dict[str, str]]:
     """Build and prove the engines. Raises LoweringError when the one that was asked for can't be built or is wrong."""
     names = [engine.name for engine, _ in offered]
@@ -97,8 +104,7 @@ def build_all(
             start = time.perf_counter()
             try:
                 built = engine.build(lowerable, target, folder)
-                part = {"engine": built.engine, "file": built.file}
-                candidate = Candidate(built, load_part(part, folder, built.constants), time.perf_counter() - start)
+                candidate = Candidate(built, load(built, folder), time.perf_counter() - start)
                 reason = prove(candidate, requests)
             except GrcError as error:
                 reason = error.message
@@ -134,15 +140,20 @@ def prove(candidate: Candidate, requests: Requests) -> str | None:
 def measure(
     candidates: Sequence[Candidate], eager: Callable[[int], Any], requests: Requests, progress: Callable[[str], None]
 ) -> dict[int, float]:
-    """Time the candidates and the eager model at every batch, interleaved; returns the eager model's medians."""
+    """Time the candidates and the eager model at every batch, interleaved; returns the eager model's medians.
+
+    A candidate that was built for one batch is timed at that one. One on a GPU is timed by the device's own events.
+    """
     eager_times: dict[int, float] = {}
     gc.collect()
     for batch, inputs in requests.timed.items():
         progress(f"batch {batch}")
         runs: list[tuple[Callable[[], Any], list[float]]] = []
         for candidate in candidates:
-            candidate.times[batch] = []
-            runs.append((lambda run=candidate.run: run(list(inputs)), candidate.times[batch]))  # type: ignore[misc]
+            if candidate.built.bucket in (None, batch):
+                candidate.times[batch] = []
+                timed = getattr(candidate.run, "seconds", candidate.run)
+                runs.append((lambda timed=timed: timed(list(inputs)), candidate.times[batch]))  # type: ignore[misc]
         own: list[float] = []
         runs.append((lambda: eager(batch), own))
         for call, _ in runs:
@@ -154,14 +165,18 @@ def measure(
 
 
 def interleave(runs: Sequence[tuple[Callable[[], Any], list[float]]], seconds: float) -> None:
-    """Take turns until the time is spent, at least five turns, so that noise falls on all alike."""
+    """Take turns until the time is spent, at least five turns, so that noise falls on all alike.
+
+    A call that answers with a float has measured its own seconds.
+    """
     end = time.perf_counter() + seconds
     turns = 0
     while turns < 5 or (time.perf_counter() < end and turns < 2000):
         for call, times in runs:
             start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
+            answer = call()
+            seconds_taken = time.perf_counter() - start
+            times.append(answer if isinstance(answer, float) else seconds_taken)
         turns += 1
 
 
@@ -170,15 +185,23 @@ def choose(candidates: list[Candidate], rejected: dict[str, str], eager_times: d
     batches = sorted(eager_times)
     winners: list[tuple[int, Candidate]] = []
     for batch in batches:
-        best = candidates[0]
-        for candidate in candidates[1:]:
+        able = [candidate for candidate in candidates if batch in candidate.times]
+        if not able:
+            raise LoweringError(f"no engine takes batch {batch}", "leave --engine at auto")
+        best = able[0]
+        for candidate in able[1:]:
             if candidate.median(batch) < 0.95 * best.median(batch):
                 best = candidate
         winners.append((batch, best))
     return Choice(candidates, rejected, eager_times, winners)
 
 
-def boundaries(winners: Sequence[tuple[int, Candidate]]) -> list[int]:
-    """Up to which batch each winner answers: half way, by ratio, to the next measured size."""
+def boundaries(winners: Sequence[tuple[int, Candidate]], buckets: bool = False) -> list[int]:
+    """Up to which batch each winner answers: half way, by ratio, to the next measured size.
+
+    Where requests are padded to buckets, each of which was measured, a winner answers up to its own size.
+    """
     batches = [batch for batch, _ in winners]
+    if buckets:
+        return [*batches[:-1], 2**31 - 1]
     return [int((a * b) ** 0.5) for a, b in zip(batches, batches[1:], strict=False)] + [2**31 - 1]

@@ -18,6 +18,7 @@ class Target:
     device: str
     isa: str
     threads: int
+    sm: str | None = None
 
 
 @dataclass
@@ -28,6 +29,9 @@ class Built:
     file: str
     constants: dict[str, torch.Tensor]
     notes: list[str] = field(default_factory=list)
+    graphs: bool = False  # on a GPU: whether its runs are captured as CUDA graphs
+    bucket: int | None = None  # on a GPU: the one batch size that it was built for
+    counts_bad_ids: bool = False  # on a GPU: whether its last answer is the number of ids outside of their tables
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 
 from grc.errors import LoweringError
 from grc.graph.capture import quiet_export
@@ -44,22 +45,34 @@ class Inductor:
         program = export_graph(packed, [op for op in OPS if op.cpu is None])
         file = f"{self.name}.pt2"
         objects = [str(cpp.build(ops, target.isa, "object"))] if ops else []
-        try:
-            with torch.no_grad(), quiet_export(), linking(objects):
-                torch._inductor.aoti_compile_and_package(
-                    program, package_path=str(folder / file), inductor_configs=settings(ops)
-                )
-        except Exception as error:  # the C++ compiler, Inductor's lowering, or a full disk
-            raise LoweringError(f"AOTInductor can't build the graph: {last_line(error)}") from error
-        loader = torch._C._aoti.AOTIModelPackageLoader(str(folder / file), "model", False, 1, -1)
-        known = {**constants_of(graph), **dict(program.named_parameters()), **dict(program.named_buffers())}
-        known |= {name: value for name, value in program.constants.items() if isinstance(value, torch.Tensor)}
-        constants: dict[str, torch.Tensor] = {}
-        for name in loader.get_constant_fqns():
-            if name not in known:
-                raise LoweringError(f"AOTInductor made a constant of its own, {name}, which can't be shared")
-            constants[name] = known[name].detach()
-        return Built(self.name, file, constants)
+        package(program, folder / file, settings(ops), objects)
+        return Built(self.name, file, packaged_constants(folder / file, graph, program))
+
+
+def package(
+    program: torch.export.ExportedProgram, file: Path, configs: dict[str, Any], objects: Sequence[str] = ()
+) -> None:
+    """Compile a program by AOTInductor into one file. Raises LoweringError with the first line of what went wrong."""
+    try:
+        with torch.no_grad(), quiet_export(), linking(objects):
+            torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=configs)
+    except Exception as error:  # the C++ compiler, Inductor's lowering, or a full disk
+        raise LoweringError(f"AOTInductor can't build the graph: {last_line(error)}") from error
+
+
+def packaged_constants(
+    file: Path, graph: fx.GraphModule, program: torch.export.ExportedProgram
+) -> dict[str, torch.Tensor]:
+    """The constants that a package reads, by the names it knows them under."""
+    loader = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", False, 1, -1)
+    known = {**constants_of(graph), **dict(program.named_parameters()), **dict(program.named_buffers())}
+    known |= {name: value for name, value in program.constants.items() if isinstance(value, torch.Tensor)}
+    constants: dict[str, torch.Tensor] = {}
+    for name in loader.get_constant_fqns():
+        if name not in known:
+            raise LoweringError(f"AOTInductor made a constant of its own, {name}, which can't be shared")
+        constants[name] = known[name].detach()
+    return constants
 
 
 def settings(ops: Sequence[FusedOp]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ ACTIVATIONS = {aten.relu: RELU, aten.silu: SILU, aten.sigmoid: SIGMOID, aten.tan
 
 
 def pack_linears(graph: fx.GraphModule, isa: str) -> fx.GraphModule:
-    """A copy of the graph in which fp32 linear layers with constant weights, cross layers and scored items are packed."""
+    """A copy of the graph in which fp32 linear layers with constant weights, cross layers and item tables are packed."""
     packed = copy_graph(graph)
     edit = Rewriter(packed)
     for node in list(packed.graph.nodes):
@@ -48,7 +48,7 @@ def pack_cross(edit: Rewriter, node: fx.Node, isa: str) -> None:
 
 
 def pack_score_topk(edit: Rewriter, node: fx.Node, isa: str) -> None:
-    """The packed items are a second copy of the table where a look-up reads it too: rows of a panel are not contiguous."""
+    """Where a look-up reads the table too, the panels are a second copy of it: their rows are not contiguous."""
     x, weight, bias, k = node.args
     tensor = attribute(edit.module, weight)
     if tensor is None or value(x).dtype is not torch.float32:

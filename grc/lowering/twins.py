@@ -13,7 +13,6 @@ from torch import Tensor, fx
 
 from grc.graph.match import value
 from grc.graph.rewrite import copy_graph
-from grc.kernels import OPS
 
 NO_PADDING = -(2**63)
 KERNELS = (torch.float32, torch.float16, torch.bfloat16)  # the arenas that the kernels read
@@ -38,7 +37,8 @@ def with_twins(graph: fx.GraphModule, device: torch.device, count: bool) -> tupl
         if count:
             key = given["ids"], given.get("offsets"), tuple(given["rows"]), tuple(given["padding"])
             key = (*key, tuple(given.get("lengths") or ()))
-            counted.setdefault(key, bad_ids(edit, node, given))
+            if key not in counted:
+                counted[key] = bad_ids(edit, node, given)
         module = importlib.import_module(f"grc.kernels.{name}.triton")
         wanted = inspect.signature(module.lists).parameters
         values = module.lists(value(given["arena"]), *(given[parameter] for parameter in list(wanted)[1:]))
@@ -115,10 +115,3 @@ def add_output(graph: fx.Graph, counts: list[fx.Node]) -> None:
             total = graph.call_function(operator.add, (total, other))
     output.args = ((*output.args[0], total),)
 
-
-def covers(graph: fx.GraphModule) -> bool:
-    """Whether some fused look-up of the graph has a twin."""
-    names = {op.name for op in OPS if importlib.util.find_spec(f"grc.kernels.{op.name}.triton") is not None}
-    return any(
-        getattr(node.target, "namespace", "") == "grc" and node.target._opname in names for node in graph.graph.nodes
-    )

@@ -12,13 +12,14 @@ from grc.passes.guard_ids import GuardIds
 from grc.passes.jagged import Jagged
 from grc.passes.manager import Pass
 from grc.passes.merge_tables import MergeTables
+from grc.passes.needed_rows import NeededRows
 from grc.passes.normalise import Normalise
 
-NAMES = ("jagged", "normalise", "merge-tables", "simplify", "fuse", "guard-ids")
+NAMES = ("jagged", "normalise", "merge-tables", "simplify", "fuse", "needed-rows", "guard-ids")
 
 
 def pipeline(options: Options, fusions: Sequence[Any]) -> list[Pass]:
-    """Plain aten, canonical form, merged tables, canonical form of what that left, fused; then bad ids made safe.
+    """Plain aten, canonical form, merged tables, canonical form of what that left, fused, only what is read; bad ids last.
 
     Raises GrcError for a name in `options.disable` that no pass has.
     """
@@ -31,6 +32,7 @@ def pipeline(options: Options, fusions: Sequence[Any]) -> list[Pass]:
         "merge-tables": MergeTables(),
         "simplify": Normalise(),
         "fuse": Fuse(tuple(fusions)),
+        "needed-rows": NeededRows(),
     }
     if options.on_bad_id != "error":
         passes["guard-ids"] = GuardIds(options.on_bad_id)

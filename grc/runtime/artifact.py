@@ -175,7 +175,8 @@ def writing(output: Path, force: bool, marker: str = MANIFEST, what: str = "grc 
         output.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
     except OSError as error:
-        raise ArtifactError(f"can't write {output}: {error.strerror}", "choose another -o") from error
+        reason = f"{error.filename} is no folder" if isinstance(error, FileExistsError) else error.strerror
+        raise ArtifactError(f"can't write {output}: {reason}", "choose another -o") from error
     try:
         yield partial
         old = output.parent / f".{output.name}.{os.getpid()}.old"

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from grc.errors import ArtifactError
+from grc.runtime.buckets import Buckets
+from grc.runtime.device import DeviceWeights
 from grc.runtime.graph_json import decode_graph
+from grc.runtime.plan import Plan
 
 Tensors = list[torch.Tensor]
 Run = Callable[[Tensors], Sequence[torch.Tensor]]
@@ -25,9 +29,42 @@ def load_part(part: Mapping[str, Any], folder: Path, constants: Mapping[str, tor
     return loader(folder / part["file"], constants)
 
 
-def load_inductor(path: Path, constants: Mapping[str, torch.Tensor]) -> Run:
+def part_loader(manifest: Mapping[str, Any]) -> Callable[[Mapping[str, Any], Path, Mapping[str, torch.Tensor]], Run]:
+    """`load_part` for the device that an artifact was built for. On a GPU all its parts share one upload of the weights."""
+    if manifest["target"]["device"] != "cuda":
+        return load_part
+    weights = DeviceWeights(torch.device("cuda", torch.cuda.current_device()))
+    plan = Plan.of(manifest["inputs"], manifest["outputs"], **manifest["gpu"])
+
+    def load(part: Mapping[str, Any], folder: Path, constants: Mapping[str, torch.Tensor]) -> Run:
+        return load_on_gpu(part, folder, {n: weights.on_device(t) for n, t in constants.items()}, plan)
+
+    return load
+
+
+def load_on_gpu(part: Mapping[str, Any], folder: Path, constants: Mapping[str, torch.Tensor], plan: Plan) -> Run:
+    """A part on constants that lie on the GPU, with a CUDA graph for each bucket where the part has them.
+
+    Raises ArtifactError when a graph can't be captured.
+    """
+    path = folder / part["file"]
+    if not part["graphs"]:
+        plan = replace(plan, buckets=())
+    elif part["bucket"] is not None:
+        plan = replace(plan, buckets=(part["bucket"],))
+
+    def make() -> Run:
+        if part["engine"] == "eager":
+            return load_eager(path, constants)
+        # One thread a runner: the runner that serves many waits for events, which can't be captured.
+        return load_inductor(path, constants, alone=True)
+
+    return Buckets(make, plan, part["counts_bad_ids"])
+
+
+def load_inductor(path: Path, constants: Mapping[str, torch.Tensor], alone: bool = False) -> Run:
     """AOTInductor through its direct loader: 4 us a call, no compiler, weights used where they lie."""
-    loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, CONCURRENT, -1)
+    loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", alone, 1 if alone else CONCURRENT, -1)
     wanted = loader.get_constant_fqns()
     missing = [name for name in wanted if name not in constants]
     if missing:

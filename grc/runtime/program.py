@@ -12,7 +12,7 @@ import torch
 
 from grc.errors import GrcError, InputError
 from grc.runtime.artifact import Artifact
-from grc.runtime.engines import Run, load_part
+from grc.runtime.engines import Run, part_loader
 from grc.runtime.inputs import InputCheck
 from grc.runtime.processing import Processing
 from grc.runtime.structure import builder, flatten
@@ -42,7 +42,8 @@ class Program:
                 f"it holds {', '.join(p['engine'] for p in parts)}",
             )
         weights = artifact.weights
-        self.runs: list[Run] = [load_part(p, artifact.path / "parts", bound(p["weights"], weights)) for p in parts]
+        load_one = part_loader(manifest)
+        self.runs: list[Run] = [load_one(p, artifact.path / "parts", bound(p["weights"], weights)) for p in parts]
         self.self_checking = [bool(p["checks_ids"]) for p in parts]
         forced = next((i for i, p in enumerate(parts) if p["engine"] == engine), None)
         self.limits = [] if forced is not None else [c["up_to"] for c in manifest["choice"][:-1]]

@@ -124,7 +124,7 @@ def test_an_output_that_cannot_be_written(grc: Grc, model: Path, tmp_path: Path)
     output = tmp_path / "file" / "x.grc"
     refused(
         grc("compile", model, "-o", output, *QUICK),
-        f"error: can't write {output}: Not a directory",
+        f"error: can't write {output}: {tmp_path}/file is no folder",
         "hint: choose another -o",
     )
 

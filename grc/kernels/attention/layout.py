@@ -153,4 +153,4 @@ def folded(edit: Rewriter, node: fx.Node) -> fx.Node:
     if node.op == "get_attr":
         return node
     tensor = constant(edit.module, node)
-    return node if tensor is None else edit.parameter(node.name, tensor.clone().contiguous())
+    return node if tensor is None else edit.parameter(f"{origin(node)[0].name}_part", tensor.clone().contiguous())

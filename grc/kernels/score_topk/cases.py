@@ -1,4 +1,4 @@
-"""Sizes and edge cases of score_topk: few and many rows, k from 1 to N, remainders of every tile, views, masked items."""
+"""Sizes and edge cases of score_topk: few and many rows, k from 1 to N, remainders of a tile, views, masked items."""
 
 from __future__ import annotations
 

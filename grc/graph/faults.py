@@ -1,0 +1,96 @@
+"""What can be wrong with an export: found by running it beside the model, and said in the user's terms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from grc.graph.oracle import largest_error, run_fp64
+from grc.graph.sizes import Size
+
+if TYPE_CHECKING:
+    from grc.graph.capture import Source
+
+UNSEEN = (4, 13)
+NOISE = 1e-5  # below this, two orders of summation in float32 differ too
+
+
+@torch.no_grad()
+def find_fault(source: Source) -> str | None:
+    """Why the graph does not stand for the model, or None.
+
+    A graph that is right but for a single row has its smallest batch set to 2: the runtime repeats the row.
+    """
+    for batch in UNSEEN if source.dynamic else (source.example_batch,):
+        fault = fault_at(source, batch)
+        if fault is not None:
+            return fault
+    if source.min_batch == 1 and source.dynamic and fault_at(source, 1) is not None:
+        source.min_batch = 2
+        source.notes.append("the export does not take batch 1; a single row is padded to two")
+        return padding_fault(source)
+    return None
+
+
+def fault_at(source: Source, batch: int) -> str | None:
+    inputs = source.inputs(batch)
+    try:
+        answers = list(source.graph(*inputs))
+    except Exception as error:  # whatever the operators of the graph raise
+        return f"the export was specialised: it fails at batch {batch} ({first_line(error)})"
+    expected = source.eager(batch)
+    if any(type(a) is not torch.Tensor for a in answers):
+        return "the export holds a fake tensor: a value was computed by numpy or Python while tracing"
+    if len(answers) != len(expected):
+        return f"the export gives {len(answers)} outputs, the model {len(expected)}"
+    for answer, wanted in zip(answers, expected, strict=True):
+        if answer.dtype != wanted.dtype:
+            return f"the export answers in {answer.dtype}, the model in {wanted.dtype}"
+    error = largest_error(answers, expected)
+    if error > NOISE and largest_error(answers, list(run_fp64(source.graph, *inputs))) < error / 2:
+        return f"the export answers differently at batch {batch} (error {error:.1e}): it was specialised or is random"
+    return None
+
+
+def padding_fault(source: Source) -> str | None:
+    """Whether one row, repeated, has the model's answer for that row."""
+    if any(not size.constant and (size.scale, size.offset) != (1, 0) for sizes in source.sizes for size in sizes):
+        return None
+    inputs = [resized(t, sizes, 2) for t, sizes in zip(source.inputs(1), source.sizes, strict=True)]
+    answers = [resized(a, sizes, 1) for a, sizes in zip(source.graph(*inputs), source.out_sizes, strict=True)]
+    error = largest_error(answers, source.eager(1))
+    return None if error < 10 * NOISE else f"the export answers differently at batch 1 (error {error:.1e})"
+
+
+def resized(tensor: torch.Tensor, sizes: Sequence[Size], batch: int) -> torch.Tensor:
+    """The first `batch` rows, the last one repeated where there are fewer."""
+    for dim, size in enumerate(sizes):
+        if (size.scale, size.offset) == (1, 0):
+            tensor = tensor.index_select(dim, torch.arange(batch).clamp(max=tensor.shape[dim] - 1))
+    return tensor
+
+
+def first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def explain(error: Exception) -> str:
+    """What is wrong in the user's terms."""
+    text = str(error)
+    if "data-dependent" in text or "GuardOnDataDependent" in type(error).__name__ or "unbacked" in text.lower():
+        return "control flow depends on the values of a tensor"
+    if "Constraints violated" in text or "specialized" in text.lower():
+        return f"a size that should vary was fixed ({first_line(error)})"
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def hint_for(reason: str) -> str:
+    if "control flow" in reason:
+        return "use torch.where or torch.cond instead of `if tensor:`, and keep .item() out of forward"
+    if "fixed" in reason or "specialised" in reason:
+        return "derive sizes from x.shape instead of Python integers, and build no tensor of a fixed batch in forward"
+    if "fake tensor" in reason:
+        return "use torch operations instead of numpy in forward"
+    return "see the full error with --traceback"

@@ -1,0 +1,67 @@
+"""Flat graphs: an exported program as one torch.fx graph of calls, with flat inputs and outputs."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+
+@contextmanager
+def quiet_export() -> Iterator[None]:
+    """torch.export logs, warns and prints its own workings; what matters is raised as a CaptureError instead."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._dynamo", "torch._export")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def flat_graph(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """The program in unlifted form, with flat inputs and a flat tuple of outputs."""
+    with quiet_export():
+        module = program.run_decompositions({}).module(check_guards=False)
+    graph = module.graph
+    graph.set_codegen(fx.graph.CodeGen())
+    inline_regions(module)
+    tensors_only(graph)
+    flat = fx.GraphModule(module, graph)
+    flat.recompile()
+    return flat
+
+
+def inline_regions(module: fx.GraphModule) -> None:
+    """Replace `with torch.no_grad():` and autocast regions, which export keeps as submodules, by their bodies."""
+    wrappers = {torch.ops.higher_order.wrap_with_set_grad_enabled: 1, torch.ops.higher_order.wrap_with_autocast: 4}
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or node.target not in wrappers:
+            continue
+        skip = wrappers[node.target]
+        body: fx.GraphModule = getattr(module, node.args[skip].target)
+        mapping = dict(zip([n for n in body.graph.nodes if n.op == "placeholder"], node.args[skip + 1 :], strict=True))
+        with module.graph.inserting_before(node):
+            results = module.graph.graph_copy(body.graph, mapping)
+        results = results if isinstance(results, (tuple, list)) else (results,)
+        for user in list(node.users):
+            user.replace_all_uses_with(results[user.args[1]])
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+
+
+def tensors_only(graph: fx.Graph) -> None:
+    """Outputs that are constants live in the structure, not in the graph."""
+    output = next(iter(reversed(graph.nodes)))
+    leaves = pytree.tree_leaves(output.args[0])
+    output.args = (tuple(leaf for leaf in leaves if isinstance(leaf, fx.Node)),)

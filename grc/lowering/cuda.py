@@ -1,0 +1,198 @@
+"""CUDA: engines that build the moved graph, and what the compiler needs to load, prove and measure them on the GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from grc.errors import ArtifactError, LoweringError
+from grc.graph.capture import Source
+from grc.graph.oracle import largest_error, run_fp64
+from grc.kernels import OPS, cpp
+from grc.lowering.eager import Eager
+from grc.lowering.engine import Built, Engine, Lowerable, Target
+from grc.lowering.export import export_graph
+from grc.lowering.inductor import package, packaged_constants, settings
+from grc.lowering.move import moved
+from grc.lowering.twins import with_twins
+from grc.runtime.device import DeviceWeights
+from grc.runtime.engines import Run, load_on_gpu
+from grc.runtime.plan import Plan
+
+
+def gpu_target(isa: str, threads: int) -> Target:
+    """The GPU of this host. Raises LoweringError where there is none."""
+    if not torch.cuda.is_available():
+        built = "torch was built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
+        raise LoweringError(f"there is no usable GPU here: {built}", "leave out --device cuda, or see grc doctor")
+    major, minor = torch.cuda.get_device_capability()
+    return Target("cuda", isa, threads, f"sm_{major}{minor}")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The device that an artifact is built on: the weights that lie there already, and the plan of its parts.
+
+    Models are captured and rewritten on the CPU; only what an engine builds is moved, and every engine is then proven
+    from host to host against the same fp64 oracle as on the CPU.
+    """
+
+    weights: DeviceWeights
+    plan: Plan
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.device
+
+    def moved(self, lowerable: Lowerable) -> tuple[Lowerable, dict[str, torch.Tensor]]:
+        """The graph and its inputs on the device, and the constants as they lie on the host."""
+        graph, originals = moved(lowerable.graph, self.device, self.weights.on_device)
+        return Lowerable(graph, [t.to(self.device) for t in lowerable.inputs], lowerable.shapes), originals
+
+    def load(self, built: Built, folder: Path) -> Run:
+        """Load a part as the runtime will. One that can't be captured runs launch by launch, and its notes say why."""
+        constants = {name: self.weights.on_device(tensor) for name, tensor in built.constants.items()}
+        if self.plan.reason is not None:
+            built.notes.append(f"runs without CUDA graphs: {self.plan.reason}")
+        else:
+            built.graphs = True
+            try:
+                return load_on_gpu(part_on_gpu(built), folder, constants, self.plan)
+            except ArtifactError as error:
+                built.graphs = False
+                built.notes.append(f"runs without CUDA graphs: {error.message}")
+        return load_on_gpu(part_on_gpu(built), folder, constants, self.plan)
+
+    def model_runner(self, lowerable: Lowerable, inputs: Callable[[int], list[torch.Tensor]]) -> Callable[[int], Any]:
+        """The model's own graph, operator by operator: its module can't be moved without changing the caller's."""
+        graph = self.moved(lowerable)[0].graph
+        made: dict[int, list[torch.Tensor]] = {}
+
+        @torch.inference_mode()
+        def run(batch: int) -> list[torch.Tensor]:
+            given = made.get(batch) or made.setdefault(batch, inputs(batch))
+            return [answer.cpu() for answer in graph(*(tensor.to(self.device) for tensor in given))]
+
+        return run
+
+
+def part_on_gpu(built: Built) -> dict[str, Any]:
+    """What the manifest says about a part, but for its weights and notes."""
+    gpu = {"graphs": built.graphs, "bucket": built.bucket, "counts_bad_ids": built.counts_bad_ids}
+    return {"engine": built.engine, "file": built.file, **gpu}
+
+
+class CudaInductor:
+    """AOTInductor for the GPU: with `twins`, look-ups go to our Triton kernels, whose cubins the package carries.
+
+    With `bucket`, it is built for that one batch size and max-autotuned.
+    """
+
+    def __init__(self, gpu: Gpu, twins: bool, count: bool, bucket: int | None = None):
+        self.gpu, self.twins, self.count, self.bucket = gpu, twins, count, bucket
+        self.name = ("inductor" if twins else "aoti") + (f"@{bucket}" if bucket else "")
+
+    def missing(self, target: Target) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed: pip install triton"
+        try:
+            cpp.compiler()
+        except LoweringError as error:
+            return f"{error.message}: {error.hint}"
+        return None
+
+    def build(self, lowerable: Lowerable, target: Target, folder: Path) -> Built:
+        ready, originals = self.gpu.moved(lowerable)
+        graph, counts = with_twins(ready.graph, self.gpu.device, self.count) if self.twins else (ready.graph, False)
+        program = export_graph(Lowerable(graph, ready.inputs, ready.shapes), OPS)
+        file = f"{self.name}.pt2"
+        configs = settings([]) | ({"max_autotune": True} if self.bucket else {})
+        package(program, folder / file, configs)
+        constants = packaged_constants(folder / file, graph, program)
+        return Built(self.name, file, on_host(constants, originals), bucket=self.bucket, counts_bad_ids=counts)
+
+
+class CudaEager:
+    """The model's operators one by one on the GPU, captured like any other part."""
+
+    name = "eager"
+
+    def __init__(self, gpu: Gpu):
+        self.gpu = gpu
+
+    def missing(self, target: Target) -> str | None:
+        return None
+
+    def build(self, lowerable: Lowerable, target: Target, folder: Path) -> Built:
+        ready, originals = self.gpu.moved(lowerable)
+        built = Eager().build(ready, target, folder)
+        built.constants = on_host(built.constants, originals)
+        return built
+
+
+def on_host(constants: dict[str, torch.Tensor], originals: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Constants as they are stored: the model's own memory, and copies of what was made on the device."""
+    return {name: originals[name] if name in originals else tensor.cpu() for name, tensor in constants.items()}
+
+
+def gpu_engines(
+    gpu: Gpu, optimised: Lowerable, source: Lowerable | None, fixed: Sequence[tuple[int, Lowerable]]
+) -> list[tuple[Engine, Lowerable]]:
+    """The engines in the order in which ties go. `source` is the graph as it came; without it bad ids are guarded in the
+    graph, and nothing is counted. `fixed` are the optimised graph's inputs at batch sizes to build for alone."""
+    count = source is not None
+    offered: list[tuple[Engine, Lowerable]] = [(CudaInductor(gpu, twins=True, count=count), optimised)]
+    offered += [(CudaInductor(gpu, True, count, bucket), lowerable) for bucket, lowerable in fixed]
+    if source is not None:
+        offered.append((CudaInductor(gpu, twins=False, count=False), source))
+    return [*offered, (CudaEager(gpu), source or optimised)]
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """float32 products in float32: TF32 would be an error of 1e-3 that nobody asked for."""
+    matmul, convolution = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolution
+
+
+@torch.no_grad()
+def mixed_rows(source: Source, graph: fx.GraphModule) -> str | None:
+    """Why a request may not be padded, or None: the answer of a row must not depend on the rows beside it.
+
+    Seen in double precision, by answering a batch of three alone and with its first row repeated up to eight.
+    """
+    inputs = source.inputs(3)
+    plan = Plan.of(*described(source), buckets=(8,))
+    if plan.reason is not None or not source.dynamic:
+        return None
+    longer = [
+        t if s.batch_dim is None else torch.cat([t, *[t.narrow(s.batch_dim, 0, 1)] * 5], s.batch_dim)
+        for t, s in zip(inputs, plan.inputs, strict=True)
+    ]
+    alone, beside = list(run_fp64(graph, *inputs)), list(run_fp64(graph, *longer))
+    cut = [a if s.batch_dim is None else a.narrow(s.batch_dim, 0, 3) for a, s in zip(beside, plan.outputs, strict=True)]
+    return "the answer of a row depends on the other rows" if largest_error(cut, alone) > 1e-9 else None
+
+
+def described(source: Source) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Inputs and outputs as the manifest has them."""
+    taken = [
+        {"name": name, "dtype": str(dtype)[6:], "sizes": [size.json() for size in sizes]}
+        for name, dtype, sizes in zip(source.names, source.dtypes, source.sizes, strict=True)
+    ]
+    given = [
+        {"dtype": str(dtype)[6:], "sizes": [size.json() for size in sizes]}
+        for dtype, sizes in zip(source.out_dtypes, source.out_sizes, strict=True)
+    ]
+    return taken, given

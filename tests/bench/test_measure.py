@@ -1,0 +1,164 @@
+"""A whole run on a tiny model: rows for grc and its peers, and no speed for a peer that is wrong or broken."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from grc.bench import host, peers
+from grc.bench.contender import Contender, as_list, called
+from grc.bench.measure import Settings, measure
+from grc.bench.requests import Request, draws, pool
+from grc.bench.rows import Row, read
+from grc.bench.subject import BenchError, Subject
+from grc.graph.capture import capture
+from grc.graph.model_file import load_model
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = """
+import torch
+from torch import nn
+
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.items = nn.Embedding(50, 8)
+        self.out = nn.Linear(8, 120)
+
+    def forward(self, item):
+        return self.out(self.items(item))
+
+
+def get_model():
+    torch.manual_seed(0)
+    return Tiny().eval()
+
+
+def get_inputs(batch{parameters}):
+    generator = torch.Generator().manual_seed({seed})
+    return (torch.randint(50, (batch,), generator=generator),)
+"""
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("models") / "tiny.py"
+    file.write_text(MODEL.format(parameters=', seed=0, ids="uniform"', seed="seed + (ids == 'zipf')"))
+    return file
+
+
+def by_engine(rows: list[Row]) -> dict[str, Row]:
+    return {row["engine"]: row for row in rows}
+
+
+@pytest.mark.engine
+def test_a_run_has_a_row_for_every_engine_batch_and_kind_of_ids(model_file: Path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    settings = Settings(
+        str(model_file), ("eager", "onnxruntime"), (4, 1), threads=1, seconds=0.02, engine="eager", command="grc bench"
+    )
+    rows = measure(settings)
+    found = {(row["engine"], row["batch"], row["ids"]) for row in rows}
+    assert found == {(e, b, i) for e in ("grc", "eager", "onnxruntime") for b in (1, 4) for i in ("uniform", "zipf")}
+    for row in rows:
+        assert row["refused"] is None
+        assert row["min_us"] <= row["p50_us"] <= row["p99_us"]
+        assert row["max_error"] < 1e-6
+        assert row["overlap100"] == 1.0
+        assert row["pool"] >= 16
+        assert row["calls"] >= 5
+        assert row["precision"] == "fp32"
+    assert by_engine(rows)["grc"]["form"] == "eager"
+    assert by_engine(rows)["grc"]["build_s"] > 0
+
+
+def wrong(subject: Subject, example: Request, batch: int) -> Iterator[Contender]:
+    module = subject.source.model.module
+    yield Contender("wrong", "", called, lambda call: module(*call[0]) + 1, lambda answer: [answer])
+
+
+def broken(subject: Subject, example: Request, batch: int) -> Iterator[Contender]:
+    yield from ()
+    raise RuntimeError("no kernel for this\nmore words")
+
+
+def late(subject: Subject, example: Request, batch: int) -> Iterator[Contender]:
+    """Its first form answers wrongly, its second rightly."""
+    module = subject.source.model.module
+    yield Contender("late", "first", called, lambda call: module(*call[0]) * 2, lambda answer: [answer])
+    yield Contender("late", "second", lambda r: r.leaves, lambda leaves: [module(*leaves)], as_list, torch.no_grad)
+
+
+def test_a_peer_that_is_wrong_or_broken_has_no_speed(model_file: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, build in (("wrong", wrong), ("broken", broken), ("late", late)):
+        monkeypatch.setitem(peers.PEERS, name, build)
+    settings = Settings(
+        str(model_file), ("wrong", "broken", "late"), (3,), seconds=0.01, engine="eager", ids=("uniform",)
+    )
+    rows = by_engine(measure(settings))
+    assert rows["wrong"]["p50_us"] is None
+    assert "error" in rows["wrong"]["refused"]
+    assert rows["wrong"]["max_error"] > 0.1
+    assert rows["broken"]["p50_us"] is None
+    assert rows["broken"]["refused"] == "RuntimeError: no kernel for this"
+    assert rows["late"]["form"] == "second"
+    assert rows["late"]["p50_us"] > 0
+
+
+def test_an_unknown_peer_is_named_with_those_there_are():
+    with pytest.raises(BenchError, match="there is no peer tensorflow") as error:
+        measure(Settings("no-such-file.py", ("eager", "tensorflow")))
+    assert error.value.hint == "choose from eager, compile, aoti, onnxruntime"
+
+
+@pytest.mark.parametrize(("parameters", "seed"), [("", "0"), (", seed=0", "seed"), (', ids="uniform"', "0")])
+def test_requests_of_a_pool_differ_whatever_get_inputs_takes(tmp_path: Path, parameters: str, seed: str):
+    file = tmp_path / "other.py"
+    file.write_text(MODEL.format(parameters=parameters, seed=seed))
+    model = load_model(file)
+    drawn = draws(model, str(file))
+    assert list(drawn) == (["uniform", "zipf"] if "ids" in parameters else ["uniform"])
+    requests = pool(drawn["uniform"], capture(model), 8, 1)
+    assert len(requests) == 16
+    assert len({tuple(request.leaves[0].tolist()) for request in requests}) == 16
+    assert {tuple(request.leaves[0].shape) for request in requests} == {(8,)}
+
+
+def test_a_pool_is_as_large_as_it_was_asked_to_be(model_file: Path):
+    model = load_model(model_file)
+    requests = pool(draws(model, str(model_file))["uniform"], capture(model), 16, 100 * 16 * 8)
+    assert len(requests) == 100
+    assert sum(request.bytes for request in requests) == 100 * 16 * 8
+
+
+def test_the_environment_is_tuned_once():
+    first = host.tuned_environment({"PATH": "/bin"}, 2)
+    assert first is not None
+    assert first["OMP_NUM_THREADS"] == "2"
+    assert first["PATH"] == "/bin"
+    assert host.tuned_environment(first, 2) is None
+
+
+@pytest.mark.engine
+def test_the_command_measures_in_a_tuned_process(model_file: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "grc", "bench", str(model_file), "--against", "eager", "--batches", "2"]
+    command += ["--engine", "eager", "--seconds", "0.02", "--threads", "1", "--ids", "uniform"]
+    command += ["--output", str(tmp_path / "rows.jsonl")]
+    environment = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "grc is" in done.stdout
+    rows = read(tmp_path / "rows.jsonl")
+    assert {row["engine"] for row in rows} == {"grc", "eager"}
+    assert {row["allocator"] for row in rows} == {host.ALLOCATOR if host.has_glibc() else host.STOCK_ALLOCATOR}
+    assert {row["command"] for row in rows} == {
+        "grc bench tiny.py --against eager --batches 2 --seconds 0.02 --threads 1 --engine eager"
+    }

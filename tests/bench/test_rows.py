@@ -1,0 +1,58 @@
+"""Rows as the file keeps them: checked, and each key once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from grc.bench.rows import FIELDS, check, read, write
+from grc.bench.subject import BenchError
+
+from .rows import row
+
+
+def test_rows_come_back_as_they_were_written(tmp_path: Path):
+    rows = [row("grc", 10.0), row("eager", 20.5), row("aoti", None)]
+    write(tmp_path / "new" / "rows.jsonl", rows)
+    assert read(tmp_path / "new" / "rows.jsonl") == rows
+
+
+def test_a_newer_row_takes_the_place_of_the_older_one(tmp_path: Path):
+    file = tmp_path / "rows.jsonl"
+    write(file, [row("grc", 10.0), row("eager", 20.0)])
+    write(file, [row("grc", 5.0), row("grc", 7.0, batch=1), row("grc", 6.0, machine="another")])
+    assert [(r["engine"], r["batch"], r["p50_us"]) for r in read(file)] == [
+        ("grc", 64, 5.0),
+        ("eager", 64, 20.0),
+        ("grc", 1, 7.0),
+        ("grc", 64, 6.0),
+    ]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_row_has_every_field(name: str):
+    lacking = {key: value for key, value in row("grc", 1.0).items() if key != name}
+    with pytest.raises(BenchError, match=f"no valid {name}"):
+        check(lacking)
+
+
+@pytest.mark.parametrize("change", [{"batch": "64"}, {"p50_us": "fast"}, {"versions": None}, {"extra": 1}])
+def test_a_field_of_another_kind_is_refused(change: dict[str, object]):
+    with pytest.raises(BenchError, match=f"no valid {next(iter(change))}"):
+        check(row("grc", 1.0, **change))
+
+
+def test_a_wrong_answer_has_no_speed_in_a_file():
+    with pytest.raises(BenchError, match="either a time or the reason"):
+        check(row("eager", 1.0, refused="error 1e-1"))
+    with pytest.raises(BenchError, match="either a time or the reason"):
+        check(row("eager", None, refused=None))
+
+
+def test_a_broken_line_is_named(tmp_path: Path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row("grc", 1.0)) + "\n{}\n")
+    with pytest.raises(BenchError, match=r"rows\.jsonl:2 is no row"):
+        read(file)

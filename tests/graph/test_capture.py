@@ -1,0 +1,260 @@
+"""Capture on what real models do: shapes, structures, dtypes and inputs that exporters stumble over."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from grc.graph.capture import Source, capture
+from grc.graph.model_file import from_module
+from grc.graph.oracle import largest_error
+from grc.runtime.structure import builder
+from tests.graph.filecheck import check
+
+
+class Forward(nn.Module):
+    """A module whose forward is a function, so that a test reads as the model it is about."""
+
+    def __init__(self, function, **modules: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, *args, **kwargs):
+        return self.function(self, *args, **kwargs)
+
+
+def rows(batch: int, *sizes: int) -> Tensor:
+    return torch.randn(batch, *sizes, generator=torch.Generator().manual_seed(batch))
+
+
+def ids(batch: int, columns: int, limit: int = 10) -> Tensor:
+    return torch.randint(0, limit, (batch, columns), generator=torch.Generator().manual_seed(batch))
+
+
+def captured(module: nn.Module, inputs) -> Source:
+    torch.manual_seed(0)
+    source = capture(from_module(module.eval(), inputs))
+    agrees(source, 6, 19)
+    return source
+
+
+@torch.no_grad()
+def agrees(source: Source, *batches: int) -> None:
+    """At batch sizes that neither the export nor its check has seen."""
+    for batch in batches:
+        assert largest_error(list(source.graph(*source.inputs(batch))), source.eager(batch)) < 1e-5
+
+
+class TestExports:
+    def test_numpy_in_forward_of_constant_values(self) -> None:
+        scale = np.array([1.0, 2.0, 3.0], dtype=np.float32)
+        source = captured(Forward(lambda self, x: x * torch.from_numpy(scale)), lambda b: (rows(b, 3),))
+        assert source.mode in ("non-strict", "strict")
+
+    def test_numpy_on_an_input_is_right_or_refused(self) -> None:
+        """Strict traces numpy; non-strict can't. Whichever wins must answer as the model does."""
+        model = Forward(lambda self, x: torch.from_numpy(np.tanh(x.numpy())))
+        assert captured(model, lambda b: (rows(b, 3),)).mode == "strict"
+
+    def test_where_strict_fails_non_strict_works(self) -> None:
+        class Tagged:
+            def __init__(self, x: Tensor) -> None:
+                self.x = x
+
+            def __getattr__(self, name: str):
+                raise AttributeError(name)
+
+        import ctypes
+
+        def forward(self, x):
+            ctypes.c_int(3)  # dynamo can't trace a foreign type
+            return Tagged(x).x * 2
+
+        assert captured(Forward(forward), lambda b: (rows(b, 3),)).mode == "non-strict"
+
+    def test_a_view_that_refuses_batch_1_is_padded(self) -> None:
+        model = Forward(lambda self, x: x.squeeze().sum(-1) if x.shape[0] > 1 else x.squeeze(1).sum(-1))
+        source = captured(model, lambda b: (rows(b, 1, 4),))
+        assert source.min_batch == 2
+
+    def test_a_model_that_fails_at_batch_1_itself(self) -> None:
+        model = Forward(lambda self, x: x.squeeze(0).sum(1) if x.dim() == 2 and x.shape[0] > 1 else x.squeeze(0).sum(1))
+        assert captured(model, lambda b: (rows(b, 4),)).min_batch == 2
+
+    def test_fixed_sizes(self) -> None:
+        source = captured(Forward(lambda self, x: x @ x.T), (rows(5, 5),))
+        assert not source.dynamic
+
+    def test_no_grad_regions_are_inlined(self) -> None:
+        def forward(self, x):
+            with torch.no_grad():
+                y = x * 2
+            return y + self.layer(x)
+
+        source = captured(Forward(forward, layer=nn.Linear(4, 4)), lambda b: (rows(b, 4),))
+        check(source.graph, "CHECK: aten.mul(%\nCHECK: aten.linear\nCHECK-NOT: wrap_with")
+
+
+class TestIds:
+    def test_inside_a_float_matrix(self) -> None:
+        def forward(self, x):
+            return self.table(x[:, 0].long()) * x[:, 1:]
+
+        def inputs(b):
+            return (torch.cat([ids(b, 1).float(), rows(b, 4)], 1),)
+
+        source = captured(Forward(forward, table=nn.Embedding(10, 4)), inputs)
+        assert source.dtypes == [torch.float32]
+
+    def test_above_2_to_the_32(self) -> None:
+        def inputs(b):
+            return (ids(b, 2, 10) + 2**33,)
+
+        source = captured(Forward(lambda self, x: self.table(x - 2**33), table=nn.Embedding(10, 4)), inputs)
+        assert source.dtypes == [torch.int64]
+
+    def test_hashed_from_any_integer(self) -> None:
+        source = captured(
+            Forward(lambda self, x: self.table((x * 2654435761) % 10), table=nn.Embedding(10, 4)),
+            lambda b: (ids(b, 3, 1 << 40),),
+        )
+        check(source.graph, "CHECK: aten.remainder\nCHECK: aten.embedding")
+
+    def test_as_output(self) -> None:
+        source = captured(
+            Forward(lambda self, x: self.score(x).topk(3).indices, score=nn.Linear(4, 20)), lambda b: (rows(b, 4),)
+        )
+        assert source.out_dtypes == [torch.int64]
+
+    def test_int32_stays_int32(self) -> None:
+        source = captured(
+            Forward(lambda self, x: self.table(x), table=nn.Embedding(10, 4)), lambda b: (ids(b, 3).int(),)
+        )
+        assert source.dtypes == [torch.int32]
+
+
+class Scores(NamedTuple):
+    scores: Tensor
+    items: Tensor
+
+
+Local = namedtuple("Local", ["a", "b"])
+
+
+class TestStructures:
+    @pytest.mark.parametrize(
+        ("function", "kind"),
+        [
+            (lambda x: torch.topk(x, 2), torch.return_types.topk),
+            (lambda x: {"a": x, "b": [x + 1, (x + 2,)]}, dict),
+            (lambda x: Scores(x, x + 1), Scores),
+            (lambda x: (x, None, {"n": 3, "x": x * 2}), tuple),
+            (lambda x: [x, x], list),
+            (lambda x: Local(x, {"k": Local(x + 1, x + 2)}), Local),
+        ],
+        ids=["topk", "dict", "NamedTuple", "constants", "same twice", "namedtuple in dict"],
+    )
+    def test_outputs(self, function, kind: type) -> None:
+        source = captured(Forward(lambda self, x: function(x)), lambda b: (rows(b, 4),))
+        answer = builder(source.out_structure)(source.graph(*source.inputs(4)))
+        wanted = function(source.inputs(4)[0])
+        assert type(answer) is kind
+        assert str(answer) == str(wanted)
+
+    def test_dict_and_nested_inputs(self) -> None:
+        def forward(self, dense, groups):
+            return dense + groups["a"] + groups["b"][0] * groups["b"][1]
+
+        def inputs(b):
+            return {"dense": rows(b, 3), "groups": {"a": rows(b, 3), "b": [rows(b, 3), rows(b, 1)]}}
+
+        source = captured(Forward(lambda self, dense, groups: forward(self, dense, groups)), inputs)
+        assert source.names == ["dense", "groups.a", "groups.b[0]", "groups.b[1]"]
+
+
+def lengths(batch: int, longest: int = 4) -> Tensor:
+    return torch.randint(0, longest + 1, (batch,), generator=torch.Generator().manual_seed(batch))
+
+
+class TestSizes:
+    """Several sizes that vary on their own."""
+
+    def test_jagged_values_with_lengths(self) -> None:
+        def inputs(b):
+            n = lengths(b)
+            return ids(int(n.sum()), 1).squeeze(1), n
+
+        def forward(self, values, n):
+            return self.table(values, torch.cat([n.new_zeros(1), n.cumsum(0)]))
+
+        bag = nn.EmbeddingBag(10, 4, mode="sum", include_last_offset=True)
+        source = captured(Forward(forward, table=bag), inputs)
+        assert [s.json() for sizes in source.sizes for s in sizes] == ["n0", "batch"]
+
+    def test_two_jagged_inputs_vary_apart(self) -> None:
+        def inputs(b):
+            n, m = lengths(b), lengths(b + 100, 7)
+            return ids(int(n.sum()), 1).squeeze(1), n.cumsum(0) - n, ids(int(m.sum()), 1).squeeze(1), m.cumsum(0) - m
+
+        model = Forward(
+            lambda self, v, o, w, p: self.a(v, o) + self.b(w, p),
+            a=nn.EmbeddingBag(10, 4, mode="sum"),
+            b=nn.EmbeddingBag(10, 4, mode="mean"),
+        )
+        source = captured(model, inputs)
+        assert [sizes[0].json() for sizes in source.sizes] == ["n0", "batch", "n1", "batch"]
+
+    def test_empty_bags_and_no_values_at_all(self) -> None:
+        def inputs(b):
+            n = lengths(b)
+            return ids(int(n.sum()), 1).squeeze(1), n.cumsum(0) - n
+
+        source = captured(Forward(lambda self, v, o: self.a(v, o), a=nn.EmbeddingBag(10, 4, mode="mean")), inputs)
+        empty = source.graph(torch.empty(0, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))[0]
+        assert torch.equal(empty, torch.zeros(3, 4))
+
+    def test_empty_histories(self) -> None:
+        """A softmax over no step at all gives NaN where the model does."""
+
+        def forward(self, steps, n):
+            hidden = torch.arange(steps.shape[1]) >= n.unsqueeze(1)
+            weights = steps.sum(-1).masked_fill(hidden, float("-inf")).softmax(-1)
+            return (weights.unsqueeze(-1) * steps).sum(1)
+
+        captured(Forward(forward), lambda b: (rows(b, 5, 3), lengths(b)))
+
+    def test_history_length_that_varies_with_the_request(self) -> None:
+        source = captured(Forward(lambda self, x: x.mean(1)), lambda b: (rows(b, 3 + (b * 7) % 5, 4),))
+        assert [s.json() for s in source.sizes[0]] == ["batch", "n0", 4]
+
+    def test_a_size_that_is_twice_the_batch(self) -> None:
+        source = captured(Forward(lambda self, x: x.view(-1, 2, 3).sum(1)), lambda b: (rows(2 * b, 3),))
+        assert source.sizes[0][0].json() == {"scale": 2, "offset": 0}
+
+
+class TestNumerics:
+    def test_dtypes_are_kept(self) -> None:
+        model = Forward(lambda self, x: self.layer(x), layer=nn.Linear(4, 4)).bfloat16()
+        source = captured(model, lambda b: (rows(b, 4).bfloat16(),))
+        found = {n.meta["val"].dtype for n in source.graph.graph.nodes if isinstance(n.meta.get("val"), Tensor)}
+        assert found == {torch.bfloat16}
+
+    def test_a_model_in_float64_stays_there(self) -> None:
+        source = captured(
+            Forward(lambda self, x: self.layer(x), layer=nn.Linear(4, 4)).double(), lambda b: (rows(b, 4).double(),)
+        )
+        assert source.out_dtypes == [torch.float64]
+
+    def test_same_graph_twice(self) -> None:
+        from grc.graph.show import show
+
+        model = Forward(lambda self, x: torch.relu(self.layer(x)), layer=nn.Linear(4, 4))
+        first, second = (show(captured(model, lambda b: (rows(b, 4),)).graph) for _ in range(2))
+        assert first == second

@@ -1,0 +1,159 @@
+"""What capture refuses, and how it says so: in the user's own terms, with their line and a hint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from grc.errors import CaptureError, ModelFileError
+from grc.graph.capture import capture, find_fault
+from grc.graph.model_file import from_module, load_model
+from tests.graph.test_capture import Forward, captured, rows
+
+FILE = '''
+import torch
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        {body}
+
+def get_model():
+    return Model(){mode}
+
+def get_inputs(batch):
+    return (torch.randn(batch, 4, generator=torch.Generator().manual_seed(batch)),)
+'''
+
+
+def model_file(folder: Path, body: str, mode: str = ".eval()") -> Path:
+    path = folder / "model.py"
+    path.write_text(FILE.format(body=body.replace("\n", "\n        "), mode=mode))
+    return path
+
+
+def refusal(path: Path) -> CaptureError:
+    with pytest.raises(CaptureError) as caught:
+        capture(load_model(path))
+    return caught.value
+
+
+def test_control_flow_on_values_names_the_users_line(tmp_path: Path) -> None:
+    path = model_file(tmp_path, "y = self.layer(x)\nif y.sum() > 0:\n    return y\nreturn -y")
+    error = refusal(path)
+    assert f"{path}:12: control flow depends on the values of a tensor" in error.message
+    assert "torch.where" in str(error.hint)
+
+
+def test_an_operator_that_fails_names_the_users_line(tmp_path: Path) -> None:
+    error = refusal(model_file(tmp_path, "return self.layer(x.view(-1, 3))"))
+    assert "model.py:11" in error.message
+    assert "the model itself fails" in error.message
+
+
+def test_randomness(tmp_path: Path) -> None:
+    error = refusal(model_file(tmp_path, "return self.layer(x) + torch.rand(4)"))
+    assert "differs between two calls" in error.message
+
+
+def test_training_mode(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="training mode") as caught:
+        load_model(model_file(tmp_path, "return self.layer(x)", mode=""))
+    assert "eval()" in str(caught.value.hint)
+
+
+def test_a_module_left_in_training_mode_inside_an_eval_model() -> None:
+    model = Forward(lambda self, x: self.drop(x), drop=nn.Dropout()).eval()
+    model.drop.train()
+    with pytest.raises(ModelFileError, match="drop"):
+        from_module(model, lambda b: (rows(b, 4),))
+
+
+def test_a_batch_that_was_specialised() -> None:
+    """The model asks for the batch as a number and takes another path: no export can stand for both."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if int(x.shape[0]) in (2, 3, 5, 7) else x * 3
+
+    with pytest.raises(CaptureError, match="specialised|fixed|differently"):
+        captured(Forward(forward), lambda b: (rows(b, 4),))
+
+
+def test_a_value_frozen_by_python_is_caught() -> None:
+    """A cache filled while tracing answers with the tracer's tensor afterwards."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "seen"):
+            self.seen = {}
+        key = x.shape[1]
+        if key not in self.seen:
+            self.seen[key] = x.sum(0, keepdim=True).detach()
+        return x + self.seen[key]
+
+    with pytest.raises(CaptureError):
+        captured(Forward(forward), lambda b: (rows(b, 4),))
+
+
+def altered(source, change):
+    """The fault that is found once a graph has been tampered with."""
+    node = next(n for n in source.graph.graph.nodes if n.target is torch.ops.aten.relu.default)
+    change(source.graph.graph, node)
+    source.graph.recompile()
+    return find_fault(source)
+
+
+@pytest.fixture
+def source():
+    return captured(Forward(lambda self, x: torch.relu(x)), lambda b: (rows(b, 4),))
+
+
+def test_other_answers_are_a_fault(source) -> None:
+    def change(graph, node) -> None:
+        node.target = torch.ops.aten.tanh.default
+
+    assert "answers differently" in altered(source, change)
+
+
+def test_a_fixed_batch_is_a_fault(source) -> None:
+    def change(graph, node) -> None:
+        with graph.inserting_after(node):
+            fixed = graph.call_function(torch.ops.aten.view.default, (node, [7, 4]))
+        node.replace_all_uses_with(fixed, delete_user_cb=lambda user: user is not fixed)
+
+    assert "was specialised: it fails at batch 4" in altered(source, change)
+
+
+def test_a_fake_tensor_is_a_fault(source) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = torch.randn(4, 4)
+    source.graph.forward = lambda *inputs: (fake,)
+    assert "fake tensor" in str(find_fault(source))
+
+
+def test_an_unknown_container_is_named() -> None:
+    class Box:
+        pass
+
+    with pytest.raises(Exception, match="Box is neither a tensor nor a known container"):
+        captured(Forward(lambda self, x: Box()), lambda b: (rows(b, 4),))
+
+
+def test_input_names_that_do_not_fit() -> None:
+    model = from_module(nn.Linear(4, 4).eval(), lambda b: (rows(b, 4),))
+    model.input_names = ["a", "b"]
+    with pytest.raises(ModelFileError, match="2 names for 1 inputs"):
+        capture(model)
+
+
+def test_inputs_of_changing_structure() -> None:
+    with pytest.raises(ModelFileError, match="different numbers of tensors"):
+        captured(Forward(lambda self, *x: x[0]), lambda b: tuple(rows(b, 4) for _ in range(b)))

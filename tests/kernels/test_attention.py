@@ -1,0 +1,416 @@
+"""The attention kernel against its contract, and the fusion on the ways in which attention is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grc.compiler import Silent, as_model, optimise, traced
+from grc.errors import LoweringError
+from grc.kernels import cpp
+from grc.kernels.attention import ATTENTION, SILU, SOFTMAX, STRICT_SOFTMAX
+from grc.kernels.attention.cases import arguments, padding, relative, share
+from grc.kernels.attention.pattern import Attention
+from grc.options import Options
+from grc.passes.fuse import Fuse
+from grc.passes.normalise import Normalise
+from tests.kernels.contract import ISAS
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def answer(args: tuple[Any, ...], isa: str | None = None) -> Tensor:
+    """The kernel's answer, in memory that held NaN before."""
+    torch.full_like(ATTENTION.reference(*args), torch.nan)
+    return cpp.call(ATTENTION, *args, isa=isa)
+
+
+def check(args: tuple[Any, ...], isa: str | None = None) -> None:
+    """The error against fp64 is at most twice that of torch's own float32, give or take the last bit; NaN is where NaN is."""
+    wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+    got, plain, exact = answer(args, isa), ATTENTION.reference(*args), ATTENTION.reference(*wide)
+    assert got.shape == exact.shape and got.dtype == torch.float32 and got.is_contiguous()
+    assert torch.equal(got.isnan(), exact.isnan())
+    here = ~exact.isnan()
+    if here.any():
+        error, allowed = (got - exact)[here].abs().max(), 2 * (plain - exact)[here].abs().max()
+        assert error <= allowed + torch.finfo(torch.float32).eps * exact[here].abs().max(), (error.item(), allowed.item())
+
+
+@pytest.mark.parametrize("case", ATTENTION.cases, ids=lambda case: case.name)
+def test_cases(case: Any, isa: str, threads: int) -> None:
+    check(tuple(case.build(7)), isa)
+
+
+@pytest.mark.parametrize("kind", [SOFTMAX, STRICT_SOFTMAX, SILU])
+def test_every_remainder_of_a_tile(isa: str, kind: int) -> None:
+    for seed, (queries, keys, width) in enumerate((n, m, d) for n in (1, 5, 7, 13) for m in (1, 16, 37) for d in (3, 16, 33)):
+        check(arguments(seed, 2, queries, 2, width, keys, 2 * width + 1, bias=relative, kind=kind, causal=seed % 2 == 0), isa)
+
+
+def test_threads_do_not_change_the_answer() -> None:
+    before = torch.get_num_threads()
+    try:
+        for batch, steps in ((1, 200), (33, 41)):
+            args = arguments(1, batch, steps, 1, 64, causal=True)
+            torch.set_num_threads(1)
+            one = answer(args)
+            torch.set_num_threads(2)
+            assert torch.equal(answer(args), one)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_views_are_read_where_they_are(isa: str) -> None:
+    for args in (arguments(3, 2, 19, 4, 20, bias=relative), arguments(3, 2, 19, 4, 20, keys=23, bias=padding, kind=SILU)):
+        for d in range(3):
+            spread = list(args)
+            spread[d] = torch.stack([args[d], args[d] - 1], -1)[..., 0]  # no dimension is contiguous
+            check(tuple(spread), isa)
+            spread[d] = args[d].permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+            check(tuple(spread), isa)
+            spread[d] = args[d][:, :, :1].expand(args[d].shape)  # heads that share one
+            check(tuple(spread), isa)
+        mask = args[3]
+        check((*args[:3], torch.stack([mask, mask], -1)[..., 0], *args[4:]), isa)
+        check((*args[:3], mask[..., :1], *args[4:]), isa)
+
+
+def test_a_query_that_sees_no_key() -> None:
+    for kind, wanted in ((SOFTMAX, 0.0), (STRICT_SOFTMAX, math.nan), (SILU, 0.0)):
+        args = arguments(5, 3, 20, 2, 16, bias=padding, kind=kind, causal=True)
+        assert torch.equal(answer(args)[0], torch.full((20, 32), wanted)) or math.isnan(wanted)
+        assert answer(args)[0].isnan().all() == math.isnan(wanted)
+
+
+def test_large_scores_stay_finite(isa: str) -> None:
+    q, k, v, *rest = arguments(2, 2, 30, 2, 16, bias=relative)
+    for scale in (50.0, 1e4):
+        check((q * scale, k * scale, v, *rest), isa)
+        check((q * scale, k, v, rest[0], None, 1.0, 0.5, SILU, False), isa)
+
+
+def test_nan_and_infinity_go_through(isa: str) -> None:
+    for kind in (SOFTMAX, SILU):
+        args = arguments(2, 2, 30, 2, 16, kind=kind, causal=True)
+        args[2][0, 11, 0, 3] = math.inf
+        args[0][1, 5, 1, 2] = math.nan
+        got = answer(args, isa)
+        assert got[0, :11].isfinite().all() and got[0, 11:, 3].isinf().all()
+        assert got[1, 5, 16:].isnan().all() and got[1, :5].isfinite().all() and got[1, 6:].isfinite().all()
+
+
+def test_refuses_what_does_not_fit(isa: str) -> None:
+    q, k, v, _, _, *rest = arguments(0, 2, 6, 2, 16)
+    for args, reason in (
+        ((q.double(), k, v, None, None), "q is not float32"),
+        ((q[0], k, v, None, None), r"q is not \[batch, length, heads, width\]"),
+        ((q, k[:1], v, None, None), "k does not fit q"),
+        ((q, k, v[:, :5], None, None), "v does not fit q and k"),
+        ((q, k, v, torch.zeros(5, 6), None), "bias does not broadcast"),
+        ((q, k, v, torch.zeros(1, 1, 1, 1, 6), None), "bias has more than 4 dimensions"),
+        ((q, k, v, torch.zeros(6, 6, dtype=torch.int64), None), "bias is neither float32 nor bool"),
+        ((q, k, v, None, torch.zeros(6, 6)), "factor belongs to silu"),
+    ):
+        with pytest.raises(RuntimeError, match=reason):
+            cpp.call(ATTENTION, *args, *rest, isa=isa)
+    with pytest.raises(RuntimeError, match="kind is 0 to 2"):
+        cpp.call(ATTENTION, q, k, v, None, None, 1.0, 1.0, 3, False, isa=isa)
+    with pytest.raises(LoweringError, match="no kind 3"):
+        ATTENTION.reference(q, k, v, None, None, 1.0, 1.0, 3, False)
+    with pytest.raises(LoweringError, match="takes no factor"):
+        ATTENTION.reference(q, k, v, None, q, 1.0, 1.0, SOFTMAX, False)
+
+
+@pytest.mark.parametrize("kind", [SOFTMAX, STRICT_SOFTMAX, SILU])
+def test_reference_traces_with_any_batch(kind: int) -> None:
+    class Module(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return ATTENTION.reference(q, k, v, bias, None, 0.25, 1.0, kind, True)
+
+    *qkv, bias, _, _, _, _, _ = arguments(0, 4, 6, 2, 16, bias=relative)
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(Module(), tuple(qkv), dynamic_shapes=({0: batch},) * 3, strict=False)
+    other = [t[1:] for t in qkv]
+    assert torch.equal(program.module()(*other), Module()(*other))
+
+
+def test_cost_halves_what_causal_skips() -> None:
+    assert ATTENTION.cost is not None
+    whole = ATTENTION.cost(*arguments(0, 2, 6, 3, 16))
+    assert whole.flops == 2 * 2 * 3 * 36 * 32 and whole.bytes == 4 * 4 * 2 * 6 * 3 * 16
+    assert ATTENTION.cost(*arguments(0, 2, 6, 3, 16, causal=True)).flops == whole.flops // 2
+
+
+def test_schema_and_kernel_agree_on_the_c_signature() -> None:
+    assert ATTENTION.cpu is not None
+    source = " ".join(ATTENTION.cpu.read_text().split())
+    assert " ".join(cpp.declaration(ATTENTION.schema).split()) in source
+
+
+STEPS, HEADS, WIDTH = 6, 2, 16
+
+
+def fuse(module: nn.Module, *more: Callable[[int], Tensor], again: bool = True) -> tuple[str, list[str], list[str]]:
+    """The graph in words, what was fused, and why what wasn't; proven, and with nothing left for a second run."""
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+
+    def inputs(batch: int) -> tuple[Tensor, ...]:
+        x = torch.randn(batch, STEPS, WIDTH, generator=torch.Generator().manual_seed(batch))
+        return (x, *(make(batch) for make in more))
+
+    source = traced(as_model(module.eval(), inputs), Silent())
+    passes = [Normalise(), Fuse((Attention(),)), *([Fuse((Attention(),))] if again else [])]
+    done = optimise(source, Options(strict=True), Silent(), passes)
+    fused = done.records[1]
+    assert fused.rolled_back is None
+    assert not any(record.made for record in done.records[2:])
+    text = "\n".join(str(n.target) for n in done.graph.graph.nodes if n.op == "call_function")
+    return text, [c.what for c in fused.made], [c.missed for c in fused.missed if c.missed]
+
+
+def call_of(module: nn.Module, *more: Callable[[int], Tensor]) -> tuple[str, Any]:
+    """The views that are left, and the arguments of the one fused call."""
+    torch.manual_seed(0)
+    text, made, missed = fuse(module, *more)
+    assert made == ["attention"] and not missed, (made, missed)
+    return text, text.count("grc.attention")
+
+
+def real(batch: int) -> Tensor:
+    """True where a step is padding, never the first."""
+    made = torch.rand(batch, STEPS, generator=torch.Generator().manual_seed(batch)) < 0.4
+    made[:, 0] = False
+    return made
+
+
+class Wrapped(nn.Module):
+    """A model of one projection to q, k and v, and a function of it."""
+
+    def __init__(self, attend: Callable[..., Tensor], width: int = 3 * WIDTH):
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, width)
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.attend = attend
+        self.register_buffer("causal", torch.ones(STEPS, STEPS, dtype=torch.bool).triu(1), persistent=False)
+
+    def forward(self, x: Tensor, *masks: Tensor) -> Tensor:
+        return self.out(self.attend(self, self.qkv(x), *masks))
+
+
+def split(x: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.view(x.shape[0], STEPS, HEADS, -1).transpose(1, 2) for t in x.chunk(3, -1))
+
+
+def merged(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).reshape(x.shape[0], STEPS, WIDTH)
+
+
+def sdpa(m: Wrapped, x: Tensor) -> Tensor:
+    return merged(F.scaled_dot_product_attention(*split(x), is_causal=True))
+
+
+def sdpa_per_head(m: Wrapped, x: Tensor) -> Tensor:
+    q, k, v = x.view(x.shape[0], STEPS, HEADS, -1).chunk(3, -1)
+    return merged(F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)))
+
+
+def sdpa_unbound(m: Wrapped, x: Tensor) -> Tensor:
+    q, k, v = x.view(x.shape[0], STEPS, 3, HEADS, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    return merged(F.scaled_dot_product_attention(q, k, v))
+
+
+def by_matmul(m: Wrapped, x: Tensor, pad: Tensor) -> Tensor:
+    q, k, v = split(x)
+    scores = torch.matmul(q, k.transpose(-1, -2)) / math.sqrt(8)
+    scores = scores.masked_fill(m.causal | pad[:, None, None], -torch.inf)
+    return merged(torch.matmul(torch.softmax(scores, -1), v))
+
+
+def by_large_number(m: Wrapped, x: Tensor, pad: Tensor) -> Tensor:
+    q, k, v = split(x)
+    scores = q * 0.3 @ k.transpose(-1, -2) + pad[:, None, None].float() * -1e9
+    return merged(scores.softmax(-1) @ v)
+
+
+def by_einsum(m: Wrapped, x: Tensor) -> Tensor:
+    q, k, v = (t.view(x.shape[0], STEPS, HEADS, -1) for t in x.chunk(3, -1))
+    weights = torch.einsum("bqhd,bkhd->bhqk", q, k).masked_fill(m.causal, -1e9).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2)
+
+
+def by_bmm(m: Wrapped, x: Tensor) -> Tensor:
+    q, k, v = (t.reshape(-1, STEPS, WIDTH // HEADS) for t in split(x))
+    added = torch.zeros(STEPS, STEPS).masked_fill(m.causal, -torch.inf)
+    scores = torch.baddbmm(added, q, k.transpose(1, 2), alpha=0.25)
+    return merged(torch.bmm(scores.softmax(-1), v).view(x.shape[0], HEADS, STEPS, -1))
+
+
+def one_head(m: Wrapped, x: Tensor) -> Tensor:
+    q, k, v = x.chunk(3, -1)
+    return torch.softmax(q @ k.transpose(1, 2) * 0.25, -1) @ v
+
+
+def hstu(m: Wrapped, x: Tensor, pad: Tensor) -> Tensor:
+    q, k, v = (t.view(x.shape[0], STEPS, HEADS, -1) for t in F.silu(x).chunk(3, -1))
+    scores = torch.einsum("bnhd,bmhd->bhnm", q, k) + m.out.weight[:STEPS, :STEPS]
+    weights = F.silu(scores) / STEPS * ((~m.causal).float() * (~pad).float()[:, None, None])
+    return torch.einsum("bhnm,bmhd->bnhd", weights, v).flatten(2)
+
+
+def test_encoder_layer_loses_its_transpositions() -> None:
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 24, batch_first=True, norm_first=True)
+    text, calls = call_of(layer)
+    assert calls == 1
+    for view in ("transpose", "permute", "reshape", "select"):
+        assert f"aten.{view}" not in text
+
+
+def test_encoder_layer_with_padding() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 24, batch_first=True)
+
+        def forward(self, x: Tensor, pad: Tensor) -> Tensor:
+            return self.layer(x, src_key_padding_mask=pad)
+
+    text, _ = call_of(Encoder(), real)
+    assert "aten.transpose" not in text
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_multihead_attention(need_weights: bool, padded: bool) -> None:
+    class Attend(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(WIDTH, HEADS, dropout=0.1, batch_first=True)
+
+        def forward(self, x: Tensor, pad: Tensor) -> Tensor:
+            causal = torch.ones(STEPS, STEPS, dtype=torch.bool).triu(1)
+            mask = pad if padded else None
+            out = self.attention(x * 2, x, x, attn_mask=causal, key_padding_mask=mask, need_weights=need_weights)[0]
+            return out + pad.unsqueeze(-1)
+
+    text, _ = call_of(Attend(), real)
+    assert "aten.transpose" not in text and "aten.baddbmm" not in text and "softmax" not in text
+
+
+@pytest.mark.parametrize(
+    ("attend", "masks"),
+    [
+        (sdpa, ()),
+        (sdpa_per_head, ()),
+        (sdpa_unbound, ()),
+        (by_matmul, (real,)),
+        (by_large_number, (real,)),
+        (by_einsum, ()),
+        (by_bmm, ()),
+        (one_head, ()),
+        (hstu, (real,)),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_fuses(attend: Callable[..., Tensor], masks: tuple[Callable[[int], Tensor], ...]) -> None:
+    text, _ = call_of(Wrapped(attend), *masks)
+    for gone in ("transpose", "permute", "matmul", "bmm", "einsum", "softmax", "masked_fill", "contiguous"):
+        assert f"aten.{gone}" not in text, text
+
+
+@pytest.mark.parametrize("attend", [sdpa, by_einsum, by_bmm, by_matmul, hstu])
+def test_causal_masks_become_a_flag(attend: Callable[..., Tensor]) -> None:
+    masks = (real,) if attend in (by_matmul, hstu) else ()
+    module = Wrapped(attend).eval()
+    source = traced(as_model(module, lambda b: (torch.randn(b, STEPS, WIDTH), *(m(b) for m in masks))), Silent())
+    done = optimise(source, Options(strict=True), Silent(), [Normalise(), Fuse((Attention(),))])
+    (node,) = [n for n in done.graph.graph.nodes if n.target is ATTENTION.overload]
+    _, _, _, bias, factor, _, _, kind, causal = node.args
+    assert causal is True
+    assert (bias is None) == (attend in (sdpa, by_einsum, by_bmm))
+    assert (factor is None) == (attend is not hstu) and (kind == SILU) == (attend is hstu)
+
+
+def shared_keys(m: Wrapped, x: Tensor) -> Tensor:
+    q, k, v = split(x)
+    return merged(F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True))
+
+
+def active_dropout(m: Wrapped, x: Tensor) -> Tensor:
+    return merged(F.scaled_dot_product_attention(*split(x), dropout_p=1e-7))
+
+
+def shallow_mask(m: Wrapped, x: Tensor) -> Tensor:
+    q, k, v = split(x)
+    return merged((q @ k.transpose(-1, -2)).masked_fill(m.causal, -100.0).softmax(-1) @ v)
+
+
+def read_weights(m: Wrapped, x: Tensor) -> Tensor:
+    q, k, v = split(x)
+    weights = (q @ k.transpose(-1, -2)).softmax(-1)
+    return merged(weights @ v) + weights.sum((1, 2, 3))[:, None, None]
+
+
+def scaled_mask(m: Wrapped, x: Tensor, pad: Tensor) -> Tensor:
+    q, k, v = split(x)
+    return merged(((q @ k.transpose(-1, -2) + pad[:, None, None].float()) * 0.3).softmax(-1) @ v)
+
+
+def masked_softmax(m: Wrapped, x: Tensor, pad: Tensor) -> Tensor:
+    q, k, v = split(x)
+    return merged(((q @ k.transpose(-1, -2)).softmax(-1) * pad[:, None, None].float()) @ v)
+
+
+def half_precision(m: Wrapped, x: Tensor) -> Tensor:
+    return sdpa(m, x.bfloat16()).float()
+
+
+@pytest.mark.parametrize(
+    ("attend", "masks", "reason"),
+    [
+        (shared_keys, (), "queries share keys in groups"),
+        (active_dropout, (), "dropout of 1e-07 is active"),
+        (shallow_mask, (), "hidden scores are set to -100.0, not to -inf or to -1e+09 or less"),
+        (read_weights, (), "the attention weights are read outside of the attention too"),
+        (scaled_mask, (real,), "the mask is multiplied by a number"),
+        (masked_softmax, (real,), "what softmax gives is multiplied by a mask"),
+        (half_precision, (), "values are bfloat16"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_says_why_not(attend: Callable[..., Tensor], masks: tuple[Callable[[int], Tensor], ...], reason: str) -> None:
+    _, made, missed = fuse(Wrapped(attend), *masks, again=False)
+    assert not made and reason in missed
+
+
+def test_other_products_are_not_attention() -> None:
+    def pooled(m: Wrapped, x: Tensor) -> Tensor:
+        q, k, _ = x.chunk(3, -1)
+        return torch.relu(q @ k.transpose(1, 2)) @ k
+
+    assert fuse(Wrapped(pooled))[1:] == ([], [])
+
+
+def test_factors_belong_to_the_rows_they_came_with() -> None:
+    args = arguments(4, 3, 20, 2, 16, factor=share, kind=SILU)
+    without = answer((*args[:4], None, *args[5:]))
+    assert not torch.allclose(without, answer(args))
