@@ -52,7 +52,10 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "rows.jsonl"
             sys.stderr.write(f"{name}\n")
-            if subprocess.run(command(name, file, options), cwd=ROOT, env=environment(options)).returncode:
+            run = subprocess.run(
+                command(name, file, options), cwd=ROOT, env=environment(options), stdout=subprocess.DEVNULL
+            )
+            if run.returncode:
                 failed.append(name)
                 continue
             rows += read(file)
@@ -84,7 +87,7 @@ def command(name: str, output: Path, options: argparse.Namespace) -> list[str]:
     return [
         *(sys.executable, "-m", "grc", "bench", str((ZOO / f"{name}.py").relative_to(ROOT))),
         *("--batches", ",".join(map(str, batches)), "--threads", str(options.threads), "--seconds", f"{seconds:g}"),
-        *("--against", options.against, "--ids", ids, "--output", str(output), "--json"),
+        *("--against", options.against, "--ids", ids, "--output", str(output)),
     ]
 
 

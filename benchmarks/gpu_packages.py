@@ -6,9 +6,9 @@ Replays are compared with direct runs bit for bit. Run by gpu_kernels.py.
 from __future__ import annotations
 
 import itertools
-import os
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,11 @@ from torch import Tensor, nn
 from grc.kernels.bag_dot import triton as bag_dot
 from grc.kernels.bag_fm import triton as bag_fm
 from grc.kernels.lookup import triton as lookup
+from grc.lowering.inductor import linking_compiler
 
 FEATURES, DIM = 26, 128
 NO_PADDING = [-(2**63)] * FEATURES
 BUCKETS = (16384, 2048, 128, 1)
-# Binds a package's own std:: symbols before libtorch's, which another g++ may have built.
-LINKER = """#!/bin/sh
-for a in "$@"; do [ "$a" = -shared ] && exec g++ "$@" -Wl,-Bsymbolic; done
-exec g++ "$@"
-"""
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -75,12 +71,16 @@ def packaged(model: nn.Module, rows: int, folder: Path) -> dict[str, Any]:
     dim = torch.export.Dim("batch", min=1, max=16384)
     with torch.no_grad():
         program = torch.export.export(model, tuple(inputs(128)), dynamic_shapes=({0: dim}, {0: dim}))
+    print(f"  {name}: exported", flush=True)
     begin = time.perf_counter()
-    options = {"aot_inductor.package_constants_in_so": True}
+    # Inductor reads $CXX once, when it is imported: the compiler that binds a package's symbols must be named here.
+    options = {"aot_inductor.package_constants_in_so": True, "cpp.cxx": (None, str(linking_compiler()))}
     path = str(folder / f"{name}.pt2")
     torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=options)
     build = time.perf_counter() - begin
+    print(f"  {name}: built in {build:.0f} s", flush=True)
     runner = torch._C._aoti.AOTIModelPackageLoader(path, "model", True, 1, -1)
+    print(f"  {name}: loaded", flush=True)
     pool, side, captured = torch.cuda.graph_pool_handle(), torch.cuda.Stream(), {}
     for batch in BUCKETS:
         own = inputs(batch)
@@ -92,6 +92,7 @@ def packaged(model: nn.Module, rows: int, folder: Path) -> dict[str, Any]:
         with torch.cuda.graph(graph, pool=pool, stream=side):
             outs = runner.boxed_run(list(own))
         captured[batch] = graph, own, outs
+        print(f"  {name}: captured batch {batch}", flush=True)
     different, eager_error = 0, 0.0
     for turn in range(25):
         for graph, own, outs in captured.values():
@@ -125,15 +126,9 @@ def packaged(model: nn.Module, rows: int, folder: Path) -> dict[str, Any]:
             "max_difference_from_eager": eager_error, "us": times}  # fmt: skip
 
 
-def package_all() -> list[dict[str, Any]]:
-    """Build, capture and compare both models."""
+def package_all() -> Iterator[dict[str, Any]]:
+    """Build, capture and compare both models, one after the other."""
     lookup.register(), bag_dot.register(), bag_fm.register()
     with tempfile.TemporaryDirectory() as folder:
-        linker = Path(folder) / "cxx"
-        linker.write_text(LINKER)
-        linker.chmod(0o755)
-        os.environ["CXX"] = str(linker)
-        return [
-            packaged(Dlrm(100_000), 100_000, Path(folder)),
-            packaged(Rest(1000), 1000, Path(folder)),
-        ]
+        yield packaged(Dlrm(100_000), 100_000, Path(folder))
+        yield packaged(Rest(1000), 1000, Path(folder))

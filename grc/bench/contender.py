@@ -65,6 +65,7 @@ def grc_contender(program: Program, batch: int, build_s: float | None, load_s: f
         called,
         run,
         flat,
+        replay=program.replayer(batch),
         build_s=build_s,
         load_s=load_s,
         bytes=program.artifact.bytes,

@@ -23,10 +23,12 @@ from grc.bench.subject import BenchError, Subject
 from grc.bench.timing import Timing, Turn, interleave, summarise
 from grc.compiler import compile
 from grc.graph.capture import Source, capture
-from grc.graph.model_file import Model, load_model
+from grc.graph.model_file import load_model
 from grc.graph.oracle import run_fp64
+from grc.lowering.move import moved
 from grc.options import Options
 from grc.runtime.artifact import Artifact
+from grc.runtime.device import DeviceWeights
 from grc.runtime.program import Program, load
 
 WARM_UP = 3
@@ -91,7 +93,7 @@ def measure(settings: Settings, progress: Callable[[str], None] = lambda text: N
         progress("capture")
         model = load_model(settings.model)
         drawn = {kind: draw for kind, draw in draws(model, settings.model).items() if kind in settings.ids}
-        source = capture(placed(model, settings.device))
+        source = placed(capture(model), settings.device)
         batches = usable_batches(settings.batches, source)
         program, build_s, load_s = artifact_of(settings, batches, folder, progress)
         subject = Subject(source, settings.device, threads, folder)
@@ -105,14 +107,25 @@ def measure(settings: Settings, progress: Callable[[str], None] = lambda text: N
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def placed(model: Model, device: str) -> Model:
+def placed(source: Source, device: str) -> Source:
+    """The capture where it is measured: on a GPU the peers get the graph with all its constants there.
+
+    A model that makes an index on the CPU in every call would else cost them their CUDA graphs.
+    """
     if device == "cpu":
-        return model
+        return source
+    gpu = torch.device(device, torch.cuda.current_device())
+    weights = DeviceWeights(gpu)
+    graph, _ = moved(source.graph, gpu, weights.on_device)
+    model = source.model
 
     def inputs(batch: int) -> Any:
-        return pytree.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, model.inputs(batch))
+        return pytree.tree_map(lambda x: x.to(gpu) if isinstance(x, torch.Tensor) else x, model.inputs(batch))
 
-    return replace(model, module=model.module.to(device), inputs=inputs)
+    args, kwargs = model.inputs(2)
+    flat_call = not kwargs and all(isinstance(arg, torch.Tensor) for arg in args)
+    module = graph if flat_call else model.module.to(gpu)
+    return replace(source, model=replace(model, module=module, inputs=inputs), graph=graph)
 
 
 def usable_batches(batches: Sequence[int], source: Source) -> list[int]:

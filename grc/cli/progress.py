@@ -60,7 +60,7 @@ class Reporting:
     """`with Reporting() as progress:` leaves the terminal as it was, whatever happens."""
 
     def __enter__(self) -> Lines:
-        # The stream of now: torch.export's own words are kept off stderr by redirecting it, and these lines must not be.
+        # The stream as it is now: while torch.export runs, sys.stderr is redirected, and these lines must not be.
         self.progress = Live(Console(file=sys.stderr)) if sys.stderr.isatty() else Lines()
         return self.progress
 

@@ -6,7 +6,6 @@ did not see, so an export that specialised silently, returned fake tensors or fr
 
 from __future__ import annotations
 
-import io
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import fx
+from torch import fx, nn
 from torch.export import Dim
 
 from grc.errors import CaptureError, ModelFileError
@@ -135,22 +134,40 @@ def input_names(model: Model, structure: Json) -> list[str]:
     return list(model.input_names)
 
 
+class ByPosition(nn.Module):
+    """A model called with its flat tensors: torch.export maps no dynamic sizes onto `**kwargs`."""
+
+    def __init__(self, model: nn.Module, call: Any):
+        super().__init__()
+        self.model = model
+        self.leaves, self.spec = pytree.tree_flatten(call)
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        given = iter(tensors)
+        leaves = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return self.model(*args, **kwargs)
+
+
 def export(model: Model, sizes: list[tuple[Size, ...]], mode: str) -> torch.export.ExportedProgram:
     if model.program is not None:
         return model.program
     args, kwargs = model.inputs(EXPORT_BATCH)
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    module = model.module
+    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module.forward).parameters.values()) and kwargs:
+        module, args, kwargs = ByPosition(module, (args, kwargs)), tuple(leaves), {}
     strict = mode == "strict"
     with torch.no_grad(), quiet_export():
         try:
             shapes = collection(leaves, sizes, named_dims(sizes))
-            return torch.export.export(model.module, args, kwargs, dynamic_shapes=shapes, strict=strict)
+            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=strict)
         except Exception as first:  # constraints between sizes: let the exporter find them
             if not any(not size.constant for dims in sizes for size in dims):
                 raise
             shapes = collection(leaves, sizes, None)
             try:
-                return torch.export.export(model.module, args, kwargs, dynamic_shapes=shapes, strict=strict)
+                return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=strict)
             except Exception:
                 raise first from None
 

@@ -157,7 +157,7 @@ def load_program(path: Path) -> Model:
         import torch.utils._pytree as pytree
 
         leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-        first = {symbol: batch for symbol in symbols}
+        first = dict.fromkeys(symbols, batch)
         out = []
         for name, leaf in zip(placeholders, leaves, strict=True):
             if isinstance(leaf, torch.Tensor):

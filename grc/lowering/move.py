@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from grc.errors import LoweringError
+from grc.graph.match import aten
 from grc.graph.rewrite import copy_graph, find_attribute
 
 
@@ -30,6 +31,8 @@ def moved(
         set_attribute(copy, path, put(tensor.detach()), isinstance(tensor, nn.Parameter))
     for node in copy.graph.nodes:
         if node.op == "call_function":
+            # A view fits the strides that a kernel gives its result, and another device's kernel may give others.
+            node.target = aten.reshape.default if node.target is aten.view.default else node.target
             node.args = on(node.args, device)
             node.kwargs = on(node.kwargs, device)
             if creates(node):

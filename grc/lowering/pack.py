@@ -17,7 +17,7 @@ ACTIVATIONS = {aten.relu: RELU, aten.silu: SILU, aten.sigmoid: SIGMOID, aten.tan
 
 
 def pack_linears(graph: fx.GraphModule, isa: str) -> fx.GraphModule:
-    """A copy of the graph in which fp32 linear layers with constant weights, cross layers and item tables are packed."""
+    """A copy of the graph in which fp32 linear layers of constant weights, cross layers and item tables are packed."""
     packed = copy_graph(graph)
     edit = Rewriter(packed)
     for node in list(packed.graph.nodes):

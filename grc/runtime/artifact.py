@@ -124,7 +124,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text())
         checksum = manifest.pop("checksum")
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(
             f"{folder.name}/{MANIFEST} can't be read: {error}", "copy the artifact again, or rebuild it"
         ) from error

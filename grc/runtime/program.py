@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from grc.errors import GrcError, InputError
 from grc.runtime.artifact import Artifact
+from grc.runtime.buckets import Buckets
 from grc.runtime.engines import Run, part_loader
 from grc.runtime.inputs import InputCheck
 from grc.runtime.processing import Processing
@@ -68,6 +69,12 @@ class Program:
     def engine_at(self, batch: int) -> str:
         """The engine that answers a batch of this size."""
         return self.artifact.manifest["parts"][self.part_at(batch)]["engine"]
+
+    def replayer(self, batch: int) -> Callable[[Any], None] | None:
+        """On a GPU: runs the kernels that answer a batch of this size once more, on what lies in their buffers, without
+        copies and on the current stream. None where they are not one CUDA graph."""
+        run = self.runs[self.part_at(batch)]
+        return run.replayer(batch) if isinstance(run, Buckets) else None
 
     def part_at(self, batch: int) -> int:
         return self.chosen[bisect.bisect_left(self.limits, batch)] if self.limits else self.chosen[0]

@@ -184,7 +184,9 @@ def test_an_npz_of_another_dtype_is_refused(grc: Grc, artifact: Path, tmp_path: 
         ("parquet", b"PAR?", None),
     ],
 )
-def test_a_request_that_cannot_be_read(grc: Grc, compiled: tuple[Path, Ran], form: str, data: bytes, reason: str | None):
+def test_a_request_that_cannot_be_read(
+    grc: Grc, compiled: tuple[Path, Ran], form: str, data: bytes, reason: str | None
+):
     if form == "parquet":
         pytest.importorskip("pyarrow")
     ran = grc("run", compiled[0], "-", "--format", form, stdin=data)

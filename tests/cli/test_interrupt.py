@@ -16,7 +16,9 @@ import pytest
     ("sent", "code", "told"),
     [(signal.SIGINT, 130, ["interrupted; nothing was written"]), (signal.SIGTERM, 143, [])],
 )
-def test_an_interrupted_compilation_leaves_nothing(model: Path, tmp_path: Path, sent: signal.Signals, code: int, told: list):
+def test_an_interrupted_compilation_leaves_nothing(
+    model: Path, tmp_path: Path, sent: signal.Signals, code: int, told: list
+):
     command = [sys.executable, "-m", "grc", "compile", str(model), "-o", str(tmp_path / "x.grc"), "--engine", "eager"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)

@@ -13,7 +13,8 @@ INPUTS = """
 def get_inputs(batch):
     return (torch.randn(batch, 4),)
 """
-BRANCH = """\
+BRANCH = (
+    """\
 import torch
 from torch import nn
 
@@ -28,7 +29,9 @@ class Gate(nn.Module):
 def get_model():
     return Gate().eval()
 
-""" + INPUTS
+"""
+    + INPUTS
+)
 
 CASES = {
     "syntax": ("def get_model(:\n", "{file}:1: invalid syntax", "mend the syntax error"),
@@ -78,9 +81,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_mistake_is_told_with_its_line(
-    grc: Grc, model_file: Callable[[str], Path], artifact_path: Path, case: str
-):
+def test_a_mistake_is_told_with_its_line(grc: Grc, model_file: Callable[[str], Path], artifact_path: Path, case: str):
     text, message, hint = CASES[case]
     file = model_file(text)
     ran = grc("compile", file, "-o", artifact_path)
@@ -94,12 +95,11 @@ def test_a_mistake_is_told_with_its_line(
 
 @pytest.mark.parametrize("place", ["before", "after"])
 def test_a_traceback_is_shown_to_those_who_ask(grc: Grc, model_file: Callable[[str], Path], place: str):
-    words = ["compile", model_file("x = 1\ny = {}['a']\n")]
-    words = ["--traceback", *words] if place == "before" else [*words, "--traceback"]
-    ran = grc(*words)
+    file = model_file("x = 1\ny = {}['a']\n")
+    ran = grc("--traceback", "compile", file) if place == "before" else grc("compile", file, "--traceback")
     assert ran.err.startswith("Traceback (most recent call last):\n")
     assert "\nKeyError: 'a'\n" in ran.err
-    assert ran.err.splitlines()[-1] == f"hint: the file must run by itself: python {words[-1] if place == 'before' else words[1]}"
+    assert ran.err.splitlines()[-1] == f"hint: the file must run by itself: python {file}"
     assert ran.code == 1
 
 

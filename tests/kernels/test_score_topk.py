@@ -55,16 +55,17 @@ def answer(values: tuple[Any, ...], isa: str | None = None) -> tuple[Tensor, Ten
 
 
 def check(values: tuple[Any, ...], isa: str | None = None) -> None:
-    """At most twice torch's own error against fp64, in each place and in the true score of the item named there."""
+    """At most twice the error of torch's own scores, in each place and against the true score of the item there."""
     got, items = answer(values, isa)
     if not got.numel():
         return
     x, weight, bias, k = values
     exact = nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    best, plain = exact.topk(k).values, SCORE_TOPK.reference(*values)[0].double()
+    error = (nn.functional.linear(x, weight, bias) - exact).abs()
+    allowed = 2 * error[error.isfinite()].max() + 2**-24 * exact[exact.isfinite()].abs().max()
+    best = exact.topk(k).values
     finite = best.isfinite()
     assert torch.equal(got[~finite].double(), best[~finite])
-    allowed = 2 * (plain - best)[finite].abs().max() + 2**-24 * best[finite].abs().max()
     for claimed in (best, exact.gather(-1, items)):
         assert (got.double() - claimed)[finite].abs().max() <= allowed
     assert (got.diff() <= 0)[finite[..., 1:]].all()
@@ -135,9 +136,10 @@ def test_hidden_items_come_last(isa: str) -> None:
 
 
 def test_views_are_read_where_they_are(isa: str) -> None:
-    weight = arguments(0, (1, 33), 300, 9)[1]
-    wide = torch.randn(6, 4, 50)
-    for view in (wide[::2, 1, 9:42], wide[:, :, 9:42], wide.transpose(0, 1)[:, :, 9:42], torch.randn(33, 8).t()):
+    wide, weight, *_ = arguments(0, (6, 4, 50), 300, 9)
+    weight = weight[:, :33]
+    turned = wide[0, :, :33].t().contiguous().t()
+    for view in (wide[::2, 1, 9:42], wide[:, :, 9:42], wide.transpose(0, 1)[:, :, 9:42], turned):
         check((view, weight, None, 9), isa)
     check((wide[:1, 0, :33].expand(5, 33), weight, None, 9), isa)
 
@@ -254,42 +256,30 @@ def plain(m: Any, s: Tensor, u: Tensor) -> Tensor:
     return s
 
 
-MISSES: dict[str, tuple[nn.Module, str]] = {
-    "another value": (
-        Retrieval(lambda m, s, u: s.masked_fill(m.hidden, -9.0)),
-        "the scores are changed by more than -inf for fixed items",
+MISSES = {
+    "the items are not a constant of the model": Retrieval(
+        lambda m, s, u: nn.functional.linear(u, m.items.weight * u.mean())
     ),
-    "seen items": (
-        Retrieval(lambda m, s, u: s.scatter(1, torch.zeros_like(u[:, :1], dtype=torch.int64), -INF)),
-        "aten.scatter.value stands between the scores and the top-k",
+    "the scores are changed by more than -inf for fixed items": Retrieval(
+        lambda m, s, u: s.masked_fill(m.hidden, -9.0)
     ),
-    "by request": (
-        Retrieval(lambda m, s, u: torch.where(u[:, :1] > 0, s, -INF)),
-        "which items are hidden depends on the request",
+    "which items are hidden depends on the request": Retrieval(lambda m, s, u: torch.where(u[:, :1] > 0, s, -INF)),
+    "aten.scatter.value stands between the scores and the top-k": Retrieval(
+        lambda m, s, u: s.scatter(1, torch.zeros_like(u[:, :1], dtype=torch.int64), -INF)
     ),
-    "sigmoid": (
-        Retrieval(lambda m, s, u: s.sigmoid()),
-        "aten.sigmoid.default stands between the scores and the top-k",
-    ),
-    "read twice": (
-        Retrieval(plain, lambda s: (*s.topk(5), s.logsumexp(1))),
-        "the scores are read outside of the top-k too",
-    ),
-    "smallest": (Retrieval(plain, lambda s: s.topk(5, largest=False)), "the top-k takes the smallest scores"),
-    "over the batch": (
-        Retrieval(plain, lambda s: s.topk(1, dim=0)),
-        "the top-k is along dimension 0, not along the items",
-    ),
-    "unsorted": (
-        Retrieval(plain, lambda s: s.topk(60, sorted=False)),
-        "the top-k leaves its result unsorted: only the order of sorted=True is defined",
+    "aten.sigmoid.default stands between the scores and the top-k": Retrieval(lambda m, s, u: s.sigmoid()),
+    "the scores are read outside of the top-k too": Retrieval(plain, lambda s: (*s.topk(5), s.logsumexp(1))),
+    "the top-k takes the smallest scores": Retrieval(plain, lambda s: s.topk(5, largest=False)),
+    "the top-k is along dimension 0, not along the items": Retrieval(plain, lambda s: s.topk(1, dim=0)),
+    "the top-k leaves its result unsorted: only the order of sorted=True is defined": Retrieval(
+        plain, lambda s: s.topk(60, sorted=False)
     ),
 }
 
 
-@pytest.mark.parametrize(("model", "reason"), MISSES.values(), ids=MISSES)
-def test_says_why_not(model: nn.Module, reason: str) -> None:
-    graph, record = optimised(traced(model))
+@pytest.mark.parametrize("reason", MISSES)
+def test_says_why_not(reason: str) -> None:
+    graph, record = optimised(traced(MISSES[reason]))
     assert [c.missed for c in record.missed if c.what == "score-topk"] == [reason]
     assert "aten.topk.default" in calls(graph) and not record.made
 

@@ -159,7 +159,11 @@ DECLARED = [(op, module, case) for op, module in MODULES for case in op.cases]
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("op", "module", "case"), DECLARED, ids=[f"{op.name} {case.name}" for op, _, case in DECLARED])
 def test_declared_case_errs_at_most_twice_as_much_as_the_reference(op: FusedOp, module: Any, case: Case) -> None:
-    ours, theirs, rounding = 0.0, 0.0, 0.0
+    """Twice, and the rounding of the result; float32 products on the tensor cores also what TF32X3 says they lose.
+
+    With a few short rows torch's product is a handful of exact multiplications, which three passes of tf32 can't equal.
+    """
+    ours, theirs, rounding, passes = 0.0, 0.0, 0.0, 0.0
     # An answer of few numbers may be right by luck: the errors of several draws are added up.
     for seed in range(8):
         args = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in case.build(seed)]
@@ -174,9 +178,12 @@ def test_declared_case_errs_at_most_twice_as_much_as_the_reference(op: FusedOp, 
             ours += float((out.double() - want).square().sum())
             theirs += float((plain.double() - want).square().sum())
             rounding += float((torch.finfo(out.dtype).eps / 2 * want).square().sum())
+        if module is bag_dot and args[0].dtype == torch.float32 and bag_dot.FLOAT32 == "tf32x3":
+            sizes = [x.abs() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in exact]
+            passes += float((bag_dot.TF32X3 * op.reference(*sizes)).square().sum())
         if want.numel() > 64:
             break
-    assert ours**0.5 <= 2 * theirs**0.5 + rounding**0.5
+    assert ours**0.5 <= 2 * theirs**0.5 + rounding**0.5 + passes**0.5
 
 
 @runs

@@ -22,9 +22,9 @@ class ThirdParty:
     name: str
     package: str
     build: Callable[[], tuple[nn.Module, Inputs]]
+    merged: tuple[str, ...] = ()
     fused: tuple[str, ...] = ()
-    missed: tuple[str, ...] = ()
-    lookups: int | None = None
+    missed: tuple[tuple[str, str], ...] = ()
 
     def model(self) -> tuple[nn.Module, Inputs]:
         """The module in eval mode, with weights that are the same in every process, and its inputs by batch size."""
@@ -81,6 +81,27 @@ def torchrec_deepfm() -> tuple[nn.Module, Inputs]:
     from torchrec.models.deepfm import SimpleDeepFMNN
 
     return SimpleDeepFMNN(DENSE, bags(), hidden_layer_size=32, deep_fm_dimension=16), with_dense
+
+
+class Padded(nn.Module):
+    """TorchRec's EmbeddingCollection over a user's history, padded, and scored by a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torchrec.modules.embedding_configs import EmbeddingConfig
+        from torchrec.modules.embedding_modules import EmbeddingCollection
+
+        config = EmbeddingConfig(name="item_table", embedding_dim=WIDTH, num_embeddings=ROWS, feature_names=["f0"])
+        self.history = EmbeddingCollection(tables=[config])
+        self.score = nn.Linear(WIDTH, ROWS)
+
+    def forward(self, history: Any) -> Tensor:
+        steps = self.history(history)["f0"].to_padded_dense(5)
+        return self.score(steps.mean(1))
+
+
+def torchrec_sequence() -> tuple[nn.Module, Inputs]:
+    return Padded(), lambda batch: (jagged(batch, 1, 8),)
 
 
 def deepctr(name: str) -> Any:
@@ -167,15 +188,34 @@ def bert() -> tuple[nn.Module, Inputs]:
     return BertForMaskedLM(config), inputs
 
 
+FLAT = "the sums run over features and width at once, so every number is a feature of its own"
+VECTOR = "the cross layer weighs by one vector (DCN, 2017); only the matrix form has a kernel"
+ONE = f"{FEATURES} look-ups of {FEATURES} tables -> 1"
+
 MODELS = (
-    ThirdParty("torchrec-dlrm", "torchrec", torchrec_dlrm),
-    ThirdParty("torchrec-dlrm-dcn", "torchrec", torchrec_dlrm_dcn),
-    ThirdParty("torchrec-deepfm", "torchrec", torchrec_deepfm),
-    ThirdParty("deepctr-deepfm", "deepctr_torch", lambda: deepctr_model("DeepFM")),
-    ThirdParty("deepctr-dcn-matrix", "deepctr_torch", lambda: deepctr_model("DCN", cross_parameterization="matrix")),
-    ThirdParty("deepctr-dcn-vector", "deepctr_torch", lambda: deepctr_model("DCN", cross_parameterization="vector")),
-    ThirdParty("deepctr-xdeepfm", "deepctr_torch", lambda: deepctr_model("xDeepFM", cin_layer_size=(16, 8))),
-    ThirdParty("deepctr-din", "deepctr_torch", deepctr_din),
-    ThirdParty("transformers-gpt2", "transformers", gpt2),
-    ThirdParty("transformers-bert", "transformers", bert),
+    ThirdParty("torchrec-dlrm", "torchrec", torchrec_dlrm, (ONE,), ("bag-dot",)),
+    ThirdParty("torchrec-dlrm-dcn", "torchrec", torchrec_dlrm_dcn, (ONE,), ("cross",) * 3),
+    ThirdParty("torchrec-deepfm", "torchrec", torchrec_deepfm, (ONE,), missed=(("bag-fm", FLAT),)),
+    ThirdParty("torchrec-sequence", "torchrec", torchrec_sequence),
+    ThirdParty("deepctr-deepfm", "deepctr_torch", lambda: deepctr_model("DeepFM"), (ONE, ONE), ("bag-fm",)),
+    ThirdParty(
+        "deepctr-dcn-matrix",
+        "deepctr_torch",
+        lambda: deepctr_model("DCN", cross_parameterization="matrix"),
+        (ONE, ONE),
+        ("cross",) * 2,
+    ),
+    ThirdParty(
+        "deepctr-dcn-vector",
+        "deepctr_torch",
+        lambda: deepctr_model("DCN", cross_parameterization="vector"),
+        (ONE, ONE),
+        missed=(("cross", VECTOR),),
+    ),
+    ThirdParty(
+        "deepctr-xdeepfm", "deepctr_torch", lambda: deepctr_model("xDeepFM", cin_layer_size=(16, 8)), (ONE, ONE)
+    ),
+    ThirdParty("deepctr-din", "deepctr_torch", deepctr_din, ("3 look-ups of 3 tables -> 1",)),
+    ThirdParty("transformers-gpt2", "transformers", gpt2, fused=("attention",) * 2),
+    ThirdParty("transformers-bert", "transformers", bert, fused=("attention",) * 2),
 )

@@ -34,8 +34,9 @@ def reference(
 
     q is [B, N, H, D], k [B, M, H, D], v [B, M, H, V]. bias and factor broadcast to [B, H, N, M]; a boolean bias is
     True where a query sees a key. With causal, query i sees keys 0 to i. weights is softmax over the keys (kind 0 or 1;
-    Vaswani et al. 2017, equation 1), or pointwise SiLU (kind 2; HSTU, Zhai et al. 2024, equation 2), which gives 0 where
-    the score is -inf, and to which alone factor belongs. Raises LoweringError for another kind, or for a factor of softmax.
+    Vaswani et al. 2017, equation 1), or pointwise SiLU (kind 2; HSTU, Zhai et al. 2024, equation 2), which gives 0
+    where the score is -inf, and to which alone factor belongs. Raises LoweringError for another kind, or for a factor
+    of softmax.
     """
     if not 0 <= kind <= SILU:
         raise LoweringError(f"attention has no kind {kind}", f"choose 0 to {SILU}")

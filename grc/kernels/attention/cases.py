@@ -1,4 +1,4 @@
-"""Sizes and edge cases of attention: every kind, masks of every shape, views of a packed projection, no query, no row."""
+"""Sizes and edge cases of attention: every kind, masks of every shape, views of one projection, no query, no row."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def standing(make: torch.Generator, shape: Sequence[int]) -> Tensor:
     return torch.rand(*shape, generator=make) < 0.5
 
 
-def case(name: str, *sizes: int, **options: Any) -> Case:
-    return Case(name, lambda seed: arguments(seed, *sizes, **options))
+def case(name: str, batch: int, queries: int, heads: int, width: int, **options: Any) -> Case:
+    return Case(name, lambda seed: arguments(seed, batch, queries, heads, width, **options))
 
 
 CASES = (

@@ -1,8 +1,8 @@
 """Where a view comes from: follow a value through reshapes, transposes and selections, element by element.
 
-Exported attention moves heads and steps through half a dozen views, and the copies between them can't be read off strides.
-Replayed on the positions 0, 1, 2, ... of the value that the views begin at, any chain of them shows where each element
-comes from. Sizes that vary are replaced by small primes, so that no two of them are alike by chance.
+Exported attention moves heads and steps through half a dozen views, and the copies between them can't be read off
+strides. Replayed on the positions 0, 1, 2, ... of the value that the views begin at, any chain of them shows where each
+element comes from. Sizes that vary are replaced by small primes, so that no two of them are alike by chance.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from grc.graph.match import aten, attribute, is_op, value
+from grc.graph.match import aten, attribute, is_op, same_size, shape, value
 from grc.graph.rewrite import Rewriter
 
 VIEWS = (
-    aten.view, aten._unsafe_view, aten.reshape, aten.flatten, aten.unflatten, aten.transpose, aten.permute, aten.t, aten.select,
-    aten.slice, aten.squeeze, aten.unsqueeze, aten.expand, aten.contiguous, aten.clone, aten.alias,
+    aten.view, aten._unsafe_view, aten.reshape, aten.flatten, aten.unflatten, aten.transpose, aten.permute, aten.t,
+    aten.select, aten.slice, aten.squeeze, aten.unsqueeze, aten.expand, aten.contiguous, aten.clone, aten.alias,
 )  # fmt: skip
 PARTS = (aten.split, aten.split_with_sizes, aten.chunk, aten.unbind)
 PRIMES = (13, 17, 19, 23, 29, 31)
@@ -34,11 +34,22 @@ def is_view(node: Any) -> bool:
 
 def scaled(node: Any) -> float | None:
     """The number that a tensor is multiplied with, or None."""
-    if not is_op(node, aten.mul, aten.div) or len(node.args) != 2 or node.kwargs or not isinstance(node.args[1], (int, float)):
+    if not is_op(node, aten.mul, aten.div) or len(node.args) != 2 or node.kwargs:
         return None
-    if isinstance(node.args[1], bool) or not isinstance(node.args[0], fx.Node):
+    tensor, number = node.args
+    if not isinstance(tensor, fx.Node) or isinstance(number, bool) or not isinstance(number, (int, float)):
         return None
-    return float(node.args[1]) if is_op(node, aten.mul) else 1.0 / float(node.args[1]) if node.args[1] else None
+    if is_op(node, aten.mul):
+        return float(number)
+    return 1.0 / number if number else None
+
+
+def leads(node: fx.Node) -> bool:
+    """A view that leaves queries and keys as they are: heads split from users, or joined with them."""
+    if not is_op(node, aten.view, aten.reshape, aten._unsafe_view, aten.unflatten, aten.flatten, aten.contiguous):
+        return False
+    a, b = shape(node), shape(node.args[0])  # type: ignore[arg-type]
+    return len(a) > 2 and len(b) > 2 and all(same_size(x, y) for x, y in zip(a[-2:], b[-2:], strict=True))
 
 
 def origin(node: fx.Node) -> tuple[fx.Node, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,10 +12,13 @@ from torch import Tensor, fx
 
 from grc.graph.match import Miss, aten, is_op, shape, value
 from grc.graph.rewrite import Rewriter
-from grc.kernels.attention.layout import constant
+from grc.kernels.attention.layout import constant, leads
 
 # A finite score that hides a key: added to it, or written over it, float32 leaves nothing of a score of order one.
 HIDDEN = -1e9
+
+EITHER = (aten.logical_or, aten.bitwise_or, aten.__or__)
+ALL = (aten.logical_and, aten.bitwise_and, aten.__and__, aten.mul)
 
 
 @dataclass
@@ -45,11 +48,12 @@ class Masks:
 
 @dataclass(frozen=True)
 class Size:
-    """Queries and keys as far as they are numbers, and the heads that a mask's first dimension is split by."""
+    """Queries and keys as far as they are numbers, the heads, and whether scores are [B * H, N, M]."""
 
     queries: Any
     keys: Any
-    heads: int | None
+    heads: int
+    joined: bool
 
 
 def bias_of(edit: Rewriter, masks: Masks, size: Size) -> tuple[fx.Node | None, bool]:
@@ -57,10 +61,10 @@ def bias_of(edit: Rewriter, masks: Masks, size: Size) -> tuple[fx.Node | None, b
     fixed: list[Tensor] = []
     added: list[fx.Node] = []
     seen: list[fx.Node] = []
-    for node in masks.added:
+    for node, here in (term for mask in masks.added for term in terms(mask, size)):
         tensor = constant(edit.module, node)
         if tensor is None:
-            added.append(four(edit, node, size))
+            added.append(four(edit, node, here))
         else:
             fixed.append(tensor)
     for node, number in masks.filled:
@@ -94,7 +98,7 @@ def known_bias(fixed: list[Tensor], size: Size, exact: bool) -> tuple[Tensor | N
     total = fixed[0]
     for tensor in fixed[1:]:
         total = total + tensor
-    if total.dim() == 3 and size.heads is not None and len(total) > 1:
+    if total.dim() == 3 and size.joined and len(total) > 1:
         raise Miss(f"a constant mask for each of {len(total)} heads and users")
     hidden = total <= HIDDEN
     if not exact and not hidden.all(-1).any():
@@ -144,17 +148,31 @@ def conjuncts(node: fx.Node, hides: bool) -> list[tuple[fx.Node, bool]]:
     """A mask as all of several masks, each with whether True hides."""
     if is_op(node, aten.logical_not, aten.bitwise_not):
         return conjuncts(node.args[0], not hides)  # type: ignore[arg-type]
-    both = (aten.logical_or, aten.bitwise_or) if hides else (aten.logical_and, aten.bitwise_and, aten.mul)
-    if is_op(node, *both) and all(isinstance(a, fx.Node) and value(a).dtype is torch.bool for a in node.args[:2]):
+    if is_op(node, *(EITHER if hides else ALL)) and all(
+        isinstance(a, fx.Node) and value(a).dtype is torch.bool for a in node.args[:2]
+    ):
         return [leaf for a in node.args[:2] for leaf in conjuncts(a, hides)]  # type: ignore[arg-type]
     return [(node, hides)]
 
 
 def leaves(node: fx.Node) -> list[fx.Node]:
     """The factors of a product of tensors."""
-    if is_op(node, aten.mul) and all(isinstance(a, fx.Node) for a in node.args):
-        return [leaf for a in node.args for leaf in leaves(a)]  # type: ignore[arg-type]
-    return [node]
+    return [leaf for a in node.args for leaf in leaves(a)] if combines(node, aten.mul) else [node]  # type: ignore[arg-type]
+
+
+def terms(node: fx.Node, size: Size) -> list[tuple[fx.Node, Size]]:
+    """The terms of a sum of tensors, also where users and heads are taken apart after it."""
+    if combines(node, aten.add):
+        return [term for a in node.args for term in terms(a, size)]  # type: ignore[arg-type]
+    inner = node.args[0] if leads(node) and value(node).dim() == 4 else None
+    if inner is not None and value(inner).dim() == 3 and combines(inner, aten.add):
+        return terms(inner, replace(size, joined=True))  # type: ignore[arg-type]
+    return [(node, size)]
+
+
+def combines(node: Any, packet: Any) -> bool:
+    tensors = is_op(node, packet) and all(isinstance(value(a), torch.Tensor) for a in node.args)
+    return tensors and len(node.args) == 2 and not node.kwargs
 
 
 def joined(edit: Rewriter, nodes: list[fx.Node], with_op: Callable[..., Any]) -> fx.Node | None:
@@ -168,6 +186,6 @@ def joined(edit: Rewriter, nodes: list[fx.Node], with_op: Callable[..., Any]) ->
 
 def four(edit: Rewriter, node: fx.Node, size: Size) -> fx.Node:
     """A mask of [B * H, N, M] as [B, H, N, M]; others broadcast as they are."""
-    if size.heads is None or value(node).dim() != 3 or shape(node)[0] == 1:
+    if not size.joined or value(node).dim() != 3 or shape(node)[0] == 1:
         return node
     return edit.call(aten.unflatten.int, node, 0, [-1, size.heads])

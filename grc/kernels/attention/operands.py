@@ -14,7 +14,7 @@ from grc.kernels.attention.layout import PARTS, Affine, Sizes, affine, folded, i
 
 @dataclass
 class Heads:
-    """Brings operands to [batch, length, heads, width]. `heads` is the count, None where heads are dimensions already."""
+    """Brings operands to [batch, length, heads, width]; `heads` is None where heads are a dimension already."""
 
     edit: Rewriter
     heads: int | None
@@ -61,7 +61,7 @@ class Heads:
         wide = sizes[-1] if sizes else 0
         per_head = width if at.strides[2] is None else at.strides[2]
         column = at.offset
-        inside = 0 <= column and column + (heads - 1) * per_head + width <= wide and per_head >= width
+        inside = column >= 0 and column + (heads - 1) * per_head + width <= wide and per_head >= width
         if not inside or at.strides[3] not in (1, None):
             return None
         steps = (at.strides[0], at.strides[1])
@@ -123,10 +123,13 @@ def head_count(node: fx.Node) -> int:
     (start, _), sizes = origin(node), Sizes()
     if start is node:
         return 1
-    positions = sizes.positions(node, start)
+    positions, wide = sizes.positions(node, start), sizes.shape(start)[-1]
     rows = len(positions)
     for heads in (h for h in range(1, rows + 1) if rows % h == 0):
         found = affine(positions.unflatten(0, (-1, heads)))
-        if found is not None and (heads == 1 or found.strides[1] is not None):
+        if found is None:
+            continue
+        batch, head = (step or 0 for step in found.strides[:2])
+        if batch % wide == 0 and (heads - 1) * head < wide:  # heads lie within a row of the projection, users do not
             return heads
     return 1

@@ -11,7 +11,7 @@ from torch import fx
 from grc.graph.match import Miss, argument, aten, attribute, is_op, same_size, shape, value
 from grc.graph.rewrite import Rewriter
 from grc.kernels.attention import ATTENTION, SILU, SOFTMAX, STRICT_SOFTMAX
-from grc.kernels.attention.layout import is_view, scaled
+from grc.kernels.attention.layout import is_view, leads, scaled
 from grc.kernels.attention.masks import Masks, Size, bias_of, factor_of
 from grc.kernels.attention.operands import Heads, head_count
 from grc.kernels.attention.products import Product, scores, weighted_sum
@@ -44,7 +44,7 @@ class Attention(Fusion):
                 raise Miss(f"q is {shown(q)}, k {shown(k)}, v {shown(v)}: their batch or heads differ")
         if not isinstance(count, int):
             raise Miss("the number of heads varies")
-        size = Size(queries, keys, heads.heads)
+        size = Size(queries, keys, count, heads.heads is not None)
         bias, causal = bias_of(edit, found.masks, size)
         factor, also_causal = factor_of(edit, found.masks, size)
         new = edit.call(
@@ -220,14 +220,6 @@ class Scores:
 def number(module: fx.GraphModule, arg: Any) -> Any:
     tensor = attribute(module, arg)
     return tensor.flatten()[0].item() if tensor is not None and tensor.unique().numel() == 1 else arg
-
-
-def leads(node: fx.Node) -> bool:
-    """A view that leaves queries and keys as they are: heads split from users, or joined with them."""
-    if not is_op(node, aten.view, aten.reshape, aten._unsafe_view, aten.unflatten, aten.flatten, aten.contiguous):
-        return False
-    a, b = shape(node), shape(node.args[0])  # type: ignore[arg-type]
-    return len(a) > 2 and len(b) > 2 and all(same_size(x, y) for x, y in zip(a[-2:], b[-2:], strict=True))
 
 
 def shown(node: fx.Node) -> str:

@@ -66,7 +66,8 @@ def is_projection(edit: Rewriter, node: fx.Node, x: fx.Node, positions: Tensor, 
         return False
     weights = [w for w in (node.args[1], argument(node, "bias")) if w is not None]
     rows = positions.reshape(-1, width)
-    whole = torch.equal(rows, rows[:, :1] + torch.arange(width, dtype=torch.int32)) and bool((rows[:, 0] % width == 0).all())
+    starts = rows[:, :1]
+    whole = torch.equal(rows, starts + torch.arange(width, dtype=torch.int32)) and not (starts % width).any()
     return whole and all(constant(edit.module, w) is not None for w in weights)
 
 

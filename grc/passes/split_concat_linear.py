@@ -1,0 +1,131 @@
+"""A linear layer over a concatenation that says things twice: each value is multiplied once, by the sum of its weights.
+
+Target attention (DIN; Zhou et al. 2018, figure 2) reads [t, h, t - h, t * h] with t the same for every step of the
+history: W [t; h; t - h; t * h] = (W1 + W3) t + (W2 - W3) h + W4 (t * h), where the first term is one row a user and not
+one a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from grc.graph.match import Miss, argument, aten, attribute, is_op, shape, source_text, value, where
+from grc.graph.rewrite import Rewriter
+from grc.passes.manager import Change, Pass
+
+
+@dataclass
+class Sum:
+    """Values and the weights [N, D] that they are multiplied with, in order of appearance."""
+
+    values: list[fx.Node] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+
+    def add(self, node: fx.Node, weight: Tensor) -> None:
+        if node in self.values:
+            self.weights[self.values.index(node)] += weight
+        else:
+            self.values.append(node)
+            self.weights.append(weight.clone())
+
+    @property
+    def width(self) -> int:
+        return sum(weight.shape[1] for weight in self.weights)
+
+
+@dataclass(frozen=True)
+class SplitConcatLinear(Pass):
+    """Multiply each part of a concatenation once, and what is the same in all rows once for all of them."""
+
+    name = "split-concat-linear"
+
+    def run(self, graph: fx.GraphModule) -> list[Change]:
+        edit = Rewriter(graph)
+        changes: list[Change] = []
+        for node in list(graph.graph.nodes):
+            if not is_op(node, aten.linear) or not is_op(node.args[0], aten.cat):
+                continue
+            line, text = where(node), source_text(node)
+            try:
+                with edit.at(node):
+                    saved = split(edit, node)
+            except Miss as miss:
+                changes.append(Change(self.name, line, text, missed=str(miss)))
+                continue
+            if saved is not None:
+                changes.append(Change(self.name, line, text, saved))
+        edit.finish()
+        return changes
+
+
+def split(edit: Rewriter, node: fx.Node) -> str | None:
+    """Rewrite one linear layer; what that saves, or None where every part is there once."""
+    cat: Any = node.args[0]
+    parts = list(cat.args[0])
+    if not any(is_op(part, aten.add, aten.sub, aten.neg, aten.expand) for part in parts):
+        return None
+    if argument(cat, "dim") % value(cat).dim() != value(cat).dim() - 1:
+        return None
+    weight = attribute(edit.module, node.args[1])
+    if weight is None:
+        raise Miss("the weight is not a constant")
+    if weight.dtype is not torch.float32:
+        raise Miss(f"the weight is {str(weight.dtype).removeprefix('torch.')}")
+    every, shared = Sum(), Sum()
+    column = 0
+    for part in parts:
+        width = shape(part)[-1]
+        if not isinstance(width, int):
+            raise Miss("a part's width varies")
+        block = weight.detach()[:, column : column + width].double()
+        column += width
+        for term, sign in terms(part):
+            rows = one_row(term, cat)
+            if rows is None and shape(term)[:-1] != shape(part)[:-1]:
+                raise Miss(f"a part of shape {list(map(str, shape(term)))} is broadcast")
+            (every if rows is None else shared).add(term if rows is None else rows, sign * block)
+    if not every.values or every.width >= column:
+        return None
+    bias = argument(node, "bias")
+    new = product(edit, every, None if shared.values else bias)
+    if shared.values:
+        new = edit.call(aten.add.Tensor, new, product(edit, shared, bias))
+    edit.replace(node, new)
+    return f"{column - every.width} of {column} columns"
+
+
+def product(edit: Rewriter, total: Sum, bias: fx.Node | None) -> fx.Node:
+    joined = total.values[0]
+    if len(total.values) > 1:
+        joined = edit.call(aten.cat.default, total.values, value(joined).dim() - 1)
+    weight = edit.parameter("split_weight", torch.cat(total.weights, 1).float().contiguous())
+    return edit.call(aten.linear.default, joined, weight, bias)
+
+
+def terms(node: fx.Node) -> list[tuple[fx.Node, int]]:
+    """A value as a signed sum of others."""
+    if is_op(node, aten.neg):
+        return [(term, -sign) for term, sign in terms(node.args[0])]  # type: ignore[arg-type]
+    tensors = len(node.args) == 2 and all(isinstance(value(a), Tensor) for a in node.args)
+    if is_op(node, aten.add, aten.sub) and tensors and argument(node, "alpha") == 1:
+        a, b = node.args
+        if all(shape(x)[-1] == shape(node)[-1] and value(x).dim() == value(node).dim() for x in (a, b)):  # type: ignore[arg-type]
+            other = -1 if is_op(node, aten.sub) else 1
+            return [*terms(a), *((term, other * sign) for term, sign in terms(b))]  # type: ignore[arg-type]
+    return [(node, 1)]
+
+
+def one_row(node: fx.Node, like: fx.Node) -> fx.Node | None:
+    """The [..., 1, D] that is repeated over the rows of `like`, or None."""
+    source: Any = node
+    while is_op(source, aten.expand):
+        source = source.args[0]
+    if value(like).dim() < 3 or value(source).dim() != value(like).dim() or shape(like)[-2] == 1:
+        return None
+    rest = [i for i in range(value(like).dim() - 1) if i != value(like).dim() - 2]
+    same = all(str(shape(source)[i]) == str(shape(like)[i]) for i in rest)
+    return source if same and shape(source)[-2] == 1 else None

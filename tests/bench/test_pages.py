@@ -1,0 +1,57 @@
+"""The scripts on top of the rows: goals of the CPU run, and the page that is drawn from the files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.cpu import GOALS, against_goals
+from benchmarks.plots import DOCUMENT, NOT_MEASURED, RESULTS, filled
+from grc.bench.rows import write
+from grc.bench.table import cells
+
+from .rows import row
+
+ZOO = Path(__file__).resolve().parents[2] / "examples" / "zoo"
+
+
+def test_every_zoo_model_has_its_goals():
+    assert sorted(GOALS) == sorted(file.stem for file in ZOO.glob("*.py"))
+
+
+def test_a_missed_goal_is_listed_and_a_met_one_is_not():
+    rows = [row("grc", 100.0), row("eager", 160.0), row("grc", 100.0, batch=1), row("aoti", 260.0, batch=1)]
+    text = "\n".join(against_goals(cells(rows)))
+    assert "geometric mean 2.04 over 2 cells" in text
+    assert "dlrm uniform at batch 64: 1.60 of 1.7, best peer eager" in text
+    assert "at batch 1:" not in text
+
+
+def test_zipf_ids_are_held_to_the_floor_only():
+    fast = [row("grc", 100.0, ids="zipf"), row("eager", 160.0, ids="zipf")]
+    assert against_goals(cells(fast))[-1] == "every goal is met"
+    slow = [row("grc", 100.0, ids="zipf"), row("eager", 90.0, ids="zipf")]
+    assert any("dlrm zipf at batch 64: 0.90 of 1.0" in line for line in against_goals(cells(slow)))
+
+
+def test_the_page_says_what_the_committed_rows_say():
+    assert DOCUMENT.read_text() == filled(DOCUMENT.read_text(), RESULTS)
+
+
+def test_the_page_is_filled_between_its_markers_only(tmp_path: Path):
+    text = "before\n<!-- begin: cpu -->\nold\n<!-- end: cpu -->\nafter\n"
+    assert NOT_MEASURED in filled(text, tmp_path)
+    write(tmp_path / "cpu.jsonl", [row("grc", 100.0), row("eager", 250.0), row("aoti", None)])
+    fresh = filled(text, tmp_path)
+    assert fresh.startswith("before\n<!-- begin: cpu -->\n### CPU, 2 threads, avx512\n")
+    assert fresh.endswith("<!-- end: cpu -->\nafter\n")
+    assert "**2.50x** eager" in fresh
+    assert "- aoti on dlrm, batch 64: it failed" in fresh
+    assert "old" not in fresh
+    assert filled(fresh, tmp_path) == fresh
+
+
+def test_a_marker_that_nothing_fills_is_an_error(tmp_path: Path):
+    with pytest.raises(KeyError, match="marker tpu"):
+        filled("<!-- begin: tpu -->\n<!-- end: tpu -->\n", tmp_path)

@@ -1,0 +1,73 @@
+"""Fused look-ups given to their Triton twins: the calls, their lists, and the count of ids outside of their tables."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from grc.compiler import Silent, optimise
+from grc.graph.capture import capture
+from grc.graph.model_file import from_module
+from grc.kernels import OPS
+from grc.lowering.engine import Lowerable
+from grc.lowering.export import export_graph
+from grc.lowering.twins import outside, outside_of_bags, with_twins
+from grc.options import Options
+
+CPU = torch.device("cpu")
+
+
+class Tables(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(n, 8) for n in (20, 30, 40))
+        self.top = nn.Linear(24, 1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.top(torch.cat([table(ids[:, i]) for i, table in enumerate(self.tables)], 1))
+
+
+def inputs(batch: int) -> tuple[Tensor]:
+    return (torch.stack([torch.randint(n, (batch,)) for n in (20, 30, 40)], 1),)
+
+
+@pytest.fixture(scope="module")
+def lowerable() -> Lowerable:
+    source = capture(from_module(Tables().eval(), inputs))
+    graph = optimise(source, Options(), Silent()).graph
+    return Lowerable(graph, source.inputs(7), source.shapes())
+
+
+def calls(graph: fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in graph.graph.nodes if getattr(node.target, "namespace", "") == "grc_cuda"]
+
+
+def test_a_look_up_becomes_its_twin_on_ready_made_lists(lowerable: Lowerable) -> None:
+    graph, counts = with_twins(lowerable.graph, CPU, count=False)
+    assert calls(graph) == ["grc_cuda.lookup.default"] and not counts
+    tables = next(t for name, t in graph.named_buffers() if name.endswith("_tables"))
+    assert tables.tolist()[:6] == [0, 20 * 8, 50 * 8, 20, 30, 40]
+    assert calls(lowerable.graph) == [], "the graph that was given stays as it was"
+
+
+def test_the_count_follows_the_outputs_and_survives_the_export(lowerable: Lowerable) -> None:
+    graph, counts = with_twins(lowerable.graph, CPU, count=True)
+    program = export_graph(Lowerable(graph, lowerable.inputs, lowerable.shapes), OPS)
+    assert counts and len(program.graph_signature.user_outputs) == 2
+    assert [n for n in program.graph.nodes if n.target is torch.ops.grc_cuda.lookup.default]
+    assert not program.constants, "a constant made while tracing would be copied to the device in every run"
+
+
+def test_counts_ids_that_are_neither_rows_nor_padding() -> None:
+    found = torch.tensor([[0, 29, -1], [20, -5, 40], [19, 30, 39]])
+    rows, padding = torch.tensor([20, 30, 40]), torch.tensor([0, 0, -1])
+    assert outside(found, rows, padding).item() == 4  # 20, -5, 40 and 30
+
+
+def test_counts_jagged_ids_by_the_feature_of_their_bag() -> None:
+    rows, padding = torch.tensor([5, 100]), torch.tensor([0, -1])
+    # two features of two samples: [4, 5] [] | [99] [-1, 100]; the last id is in no bag
+    ids, offsets = torch.tensor([4, 5, 99, -1, 100, 777]), torch.tensor([0, 2, 2, 3, 5])
+    assert outside_of_bags(ids, offsets, rows, padding).item() == 2

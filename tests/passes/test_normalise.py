@@ -1,0 +1,190 @@
+"""Normalise: one form for each way of writing the same mathematics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from grc.passes.normalise import Normalise
+from tests.graph.filecheck import check
+from tests.passes.small import graph_of, ids, rows, run
+
+
+def normalised(function, *inputs, **modules):
+    graph = graph_of(function, *inputs, **modules)
+    run(graph, [Normalise()], inputs)
+    return graph
+
+
+BMM = "CHECK: %transpose{{.*}} = aten.transpose(%x, 1, 2)\nCHECK: aten.bmm(%x, %transpose{{.*}})\nCHECK-NOT: aten."
+
+
+@pytest.mark.parametrize(
+    "gram",
+    [
+        lambda x: x @ x.transpose(1, 2),
+        lambda x: torch.bmm(x, x.permute(0, 2, 1)),
+        lambda x: torch.matmul(x, x.transpose(-1, -2)),
+        lambda x: torch.einsum("bnd,bmd->bnm", x, x),
+        lambda x: x.contiguous() @ x.clone().mT,
+    ],
+    ids=["@", "permute", "matmul", "einsum", "aliases"],
+)
+def test_one_form_of_all_pairs(gram):
+    graph = normalised(lambda self, x: gram(x), rows(4, 3, 8))
+    text = BMM.replace("%x", "%inputs_0")
+    check(graph, text)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda x, w: x @ w.t(),
+        lambda x, w: torch.mm(x, w.transpose(0, 1)),
+        lambda x, w: functional.linear(x, w),
+        lambda x, w: torch.addmm(torch.zeros(5), x, w.t()),
+    ],
+    ids=["@", "mm", "linear", "addmm"],
+)
+def test_one_form_of_a_linear_layer(layer):
+    graph = normalised(lambda self, x: layer(x, self.layer.weight), rows(4, 3), layer=nn.Linear(3, 5))
+    check(graph, "CHECK: aten.linear(%{{.*}}, %layer_weight\nCHECK-NOT: aten.")
+
+
+def test_a_product_of_columns_is_a_linear_layer_with_a_bias():
+    """deepctr's cross layer: W @ x of `[B, D, 1]`, plus a bias `[D, 1]`, times x0, plus x."""
+
+    def cross(self, x):
+        column = x.unsqueeze(2)
+        return (column * (self.layer.weight @ column + self.layer.bias.view(3, 1)) + column).squeeze(2)
+
+    graph = normalised(cross, rows(4, 3), layer=nn.Linear(3, 3))
+    check(
+        graph,
+        """
+        CHECK: %linear{{.*}} : float32[{{.*}}, 3] = aten.linear(%inputs_0, %layer_weight, %
+        CHECK-NEXT: aten.mul(%inputs_0, %linear
+        CHECK-NEXT: aten.add(%mul{{.*}}, %inputs_0)
+        CHECK-NOT: aten.
+        """,
+    )
+
+
+def test_shapes_are_one_reshape():
+    graph = normalised(lambda self, x: x.view(-1, 2, 6).flatten(1).unsqueeze(1).squeeze(1).reshape(-1, 3, 4), rows(4, 12))
+    check(graph, "CHECK: aten.reshape(%inputs_0, [-1, 3, 4])\nCHECK-NOT: aten.")
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda a, b: torch.stack([a, b], 1),
+        lambda a, b: torch.cat([a.unsqueeze(1), b.unsqueeze(1)], 1),
+        lambda a, b: torch.cat([a, b], 1).view(-1, 2, 4),
+    ],
+    ids=["stack", "cat of rows", "cat"],
+)
+def test_one_form_of_a_stack(join):
+    graph = normalised(lambda self, a, b: join(a, b), rows(4, 4), rows(4, 4))
+    check(graph, "CHECK: %cat{{.*}} = aten.cat([%inputs_0, %inputs_1], 1)\nCHECK-NEXT: aten.reshape(%cat{{.*}}, [-1, 2, 4])")
+
+
+def test_rows_of_one_are_joined_along_their_width():
+    graph = normalised(lambda self, a, b: torch.cat([a, b], -1).squeeze(1), rows(4, 1, 3), rows(4, 1, 5))
+    check(graph, "CHECK: aten.cat([{{.*}}], 1)\nCHECK-NOT: aten.reshape(%cat")
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda x: torch.cat(x.split([2, 3, 1], 1), 1),
+        lambda x: torch.cat([x[:, :2], x[:, 2:5], x[:, 5:]], 1),
+        lambda x: torch.cat(x.chunk(3, 1), 1),
+    ],
+    ids=["split", "slices", "chunk"],
+)
+def test_what_is_cut_and_joined_is_left_alone(cut):
+    check(normalised(lambda self, x: torch.relu(cut(x)), rows(4, 6)), "CHECK: aten.relu(%inputs_0)\nCHECK-NOT: aten.")
+
+
+def test_neighbouring_columns_are_one_slice():
+    graph = normalised(lambda self, x: torch.cat([x[:, 1:2], x[:, 2:4], x[:, 5:6]], 1), rows(4, 6))
+    check(graph, "CHECK-COUNT-2: aten.slice\nCHECK: aten.slice(%inputs_0, 1, 1, 4)")
+
+
+def test_the_order_of_pieces_is_kept():
+    graph = normalised(lambda self, x: torch.cat([x[:, 3:], x[:, :3]], 1), rows(4, 6))
+    check(graph, "CHECK: aten.cat([%slice{{.*}}, %slice{{.*}}], {{-1|1}})")
+
+
+def test_a_piece_of_a_cat_is_its_operand():
+    graph = normalised(lambda self, a, b: torch.relu(torch.cat([a, b], 1)[:, 3:]), rows(4, 3), rows(4, 2))
+    check(graph, "CHECK: aten.relu(%inputs_1)\nCHECK-NOT: aten.")
+
+
+def test_same_calls_are_one_value_and_random_ones_are_not():
+    graph = normalised(lambda self, x: torch.relu(x + 1) * torch.sigmoid(x + 1), rows(4, 3))
+    check(graph, "CHECK-COUNT-1: aten.add(")
+    graph = graph_of(lambda self, x: torch.rand_like(x) - torch.rand_like(x), rows(4, 3))
+    Normalise().run(graph)
+    check(graph, "CHECK-COUNT-2: aten.rand_like")
+
+
+def test_arguments_of_other_types_are_other_calls():
+    graph = normalised(lambda self, x: (x.sum(1, keepdim=True), x.sum(1), torch.full((1,), 1), torch.full((1,), 1.0)), rows(4, 3))
+    check(graph, "CHECK-COUNT-2: aten.sum")
+
+
+@pytest.mark.parametrize(
+    ("square", "wanted"),
+    [
+        (lambda x: x.pow(2), "aten.mul(%inputs_0, %inputs_0)"),
+        (lambda x: x.square(), "aten.mul(%inputs_0, %inputs_0)"),
+        (lambda x: x / 2, "aten.mul(%inputs_0, 0.5)"),
+        (lambda x: x.new_zeros(x.shape) + x.relu(), "aten.relu(%inputs_0)"),
+    ],
+    ids=["pow", "square", "half", "zeros"],
+)
+def test_arithmetic(square, wanted):
+    check(normalised(lambda self, x: square(x), rows(4, 3)), f"CHECK: {wanted}\nCHECK-NOT: aten.")
+
+
+def test_division_that_rounds_stays():
+    check(normalised(lambda self, x: torch.div(x, 2, rounding_mode="floor"), rows(4, 3)), "CHECK: aten.div(")
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda table, x: table(x),
+        lambda table, x: table.weight[x],
+        lambda table, x: torch.index_select(table.weight, 0, x),
+        lambda table, x: functional.one_hot(x, 10).float() @ table.weight,
+    ],
+    ids=["embedding", "index", "index_select", "one_hot"],
+)
+def test_one_form_of_a_look_up(read):
+    graph = normalised(lambda self, x: read(self.table, x), ids(4, 1).squeeze(1), table=nn.Embedding(10, 3))
+    check(graph, "CHECK: aten.embedding(%{{.*}}, %inputs_0)\nCHECK-NOT: aten.")
+
+
+def test_computed_indices_may_be_negative_and_stay_an_index():
+    graph = normalised(lambda self, x: self.table.weight[x - 5], ids(4, 1).squeeze(1), table=nn.Embedding(10, 3))
+    check(graph, "CHECK: aten.index(\nCHECK-NOT: aten.embedding")
+
+
+def test_layers_stacked_in_one_parameter_share_its_storage():
+    class Stacked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = nn.Parameter(torch.randn(2, 3, 3))
+
+    graph = normalised(lambda self, x: x @ self.stack.weights[0] + x @ self.stack.weights[1], rows(4, 3), stack=Stacked())
+    check(graph, "CHECK-COUNT-2: aten.linear\nCHECK-NOT: aten.select")
+
+
+def test_a_second_run_finds_nothing():
+    graph = normalised(lambda self, x: torch.stack([x.pow(2), x[:, :2].square().relu().repeat(1, 2)], 1), rows(4, 4))
+    assert Normalise().run(graph) == []
