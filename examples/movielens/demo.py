@@ -88,7 +88,8 @@ def answer(console: Console, artifact: Path) -> None:
     step(console, "The same answer, sooner")
     with torch.no_grad():
         ours, eager = interleaved(lambda: program(*inputs), lambda: model(*inputs))
-    console.print(f"  engine {program.engine_at(1)}: {ours:.0f} us a request, eager PyTorch {eager:.0f} us: {eager / ours:.1f}x")
+    engine = program.engine_at(1)
+    console.print(f"  engine {engine}: {ours:.0f} us a request, eager PyTorch {eager:.0f} us: {eager / ours:.1f}x")
     same = [f["item"] for f in found["films"]] == [f["item"] for f in expected["films"]]
     console.print(f"  the ten films of the artifact and of the model are {'the same' if same else 'NOT the same'}")
     if not same:

@@ -226,6 +226,12 @@ def drop_constant_placeholders(graph: fx.GraphModule, model: Model) -> None:
 
 @torch.no_grad()
 def check_deterministic(model: Model) -> None:
+    again, once = (flat_tensors(model.inputs(3))[0] for _ in range(2))
+    if any(not torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) for a, b in zip(again, once, strict=True)):
+        raise ModelFileError(
+            f"{model.file or model.name}: get_inputs(3) returns other values at each call",
+            "seed the generator it draws from; torch, random and numpy.random are seeded already",
+        )
     args, kwargs = model.inputs(3)
     first, second = (flat_tensors(model.module(*args, **kwargs))[0] for _ in range(2))
     for i, (a, b) in enumerate(zip(first, second, strict=True)):

@@ -48,9 +48,9 @@ def fault_at(source: Source, batch: int) -> str | None:
     for answer, wanted in zip(answers, expected, strict=True):
         if answer.dtype != wanted.dtype:
             return f"the export answers in {answer.dtype}, the model in {wanted.dtype}"
-    error = largest_error(answers, expected)
-    if error > NOISE and largest_error(answers, list(run_fp64(source.graph, *inputs))) < error / 2:
-        return f"the export answers differently at batch {batch} (error {error:.1e}): it was specialised or is random"
+    apart = largest_error(answers, expected)
+    if apart > NOISE and largest_error(answers, list(run_fp64(source.graph, *inputs))) < apart / 2:
+        return f"the export answers differently at batch {batch} (error {apart:.1e}): it was specialised or is random"
     return None
 
 

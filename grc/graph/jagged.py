@@ -29,7 +29,7 @@ def keyed(bags: Sequence[Bag]) -> Keyed | None:
     That is how TorchRec's EmbeddingBagCollection exports: values split by the sums of the lengths, and for each feature
     the running sum of its own lengths.
     """
-    split = part_of(bags[0].ids, 0, aten.split_with_sizes)
+    split: Any = part_of(bags[0].ids, 0, aten.split_with_sizes)
     if split is None or any(not bag.last_offset for bag in bags) or len(value(split)) != len(bags):
         return None
     matrix: fx.Node | None = None

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import random
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -194,7 +197,8 @@ def calling(
 
     def inputs(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         try:
-            value = get_inputs(batch)
+            with seeded(batch):
+                value = get_inputs(batch)
         except Exception as error:
             line = (user_line(error, path) if path else None) or "get_inputs"
             raise ModelFileError(
@@ -208,6 +212,21 @@ def calling(
         return (value,), {}
 
     return inputs
+
+
+@contextmanager
+def seeded(batch: int) -> Iterator[None]:
+    """The same random numbers for the same batch, because get_inputs is called anew for each comparison of answers."""
+    python, array = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(batch)
+        random.seed(batch)
+        np.random.seed(batch)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(array)
 
 
 def user_line(error: BaseException, path: Path | None) -> str | None:

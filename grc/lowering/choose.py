@@ -7,6 +7,8 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +129,8 @@ def prove(candidate: Candidate, requests: Requests) -> str | None:
         batch = inputs[0].shape[0] if inputs and inputs[0].dim() else 1
         try:
             answers = candidate.run([t.clone() for t in inputs])
-        except Exception as error:  # an engine raises its own kind
-            return f"fails at batch {batch}: {str(error).strip().splitlines()[0][:200]}"
+        except Exception as failure:  # an engine raises its own kind
+            return f"fails at batch {batch}: {str(failure).strip().splitlines()[0][:200]}"
         error = largest_error(list(answers), list(truth))
         candidate.error = max(candidate.error, error)
         if not within(error, baseline, QUALITY):
@@ -153,15 +155,20 @@ def measure(
             if candidate.built.bucket in (None, batch):
                 candidate.times[batch] = []
                 timed = getattr(candidate.run, "seconds", candidate.run)
-                runs.append((lambda timed=timed: timed(list(inputs)), candidate.times[batch]))  # type: ignore[misc]
+                runs.append((partial(call_fresh, timed, inputs), candidate.times[batch]))
         own: list[float] = []
-        runs.append((lambda: eager(batch), own))
+        runs.append((partial(eager, batch), own))
         for call, _ in runs:
             call()
             call()
         interleave(runs, SECONDS * len(runs))
         eager_times[batch] = statistics.median(own)
     return eager_times
+
+
+def call_fresh(run: Run, inputs: Sequence[torch.Tensor]) -> Any:
+    """AOTInductor empties the list it is given."""
+    return run(list(inputs))
 
 
 def interleave(runs: Sequence[tuple[Callable[[], Any], list[float]]], seconds: float) -> None:
@@ -204,4 +211,4 @@ def boundaries(winners: Sequence[tuple[int, Candidate]], buckets: bool = False) 
     batches = [batch for batch, _ in winners]
     if buckets:
         return [*batches[:-1], 2**31 - 1]
-    return [int((a * b) ** 0.5) for a, b in zip(batches, batches[1:], strict=False)] + [2**31 - 1]
+    return [int((a * b) ** 0.5) for a, b in pairwise(batches)] + [2**31 - 1]

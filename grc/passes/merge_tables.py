@@ -11,8 +11,8 @@ from torch import fx
 
 from grc.graph.jagged import keyed
 from grc.graph.lookups import NO_PADDING, SUM, Bag, Columns, columns_of, find_bag
-from grc.graph.match import argument, aten, attribute, is_op, shape, source_text, value, where
-from grc.graph.rewrite import Rewriter
+from grc.graph.match import argument, aten, is_op, shape, source_text, value, where
+from grc.graph.rewrite import Rewriter, find_attribute
 from grc.passes.manager import Change, Pass
 
 
@@ -121,18 +121,15 @@ def join(edit: Rewriter, tables: Sequence[fx.Node], flat: bool) -> Arena:
     """Move tables into one tensor, one at a time; the model's parameters become views of it, so memory never doubles."""
     if len(tables) == 1:
         return Arena(tables[0], {str(tables[0].target): 0}, False)
-    tensors = [attribute(edit.module, table) for table in tables]
-    rows = [t.shape[0] for t in tensors if t is not None]
-    width = 1 if flat else tensors[0].shape[1]  # type: ignore[union-attr]
-    counts = [t.numel() // width for t in tensors if t is not None]
-    storage = torch.empty(
-        (sum(counts), width) if not flat else (sum(counts),), dtype=tensors[0].dtype, device=tensors[0].device
-    )  # type: ignore[union-attr]
+    tensors = [find_attribute(edit.module, str(table.target)) for table in tables]
+    width = 1 if flat else tensors[0].shape[1]
+    counts = [t.numel() // width for t in tensors]
+    size = (sum(counts),) if flat else (sum(counts), width)
+    storage = torch.empty(size, dtype=tensors[0].dtype, device=tensors[0].device)
     bases: dict[str, int] = {}
     start = 0
-    for table, tensor, count, n in zip(tables, tensors, counts, rows, strict=True):
-        assert tensor is not None
-        part = storage[start : start + count].view(n, tensor.shape[1])
+    for table, tensor, count in zip(tables, tensors, counts, strict=True):
+        part = storage[start : start + count].view(tensor.shape)
         part.copy_(tensor.detach())
         tensor.data = part
         bases[str(table.target)] = start

@@ -117,13 +117,9 @@ def drop_alias(edit: Rewriter, node: fx.Node) -> fx.Node | None:
         if whole and (argument(node, "end") in (None, END) or same_shape(node, node.args[0])):  # type: ignore[arg-type]
             return node.args[0]  # type: ignore[return-value]
     same_kind = is_op(node, aten.to, aten._to_copy, aten.expand, aten.type_as)
-    if (
-        same_kind
-        and value(node).dtype == value(node.args[0]).dtype
-        and value(node).device == value(node.args[0]).device
-    ):
-        if same_shape(node, node.args[0]):  # type: ignore[arg-type]
-            return node.args[0]  # type: ignore[return-value]
+    if same_kind and same_shape(node, node.args[0]):  # type: ignore[arg-type]
+        new, old = value(node), value(node.args[0])
+        return node.args[0] if (new.dtype, new.device) == (old.dtype, old.device) else None  # type: ignore[return-value]
     return None
 
 
@@ -131,9 +127,9 @@ def fold_constant(edit: Rewriter, node: fx.Node) -> fx.Node | None:
     """Compute what depends on no input."""
     if not isinstance(node.target, torch._ops.OpOverload) and node.target is not operator.getitem:
         return None
-    if isinstance(node.target, torch._ops.OpOverload):
-        if node.target.namespace != "aten" or torch.Tag.nondeterministic_seeded in node.target.tags:
-            return None
+    operator_call = isinstance(node.target, torch._ops.OpOverload)
+    if operator_call and (node.target.namespace != "aten" or torch.Tag.nondeterministic_seeded in node.target.tags):  # type: ignore[union-attr]
+        return None
     inputs = node.all_input_nodes
     result = value(node)
     if not isinstance(result, torch.Tensor) or not all(static(s) for s in result.shape):
@@ -159,15 +155,21 @@ def fold_constant(edit: Rewriter, node: fx.Node) -> fx.Node | None:
 
 
 def view_of_constant(edit: Rewriter, node: fx.Node) -> fx.Node | None:
-    """A row, or a few, of a constant is a constant that shares its storage: layers that are stacked in one parameter."""
-    if not is_op(node, aten.select, aten.slice) or argument(node, "dim") != 0:
+    """Another shape of a constant, or its rows `a..b`, is a constant that shares its storage.
+
+    Layers stacked in one parameter are read this way, and biases stored as columns.
+    """
+    views = (aten.view, aten.reshape, aten.flatten, aten.squeeze, aten.unsqueeze)
+    if not is_op(node, aten.select, aten.slice, *views) or not all(static(s) for s in shape(node)):
+        return None
+    if is_op(node, aten.select, aten.slice) and argument(node, "dim") != 0:
         return None
     tensor = attribute(edit.module, node.args[0])
     if tensor is None or not tensor.is_contiguous() or any(isinstance(a, fx.Node) for a in node.args[1:]):
         return None
     with torch.no_grad():
         part = node.target(tensor.detach(), *node.args[1:], **node.kwargs)  # type: ignore[operator]
-    return edit.parameter(f"{node.args[0].name}_part", part)  # type: ignore[union-attr]
+    return edit.parameter(f"{node.args[0].name}_part", part) if part.is_contiguous() else None  # type: ignore[union-attr]
 
 
 def canonical_reshape(edit: Rewriter, node: fx.Node) -> fx.Node | None:

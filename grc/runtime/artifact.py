@@ -161,11 +161,12 @@ def sha256(file: Path) -> str:
 def writing(output: Path, force: bool, marker: str = MANIFEST, what: str = "grc artifact") -> Iterator[Path]:
     """A folder beside `output` that takes its name when the block ends well, and vanishes when it does not.
 
-    Only a folder that holds `marker` is ever replaced. Raises ArtifactError when `output` exists and `force` is False, or can't be written.
+    Only a folder that holds `marker` is ever replaced. Raises ArtifactError when `output` exists and `force` is False, or
+    can't be written.
     """
     if output.exists():
         if not force:
-            raise ArtifactError(f"{output} exists", f"choose another -o, or replace it with --force")
+            raise ArtifactError(f"{output} exists", "choose another -o, or replace it with --force")
         if not (output / marker).exists():
             raise ArtifactError(
                 f"{output} exists and is no {what}", f"choose another -o; --force replaces a {what} only"

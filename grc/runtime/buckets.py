@@ -134,15 +134,15 @@ class Lane:
 
     def __init__(self, run: Run, plan: Plan, counts: bool):
         self.run, self.plan, self.counts = run, plan, counts
-        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.device = here()
         self.stream = torch.cuda.Stream()
         self.pool = torch.cuda.graph_pool_handle()
-        self.bad = torch.zeros((), dtype=torch.int64, pin_memory=True)
+        self.bad = pinned(8).view(torch.int64)
         self.buckets: dict[int, Bucket] = {}
         if plan.buckets:
             largest = plan.buckets[-1]
             taken, given = (layout(specs, largest)[1] for specs in (plan.inputs, plan.outputs))
-            self.host_in, self.host_out = (torch.zeros(n, dtype=torch.uint8, pin_memory=True) for n in (taken, given))
+            self.host_in, self.host_out = pinned(taken), pinned(given)
             self.device_in = torch.zeros(taken, dtype=torch.uint8, device=self.device)
             # The largest first: the smaller ones then fit into the memory that its capture left in the pool.
             for batch in reversed(plan.buckets):
@@ -162,7 +162,7 @@ class Lane:
             for host, answer in zip(answers, kept, strict=False):
                 host.copy_(answer, non_blocking=True)
             if self.counts:
-                self.bad.copy_(kept[-1], non_blocking=True)
+                self.bad.copy_(kept[-1].view(1), non_blocking=True)
         return Bucket(batch, views(self.host_in, plan.inputs, batch), device, graph, answers, kept)
 
     def warm_up(self, device: Tensors, batch: int) -> None:
@@ -229,7 +229,7 @@ class Lane:
             for answer, own, entry in zip(answers, found, plan.outputs, strict=False):
                 answer.copy_(own if entry.batch_dim is None else own.narrow(entry.batch_dim, 0, batch))
             if self.counts:
-                self.bad.copy_(found[-1], non_blocking=True)
+                self.bad.copy_(found[-1].view(1), non_blocking=True)
         caller.wait_stream(self.stream)
         if self.counts:
             self.stream.synchronize()
@@ -255,7 +255,7 @@ class Lane:
             moved = [tensor.to(self.device, non_blocking=True) for tensor in inputs]
             found = list(self.run(moved))
             if self.counts:
-                self.bad.copy_(found.pop(), non_blocking=True)
+                self.bad.copy_(found.pop().view(1), non_blocking=True)
             answers = found if device else [answer.cpu() for answer in found]
             if events:
                 events[1].record()
@@ -266,5 +266,15 @@ class Lane:
         return answers
 
     def refuse(self) -> None:
+        """Raise IndexError where the answers come from ids outside of their tables."""
         if self.counts and self.bad.item():
             raise IndexError(f"{self.bad.item()} ids, counted with padded rows, are outside of their tables")
+
+
+def here() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def pinned(count: int) -> torch.Tensor:
+    """Bytes of host memory that the device copies from and to by itself."""
+    return torch.zeros(count, dtype=torch.uint8, pin_memory=True)

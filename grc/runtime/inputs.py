@@ -71,7 +71,8 @@ class InputCheck:
                 )
             if tensor.dim() != self.ranks[i]:
                 raise InputError(
-                    f'input "{self.names[i]}" has {tensor.dim()} dimensions {list(tensor.shape)}; the model takes {self.described(i)}',
+                    f'input "{self.names[i]}" has {tensor.dim()} dimensions {list(tensor.shape)}; '
+                    f"the model takes {self.described(i)}",
                     "see grc inspect",
                 )
             for dim, size in self.constant[i]:
@@ -99,7 +100,8 @@ class InputCheck:
             size = inputs[i].shape[dim]
             if size != scale * batch + offset:
                 raise InputError(
-                    f'input "{self.names[i]}" has size {size} in dimension {dim}; at batch {batch} it must be {scale * batch + offset}',
+                    f'input "{self.names[i]}" has size {size} in dimension {dim}; '
+                    f"at batch {batch} it must be {scale * batch + offset}",
                     "give every input the same batch",
                 )
         return batch

@@ -77,8 +77,8 @@ def flatten_registered(value: Any, leaves: list[torch.Tensor]) -> Json:
         items = {k: flatten(v, leaves) for k, v in value.items()}
         return {"record": type_name(value), "items": items}
     flat, spec = pytree.tree_flatten(value)
-    items = [flatten(v, leaves) for v in flat]
-    return {"registered": type_name(value), "spec": pytree.treespec_dumps(spec), "items": items}
+    parts = [flatten(v, leaves) for v in flat]
+    return {"registered": type_name(value), "spec": pytree.treespec_dumps(spec), "items": parts}
 
 
 def unflatten(structure: Json, leaves: Sequence[torch.Tensor]) -> Any:
@@ -107,10 +107,10 @@ def builder(structure: Json) -> Callable[[Sequence[torch.Tensor]], Any]:
         return lambda leaves: make([item(leaves) for item in items])
     if "namedtuple" in structure:
         name = structure["namedtuple"]
-        found = find_type(name)
-        if found is None or getattr(found, "_fields", None) != tuple(structure["fields"]):
-            found = namedtuple(name.rpartition(":")[2].rpartition(".")[2], structure["fields"])  # type: ignore[misc]
-        return lambda leaves: found(*[item(leaves) for item in items])  # type: ignore[misc]
+        kind: Any = find_type(name)
+        if kind is None or getattr(kind, "_fields", None) != tuple(structure["fields"]):
+            kind = namedtuple(name.rpartition(":")[2].rpartition(".")[2], structure["fields"])  # type: ignore[misc]
+        return lambda leaves: kind(*[item(leaves) for item in items])
     if "registered" in structure:
         if find_type(structure["registered"]) is None:
             package = structure["registered"].partition(":")[0].partition(".")[0]

@@ -67,6 +67,11 @@ CASES = {
         "{file}:24: get_inputs(2) raised NameError: name 'x' is not defined",
         "get_inputs(batch) must work for every batch size from 1 up",
     ),
+    "unseeded generator": (
+        MODEL.replace("torch.Generator().manual_seed(batch)", "torch.Generator(); make.seed()"),
+        "{file}: get_inputs(3) returns other values at each call",
+        "seed the generator it draws from; torch, random and numpy.random are seeded already",
+    ),
     "model fails": (
         MODEL.replace("nn.Linear(19, 1)", "nn.Linear(18, 1)"),
         "{file}:14: the model itself fails on get_inputs(2): RuntimeError: mat1 and mat2 shapes cannot be multiplied",
@@ -131,3 +136,10 @@ def test_a_fault_of_grc_says_so(grc: Grc, model: Path, monkeypatch: pytest.Monke
         "error: grc itself failed: RuntimeError: out of order",
         "hint: this is a fault of grc; see it with --traceback",
     )
+
+
+def test_inputs_need_no_seed(grc: Grc, model_file: Callable[[str], Path]):
+    """Most people write torch.randn(batch, 4) and nothing more."""
+    drawn = "return torch.randn(batch, 3), torch.randint(50, (batch, 2))\n"
+    ran = grc("explain", model_file(MODEL.partition("    make = ")[0] + "    " + drawn))
+    assert (ran.told, ran.code) == ([], 0)

@@ -1,0 +1,110 @@
+"""Lanes on the CPU, their CUDA graphs played from a tape: what goes in, what comes out, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from grc.errors import ArtifactError
+from grc.runtime.buckets import Buckets
+from grc.runtime.plan import Plan
+from tests.runtime.tape import install
+
+INPUTS = [
+    {"name": "dense", "dtype": "float32", "sizes": ["batch", 3]},
+    {"name": "ids", "dtype": "int64", "sizes": [2, "batch"]},
+    {"name": "bias", "dtype": "float32", "sizes": [3]},
+]
+OUTPUTS = [{"dtype": "float32", "sizes": ["batch", 3]}, {"dtype": "int64", "sizes": ["batch"]}]
+ROWS = 10
+
+
+@pytest.fixture(autouse=True)
+def tape(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+
+
+def model(calls: list[int]) -> Callable[[list[Tensor]], list[Tensor]]:
+    """Two answers, and how many ids are outside of a table of ten rows."""
+
+    def run(inputs: list[Tensor]) -> list[Tensor]:
+        dense, ids, bias = inputs
+        calls.append(len(dense))
+        return [dense * 2 + bias, ids.sum(0), ((ids < 0) | (ids >= ROWS)).sum()]
+
+    return run
+
+
+def request(batch: int) -> list[Tensor]:
+    return [torch.rand(batch, 3), torch.randint(0, ROWS, (2, batch)), torch.rand(3)]
+
+
+def expected(inputs: list[Tensor]) -> list[Tensor]:
+    return model([])(inputs)[:2]
+
+
+def plan(sizes: tuple[int, ...] = (1, 4, 16), **more: Any) -> Plan:
+    return Plan.of(INPUTS, OUTPUTS, sizes, **more)
+
+
+def test_replays_answer_every_size_and_run_the_model_no_more() -> None:
+    calls: list[int] = []
+    run = Buckets(lambda: model(calls), plan(), counts=True)
+    assert calls == [16] * 4 + [4] * 4 + [1] * 4, "three runs to warm up and one to capture, the largest bucket first"
+    for batch in (1, 2, 4, 5, 16, 17, 50, 3, 1):
+        inputs = request(batch)
+        found = run(inputs)
+        assert all(map(torch.equal, found, expected(inputs))) and len(found) == 2
+    assert len(calls) == 12
+
+
+def test_answers_stay_when_other_requests_follow() -> None:
+    run = Buckets(lambda: model([]), plan(), counts=True)
+    inputs = request(3)
+    found, wanted = run(inputs), expected(inputs)
+    for batch in (1, 4, 16):
+        run(request(batch))
+    assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("place", [(0, 0), (1, 4)])
+def test_a_bad_id_is_refused_and_the_next_request_is_answered(place: tuple[int, int]) -> None:
+    run = Buckets(lambda: model([]), plan(), counts=True)
+    bad = request(5)
+    bad[1][place] = ROWS
+    with pytest.raises(IndexError, match="outside of their tables"):
+        run(bad)
+    good = request(5)
+    assert all(map(torch.equal, run(good), expected(good)))
+
+
+def test_without_buckets_every_request_runs_the_model() -> None:
+    calls: list[int] = []
+    run = Buckets(lambda: model(calls), plan(reason="jagged"), counts=True)
+    inputs = request(7)
+    assert all(map(torch.equal, run(inputs), expected(inputs))) and calls == [7]
+    inputs[1][0, 0] = -1
+    with pytest.raises(IndexError):
+        run(inputs)
+
+
+def test_many_threads_on_two_lanes() -> None:
+    run = Buckets(lambda: model([]), plan(streams=2), counts=True)
+    requests = [request(batch) for batch in (1, 3, 9, 20)]
+    wanted = [expected(inputs) for inputs in requests]
+
+    def ask(turn: int) -> bool:
+        return all(map(torch.equal, run(requests[turn % 4]), wanted[turn % 4]))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, range(200)))
+
+
+def test_answers_of_another_shape_than_the_manifest_says_are_refused() -> None:
+    with pytest.raises(ArtifactError, match="the manifest says"):
+        Buckets(lambda: lambda inputs: [inputs[0][:, :2], inputs[1].sum(0)], plan(), counts=False)
