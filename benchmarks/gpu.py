@@ -90,7 +90,9 @@ def measure(name: str, precision: str, options: argparse.Namespace) -> list[str]
             print(f"{name} {precision}: {what}", flush=True)
             start = time.monotonic()
             try:
-                done = subprocess.run(command, cwd=ROOT, env=environment, timeout=max(end - start, 1), stdout=sys.stderr)
+                done = subprocess.run(
+                    command, cwd=ROOT, env=environment, timeout=max(end - start, 1), stdout=sys.stderr
+                )
                 fault = f"exit code {done.returncode}" if done.returncode else None
             except subprocess.TimeoutExpired:
                 fault = "out of time"

@@ -100,7 +100,7 @@ def draw(model: Any, graphs: Buckets, direct: Any, seed: int) -> list[Request]:
     plan, chooser = graphs.plan, random.Random(seed)
     torch.manual_seed(seed)
     sizes = [chooser.randint(1, plan.buckets[-1]) for _ in range(POOL)]
-    leaves = [leaf for leaf in model.inputs(sum(sizes))[0]]
+    leaves = list(model.inputs(sum(sizes))[0])
     order = torch.randperm(sum(sizes))
     leaves = [leaf[order] for leaf in leaves]
     pool: list[Request] = []

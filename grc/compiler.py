@@ -172,7 +172,11 @@ def lower(
         gpu = open_gpu(source, options)
         requests = make_requests(source, optimised, options, gpu.plan.buckets)
         fixed = [(b, Lowerable(optimised.graph, source.inputs(b), ())) for b in fixed_batches(options, gpu.plan)]
-        offered, load, model = gpu_engines(gpu, ours, unguarded, fixed), gpu.load, gpu.model_runner(theirs, source.inputs)
+        offered, load, model = (
+            gpu_engines(gpu, ours, unguarded, fixed),
+            gpu.load,
+            gpu.model_runner(theirs, source.inputs),
+        )
         with full_precision():
             return build_and_choose(offered, target, parts, requests, options, progress, load, model, gpu.plan)
     requests = make_requests(source, optimised, options)
@@ -226,9 +230,7 @@ def build_and_choose(
     return choice, target, {"build": built - start, "measure": time.perf_counter() - built}
 
 
-def make_requests(
-    source: Source, optimised: Optimised, options: Options, buckets: Sequence[int] = ()
-) -> Requests:
+def make_requests(source: Source, optimised: Optimised, options: Options, buckets: Sequence[int] = ()) -> Requests:
     """Proof inputs with the oracle's answers, a single row among them, and inputs to time: of every bucket's size."""
     proof, truth, baseline = list(optimised.proof.inputs), list(optimised.proof.truth), list(optimised.proof.baseline)
     if source.dynamic and source.min_batch == 1:

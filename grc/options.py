@@ -40,5 +40,3 @@ class Options:
     """A pass that fails its proof is an error instead of being rolled back."""
     force: bool = False
     """Replace an artifact that is already there."""
-    seed: int = 0
-    """Seed of every random choice made while compiling."""

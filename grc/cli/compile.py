@@ -34,12 +34,18 @@ def command(
         str, typer.Option(metavar="N,N,…", help="Batch sizes at which the engines are measured.")
     ] = "1,64,1024",
     max_batch: Annotated[int, typer.Option(metavar="N", min=1, help="Largest batch a request may have.")] = 4096,
+    buckets: Annotated[
+        str, typer.Option(metavar="N,N,…", help="On a GPU: batch sizes with a CUDA graph; 1,8,32,128,… by default.")
+    ] = "",
+    streams: Annotated[int, typer.Option(metavar="N", min=1, help="On a GPU: requests that run at once.")] = 1,
+    static_buckets: Annotated[
+        bool, typer.Option("--static-buckets", help="On a GPU: also build for each of --batches alone, autotuned.")
+    ] = False,
     on_bad_id: p.OnBadId = "error",
     disable: p.Disable = None,
     bisect_limit: p.BisectLimit = None,
     strict: p.Strict = False,
     force: p.Force = False,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of every random choice made while compiling.")] = 0,
     print_after: p.PrintAfter = None,
     timing: p.Timing = False,
     json: p.Json = False,
@@ -62,12 +68,14 @@ def command(
         engine=engine,
         batches=sizes,
         max_batch=max_batch,
+        buckets=p.batch_sizes(buckets) if buckets else (),
+        streams=streams,
+        static_buckets=static_buckets,
         on_bad_id=on_bad_id,
         disable=tuple(disable or ()),
         bisect_limit=bisect_limit,
         strict=strict,
         force=force,
-        seed=seed,
     )
     p.check_passes(options.disable, NAMES)
     p.check_engine(engine)

@@ -116,6 +116,9 @@ class CudaInductor:
         configs = settings([]) | ({"max_autotune": True} if self.bucket else {})
         package(program, folder / file, configs)
         constants = packaged_constants(folder / file, graph, program)
+        stray = [name for name, tensor in constants.items() if tensor.device.type == "cpu"]
+        if stray:
+            raise LoweringError(f"constant {stray[0]} stays on the host, and would be copied to the GPU in every run")
         return Built(self.name, file, on_host(constants, originals), bucket=self.bucket, counts_bad_ids=counts)
 
 

@@ -35,8 +35,8 @@ def with_twins(graph: fx.GraphModule, device: torch.device, count: bool) -> tupl
         if value(given["arena"]).dtype not in KERNELS:
             continue
         if count:
-            key = given["ids"], given.get("offsets"), tuple(given["rows"]), tuple(given["padding"])
-            key = (*key, tuple(given.get("lengths") or ()))
+            lists = (tuple(given.get(name) or ()) for name in ("rows", "padding", "lengths"))
+            key = given["ids"], given.get("offsets"), *lists
             if key not in counted:
                 counted[key] = bad_ids(edit, node, given)
         module = importlib.import_module(f"grc.kernels.{name}.triton")
@@ -83,7 +83,9 @@ def bad_ids(edit: Constants, node: fx.Node, given: dict[str, Any]) -> fx.Node:
     padding = [0 if value == NO_PADDING else value for value in padding]
     if offsets is None:
         lengths = given.get("lengths") or [1] * len(rows)
-        rows, padding = ([v for v, n in zip(values, lengths, strict=True) for _ in range(n)] for values in (rows, padding))
+        rows, padding = (
+            [v for v, n in zip(values, lengths, strict=True) for _ in range(n)] for values in (rows, padding)
+        )
     limits, pads = edit.constant(f"{node.name}_rows", rows), edit.constant(f"{node.name}_padding", padding)
     with edit.module.graph.inserting_before(node):
         if offsets is None:
@@ -114,4 +116,3 @@ def add_output(graph: fx.Graph, counts: list[fx.Node]) -> None:
         for other in counts[1:]:
             total = graph.call_function(operator.add, (total, other))
     output.args = ((*output.args[0], total),)
-

@@ -103,6 +103,13 @@ def hashable(value: Any) -> Any:
     return value if isinstance(value, fx.Node) else (type(value), value)
 
 
+@dataclass(frozen=True)
+class Simplify(Normalise):
+    """Normalise again, what merging tables left."""
+
+    name = "simplify"
+
+
 def drop_alias(edit: Rewriter, node: fx.Node) -> fx.Node | None:
     """Operators that give their argument back."""
     if is_op(node, aten._assert_tensor_metadata) and not node.users:

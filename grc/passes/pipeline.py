@@ -13,7 +13,7 @@ from grc.passes.jagged import Jagged
 from grc.passes.manager import Pass
 from grc.passes.merge_tables import MergeTables
 from grc.passes.needed_rows import NeededRows
-from grc.passes.normalise import Normalise
+from grc.passes.normalise import Normalise, Simplify
 
 NAMES = ("jagged", "normalise", "merge-tables", "simplify", "fuse", "needed-rows", "guard-ids")
 
@@ -30,7 +30,7 @@ def pipeline(options: Options, fusions: Sequence[Any]) -> list[Pass]:
         "jagged": Jagged(),
         "normalise": Normalise(),
         "merge-tables": MergeTables(),
-        "simplify": Normalise(),
+        "simplify": Simplify(),
         "fuse": Fuse(tuple(fusions)),
         "needed-rows": NeededRows(),
     }

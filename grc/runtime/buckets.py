@@ -188,7 +188,9 @@ class Lane:
             raise
         except Exception as error:  # CUDA refuses what waits for the device, torch what allocates outside of the pool
             text = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise ArtifactError(f"the graph of batch {batch} can't be captured: {text}", "rebuild the artifact") from error
+            raise ArtifactError(
+                f"the graph of batch {batch} can't be captured: {text}", "rebuild the artifact"
+            ) from error
 
     def from_host(self, inputs: Tensors, batch: int, events: Events | None) -> Tensors:
         """Fill pinned memory, replay, wait, and copy the answers out before another replay can overwrite them."""

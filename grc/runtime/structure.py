@@ -107,10 +107,10 @@ def builder(structure: Json) -> Callable[[Sequence[torch.Tensor]], Any]:
         return lambda leaves: make([item(leaves) for item in items])
     if "namedtuple" in structure:
         name = structure["namedtuple"]
-        kind: Any = find_type(name)
-        if kind is None or getattr(kind, "_fields", None) != tuple(structure["fields"]):
-            kind = namedtuple(name.rpartition(":")[2].rpartition(".")[2], structure["fields"])  # type: ignore[misc]
-        return lambda leaves: kind(*[item(leaves) for item in items])
+        made: Any = find_type(name)
+        if made is None or getattr(made, "_fields", None) != tuple(structure["fields"]):
+            made = namedtuple(name.rpartition(":")[2].rpartition(".")[2], structure["fields"])  # type: ignore[misc, no-redef]
+        return lambda leaves: made(*[item(leaves) for item in items])
     if "registered" in structure:
         if find_type(structure["registered"]) is None:
             package = structure["registered"].partition(":")[0].partition(".")[0]

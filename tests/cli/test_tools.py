@@ -177,7 +177,7 @@ def test_doctor_knows_the_range_of_torch(grc: Grc):
 
 def test_version_and_help(grc: Grc):
     assert grc("--version").out == f"grc {VERSION}\n"
-    for command in ("compile", "run", "inspect", "explain", "opt", "check", "export-onnx", "doctor"):
+    for command in ("compile", "run", "inspect", "explain", "opt", "check", "export-onnx", "doctor", "bench"):
         ran = grc(command, "--help")
         assert ran.code == 0
         assert f"grc {command}" in ran.out

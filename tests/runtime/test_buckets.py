@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -88,7 +88,7 @@ def test_a_full_bucket_has_nothing_to_pad() -> None:
 class Counting:
     """Stands in for a lane: answers with the sum of each row, and remembers what it was asked."""
 
-    asked: list[tuple[str, int]] = []
+    asked: ClassVar[list[tuple[str, int]]] = []
 
     def __init__(self, run: Any, plan: Plan, counts: bool):
         self.plan, self.busy = plan, False

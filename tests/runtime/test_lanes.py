@@ -108,3 +108,18 @@ def test_many_threads_on_two_lanes() -> None:
 def test_answers_of_another_shape_than_the_manifest_says_are_refused() -> None:
     with pytest.raises(ArtifactError, match="the manifest says"):
         Buckets(lambda: lambda inputs: [inputs[0][:, :2], inputs[1].sum(0)], plan(), counts=False)
+
+
+def test_from_the_device_without_copies_through_the_host() -> None:
+    run = Buckets(lambda: model([]), plan(), counts=True)
+    lane = run.free.get()
+    for batch in (3, 16, 3):
+        inputs = request(batch)
+        found = lane.from_device(inputs, batch, None)
+        assert all(map(torch.equal, found, expected(inputs)))
+    inputs[1][1, 2] = -4
+    with pytest.raises(IndexError):
+        lane.from_device(inputs, 3, None)
+    run.free.put(lane)
+    good = request(2)
+    assert all(map(torch.equal, run(good), expected(good)))

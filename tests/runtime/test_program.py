@@ -38,10 +38,14 @@ def model() -> nn.Module:
     return Ranker().eval()
 
 
-@pytest.fixture(scope="module", params=["eager", pytest.param("inductor", marks=pytest.mark.engine)])
+ON_GPU = pytest.param("cuda", marks=[pytest.mark.engine, pytest.mark.gpu])
+
+
+@pytest.fixture(scope="module", params=["eager", pytest.param("inductor", marks=pytest.mark.engine), ON_GPU])
 def program(request: pytest.FixtureRequest, model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> grc.Program:
     output = tmp_path_factory.mktemp("program") / "ranker.grc"
-    options = grc.Options(output=output, engine=request.param, batches=(1, 8), max_batch=64)
+    engine, device = ("auto", "cuda") if request.param == "cuda" else (request.param, "cpu")
+    options = grc.Options(output=output, engine=engine, device=device, batches=(1, 8), max_batch=64)
     grc.compile(model, ranker_inputs, options)
     return grc.load(output)
 

@@ -10,115 +10,20 @@
 #include <limits>
 #include <string>
 #include <tuple>
-#include <utility>
 #include <vector>
 
-#include "grc/lanes.h"
 #include "grc/tensor.h"
+#include "grc/tile.h"
 
 namespace grc {
 namespace {
 
-// Accumulators fill the register file: 6 x 4 of 32 with AVX-512, 6 x 2 of 16 without.
-#ifdef CPU_CAPABILITY_AVX512
-constexpr int64_t kVecs = 4;
-#else
-constexpr int64_t kVecs = 2;
-#endif
-constexpr int64_t kRows = 6;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Multiply-adds for which one more thread pays: a warm parallel region costs 1 us, a cooler one 4.
 constexpr int64_t kGrain = 128 * 1024;
 
 enum class Kind : int64_t { softmax, strict, silu };
-
-// exp(x), 2 ulp, for x <= 88; below -87.3, where it would be subnormal, 0. NaN stays. Cody and Waite's reduction with the
-// polynomial of Cephes' expf; inline, because a call to SLEEF keeps no accumulator in a register.
-inline Lanes exponential(Lanes x) {
-  using Bits = at::vec::Vectorized<int32_t>;
-  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves the integer in the low bits of the mantissa
-  constexpr float P[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
-  const Lanes shifted = at::vec::fmadd(x, Lanes(1.44269504f), Lanes(kRound));
-  const Lanes n = shifted - Lanes(kRound);
-  const Lanes r = at::vec::fmadd(n, Lanes(2.12194440e-4f), at::vec::fmadd(n, Lanes(-0.693359375f), x));
-  Lanes poly(1.9875691500e-4f);
-#pragma GCC unroll 5
-  for (const float p : P) poly = at::vec::fmadd(poly, r, Lanes(p));
-  const Lanes mantissa = at::vec::fmadd(poly, r * r, r) + Lanes(1.f);
-  const Bits exponent = (at::vec::cast<int32_t>(shifted) << Bits(23)) + Bits(0x3f800000);
-  return Lanes::blendv(mantissa * at::vec::cast<float>(exponent), Lanes(0.f), x < Lanes(-87.3f));
-}
-
-// c[ROWS, cols] = (a b) * factors, b a row-major [depth, ...] of whole vectors. `cols` cuts the last vector short.
-struct Product {
-  const float* a;
-  int64_t lda;
-  const float* b;
-  int64_t ldb, depth;
-  float* c;
-  int64_t ldc, cols;
-  const float* factors;  // one a row, or null
-};
-
-template <int ROWS, int VECS>
-void tile(const Product& p) {
-  // With few accumulators, two steps are kept apart so that the latency of one multiply-add hides behind the other.
-  constexpr int STEPS = ROWS * VECS >= 8 ? 1 : 2;
-  Lanes acc[STEPS][ROWS][VECS];  // zeros
-  const float* a = p.a;
-  const float* b = p.b;
-  int64_t d = 0;
-  for (; d + STEPS <= p.depth; d += STEPS, a += STEPS, b += STEPS * p.ldb) {
-#pragma GCC unroll 2
-    for (int s = 0; s < STEPS; ++s) {
-      Lanes w[VECS];
-#pragma GCC unroll 4
-      for (int j = 0; j < VECS; ++j) w[j] = Lanes::loadu(b + s * p.ldb + j * kLanes);
-#pragma GCC unroll 8
-      for (int i = 0; i < ROWS; ++i) {
-        const Lanes v(a[i * p.lda + s]);
-#pragma GCC unroll 4
-        for (int j = 0; j < VECS; ++j) acc[s][i][j] = at::vec::fmadd(v, w[j], acc[s][i][j]);
-      }
-    }
-  }
-  if (STEPS > 1 && d < p.depth) {
-#pragma GCC unroll 8
-    for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < VECS; ++j)
-        acc[0][i][j] = at::vec::fmadd(Lanes(a[i * p.lda]), Lanes::loadu(b + j * kLanes), acc[0][i][j]);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < ROWS; ++i) {
-    const Lanes factor(p.factors ? p.factors[i] : 1.f);
-#pragma GCC unroll 4
-    for (int j = 0; j < VECS; ++j) {
-      Lanes sum = acc[0][i][j];
-      if constexpr (STEPS > 1) sum = sum + acc[1][i][j];
-      store(p.c + i * p.ldc + j * kLanes, sum * factor, std::min(kLanes, p.cols - j * kLanes));
-    }
-  }
-}
-
-using TileFunction = void (*)(const Product&);
-
-template <std::size_t... I>
-constexpr std::array<TileFunction, sizeof...(I)> tile_table(std::index_sequence<I...>) {
-  return {tile<I / kVecs + 1, I % kVecs + 1>...};
-}
-
-constexpr auto kTiles = tile_table(std::make_index_sequence<kRows * kVecs>());
-
-void multiply(Product p, int64_t rows) {
-  for (int64_t left = at::divup(p.cols, kLanes); left > 0; left -= kVecs) {
-    kTiles[(rows - 1) * kVecs + std::min(kVecs, left) - 1](p);
-    p.b += kVecs * kLanes;
-    p.c += kVecs * kLanes;
-    p.cols -= kVecs * kLanes;
-  }
-}
 
 // A tensor [batch, length, heads, width] of any strides.
 struct Operand {
@@ -194,7 +99,7 @@ struct Attention {
   bool causal;
   float* out;
 
-  int64_t blocks() const { return at::divup(q.length, kRows); }
+  int64_t blocks() const { return at::divup(q.length, tile::kRows); }
 };
 
 // One thread's memory: k transposed, v if its rows can't be read in place, six rows of scores, and rows of masks.
@@ -203,12 +108,12 @@ class Worker {
   explicit Worker(const Attention& a)
       : a_(a), keys_(padded(a.k.length)), wide_(padded(a.v.width)), deep_(padded(a.k.width)) {
     static thread_local std::vector<float> store;
-    const int64_t need = keys_ * deep_ + keys_ * wide_ + kRows * (keys_ + a.q.width) + 2 * keys_ + 16;
+    const int64_t need = keys_ * deep_ + keys_ * wide_ + tile::kRows * (keys_ + a.q.width) + 2 * keys_ + 16;
     if (static_cast<int64_t>(store.size()) < need) store.resize(need);
     transposed_ = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(store.data()) + 63) & ~uintptr_t{63});
     values_ = transposed_ + keys_ * deep_;
     scores_ = values_ + keys_ * wide_;
-    bias_ = scores_ + kRows * keys_;
+    bias_ = scores_ + tile::kRows * keys_;
     factor_ = bias_ + keys_;
     queries_ = factor_ + keys_;
   }
@@ -233,11 +138,11 @@ class Worker {
         copy(a_.q, q, i1 - i0, queries_, a_.q.width);
         std::tie(q, stride) = std::make_tuple(queries_, a_.q.width);
       }
-      multiply({q, stride, transposed_, keys_, a_.q.width, scores_, keys_, padded(limit), nullptr}, i1 - i0);
-      float factors[kRows];
+      tile::multiply({q, stride, transposed_, keys_, a_.q.width, scores_, keys_, padded(limit), nullptr}, i1 - i0);
+      float factors[tile::kRows];
       for (int64_t i = i0; i < i1; ++i) factors[i - i0] = weigh(b, h, i, limit, scores_ + (i - i0) * keys_);
       float* out = a_.out + (b * a_.q.length + i0) * pitch + h * a_.v.width;
-      multiply({scores_, keys_, v, step, limit, out, pitch, a_.v.width, factors}, i1 - i0);
+      tile::multiply({scores_, keys_, v, step, limit, out, pitch, a_.v.width, factors}, i1 - i0);
     }
   }
 
@@ -302,7 +207,7 @@ class Worker {
       const float* factor = a_.factor.given() ? a_.factor.row(b, h, i, factor_, last_factor_) : nullptr;
       for (int64_t j = 0; j < count; j += kLanes) {
         const Lanes x = score(j);
-        Lanes w = x / (Lanes(1.f) + exponential(at::vec::clamp_max(x.neg(), Lanes(87.f))));
+        Lanes w = x / (Lanes(1.f) + tile::exponential(at::vec::clamp_max(x.neg(), Lanes(87.f))));
         w = Lanes::blendv(w, Lanes(0.f), x == Lanes(-kInfinity));
         if (factor != nullptr) w = w * load(factor + j, std::min(kLanes, count - j));
         w.store(row + j);
@@ -322,7 +227,7 @@ class Worker {
       return 0.f;
     }
     for (int64_t j = 0; j < count; j += kLanes) {
-      const Lanes e = exponential(Lanes::loadu(row + j) - Lanes(top));
+      const Lanes e = tile::exponential(Lanes::loadu(row + j) - Lanes(top));
       e.store(row + j);
       total = total + e;
     }

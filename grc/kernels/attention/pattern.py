@@ -52,9 +52,10 @@ class Attention(Fusion):
             found.kind, found.causal or causal or also_causal,
         )  # fmt: skip
         old, result = replacement(edit, heads.sizes, node, found.out_layout, new, count)
-        kilobytes = ""
-        if isinstance(queries, int) and isinstance(keys, int):
-            kilobytes = f", {4 * count * queries * keys / 1024:.1f} KB of scores a row"
+        if not found.launches:
+            return Fused(old, result, "q, k and v read in place")
+        fixed = isinstance(queries, int) and isinstance(keys, int)
+        kilobytes = f", {4 * count * queries * keys / 1024:.1f} KB of scores a row" if fixed else ""
         return Fused(old, result, f"{found.launches} launches{kilobytes}")
 
 
@@ -95,7 +96,6 @@ def exported(node: fx.Node) -> Found:
     found.causal = bool(argument(node, "is_causal"))
     if argument(node, "attn_mask") is not None:
         found.masks.take(argument(node, "attn_mask"))
-    found.launches = sum(is_view(o) and not is_op(o, aten.select) for o in node.args[:3])
     return found
 
 

@@ -69,9 +69,7 @@ def bag_fm_kernel(  # type: ignore[no-untyped-def]
         tl.store(fm_out + sample, fm.to(fm_out.dtype.element_ty), mask=sample < B)
 
 
-def lists(
-    arena: torch.Tensor, bases: Sequence[int], rows: Sequence[int], padding: Sequence[int]
-) -> tuple[int, ...]:
+def lists(arena: torch.Tensor, bases: Sequence[int], rows: Sequence[int], padding: Sequence[int]) -> tuple[int, ...]:
     """What the kernel reads of each feature: its `tables`."""
     return (*starts(arena, bases), *rows, *padding, *bases)
 
