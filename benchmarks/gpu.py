@@ -5,12 +5,14 @@
 
 Each artifact is built, and each batch size measured, in a process of its own: what crashes or takes too long costs no
 other its rows. `--seconds` is what one model may take in one precision; what did not fit is named at the end. Rows have
-the form of `grc bench`: device time by CUDA events, wall time from host input to host output, errors beside both.
+the form of `grc bench`: device time by CUDA events, wall time from host input to host output, errors beside both. What
+the compiler itself measured, plain AOTInductor under the same graphs among it, goes to rows.builds.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -102,7 +104,7 @@ def measure(name: str, precision: str, options: argparse.Namespace) -> list[str]
             return fault is None
 
         given = [f"--{flag}={getattr(options, flag)}" for flag in ("batches", "engine") if getattr(options, flag)]
-        given += ["--static"] if options.static else []
+        given += [f"--output={options.output}", f"--precisions={precision}", *(["--static"] if options.static else [])]
         if run("build", sys.executable, "-m", "benchmarks.gpu", "--build", str(model), str(artifact), *given):
             bench = (sys.executable, "-m", "grc", "bench", str(model), "--device", "cuda", "--artifact", str(artifact))
             rest = ("--against", options.against, "--seconds", str(RECORDED), "--ids", "uniform", "--json")
@@ -125,6 +127,10 @@ def build(model: str, path: str, options: argparse.Namespace) -> None:
         print(f"  {stage['name']:8} {stage['seconds']:6.1f} s  {stage['summary']}")
     for row in manifest["measured"]:
         print(f"  {row['engine']:16} batch {row['batch']:6} {row['p50_us']:10.1f} us")
+    kept = ("name", "target", "gpu", "stages", "measured", "rejected", "quality")
+    record = {"precision": options.precisions, **{name: manifest[name] for name in kept}}
+    with open(options.output.with_suffix(".builds.jsonl"), "a") as file:
+        file.write(json.dumps(record) + "\n")
     for engine, reason in manifest["rejected"].items():
         print(f"  {engine} was rejected: {reason}")
     for part in manifest["parts"]:

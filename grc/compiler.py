@@ -126,6 +126,9 @@ def traced(model: Model, progress: Progress) -> Source:
     return source
 
 
+QUIET = ("normalise", "simplify")  # too many changes to list, none of them a fusion
+
+
 def optimise(
     source: Source,
     options: Options,
@@ -149,7 +152,7 @@ def optimise(
     )
     fused: dict[str, int] = {}
     for record in records:
-        for change in record.made if record.name in ("merge-tables", "fuse") and not record.rolled_back else ():
+        for change in record.made if record.name not in QUIET and not record.rolled_back else ():
             key = change.what if record.name == "fuse" else record.name
             fused[key] = fused.get(key, 0) + 1
     progress.end(", ".join(f"{k} {v}" for k, v in fused.items()) or "nothing to fuse")

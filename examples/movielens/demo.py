@@ -1,6 +1,6 @@
 """From a user's behaviours to ten films: train (once), compile, load the artifact, answer, and compare with the model.
 
-    python examples/movielens/demo.py --size small
+python examples/movielens/demo.py --size small
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def answer(console: Console, artifact: Path) -> None:
     for rank, (film, own) in enumerate(zip(found["films"], expected["films"], strict=True), 1):
         table.add_row(str(rank), film["title"], f"{film['score']:.4f}", f"{own['score']:.4f}")
     console.print(table)
-    console.print("  " + "   ".join(f"{name} {found[name]:.3f}" for name in ("engagement", "retention", "monetization")))
+    console.print(
+        "  " + "   ".join(f"{name} {found[name]:.3f}" for name in ("engagement", "retention", "monetization"))
+    )
     step(console, "The same answer, sooner")
     with torch.no_grad():
         ours, eager = interleaved(lambda: program(*inputs), lambda: model(*inputs))

@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from grc.errors import SpecError
+
 
 def fake_mode(module: fx.GraphModule) -> FakeTensorMode:
     """The mode that the graph's values belong to, which holds its symbols."""
@@ -78,7 +80,9 @@ class Rewriter:
         names = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(self.named.get(name, 1))))
         unique = next(n for n in names if not hasattr(self.module, n))
         self.named[name] = self.named.get(name, 0) + 1
-        if tensor.nbytes > SMALL and tensor.is_floating_point():  # AOTInductor clones buffers, and parameters it does not
+        if (
+            tensor.nbytes > SMALL and tensor.is_floating_point()
+        ):  # AOTInductor clones buffers, and parameters it does not
             self.module.register_parameter(unique, torch.nn.Parameter(tensor, requires_grad=False))
         else:
             self.module.register_buffer(unique, tensor)
@@ -118,12 +122,16 @@ class Rewriter:
     def sort(self) -> None:
         """Put every value before its readers again, and leave the order alone otherwise."""
         done: set[fx.Node] = set()
+        opened: set[fx.Node] = set()
         output = next(iter(reversed(self.graph.nodes)))
         for node in list(self.graph.nodes):
             waiting = [node]
             while waiting:
                 missing = [n for n in waiting[-1].all_input_nodes if n not in done]
+                if missing and waiting[-1] in opened:  # all it reads was put in place, and it is not complete
+                    raise SpecError(f"node {waiting[-1].name} reads its own result", "this is a defect in a pass")
                 if missing:
+                    opened.add(waiting[-1])
                     waiting += missing
                     continue
                 ready = waiting.pop()

@@ -46,13 +46,19 @@ class MergeTables(Pass):
 
     def run(self, graph: fx.GraphModule) -> list[Change]:
         edit = Rewriter(graph)
-        groups = [*grouped(graph)]
+        found = [*grouped(graph)]
+        groups = [group for group in found if independent(group)]
         arenas = build_arenas(edit, groups)
         place = {node: i for i, node in enumerate(graph.graph.nodes)}
         # From the last operands of a cat to its first, so that the places of those before them stay what they are.
         changes = [merge(edit, group, arenas, place) for group in sorted(groups, key=lambda group: -group.start)]
         edit.sort()
         edit.finish()
+        for group in found:
+            if group not in groups:
+                reason = "the ids of one look-up are computed from the rows of another"
+                first = group.bags[0].node
+                changes.append(Change("look-ups", where(first), source_text(first), missed=reason))
         return changes
 
 
@@ -60,7 +66,9 @@ def grouped(graph: fx.GraphModule) -> Iterable[Group]:
     """Runs of look-ups that can share a kernel: those of the widest cat first, and at last those that stand alone."""
     taken: set[fx.Node] = set()
     cats = [node for node in graph.graph.nodes if is_op(node, aten.cat) and value(node).dim() == 2]
-    found = {node: [find_bag(graph, part) for part in node.args[0]] for node in cats if argument(node, "dim") in (1, -1)}
+    found = {
+        node: [find_bag(graph, part) for part in node.args[0]] for node in cats if argument(node, "dim") in (1, -1)
+    }
     for node, bags in sorted(found.items(), key=lambda item: -sum(bag is not None for bag in item[1])):
         run: list[Bag] = []
         start = 0
@@ -82,6 +90,20 @@ def grouped(graph: fx.GraphModule) -> Iterable[Group]:
         if bag is not None and bag.features * max(bag.length, 2) > 2:
             taken.add(node)
             yield Group(node, [bag], 0)
+
+
+def independent(group: Group) -> bool:
+    """True where no member's ids depend on what another member read."""
+    if len(group.bags) == 1:
+        return True
+    read = {node for bag in group.bags for node in (bag.ids, bag.offsets, bag.weights) if node is not None}
+    seen = {bag.node for bag in group.bags}
+    waiting = list(seen)
+    while waiting:
+        new = [user for user in waiting.pop().users if user not in seen]
+        seen.update(new)
+        waiting += new
+    return not read & seen
 
 
 def feeds_taken(node: fx.Node, taken: set[fx.Node]) -> bool:
@@ -158,7 +180,7 @@ def merge(edit: Rewriter, group: Group, arenas: dict[str, Arena], place: dict[fx
                 part = edit.reshape(part, -1, bag.features, bag.dim)
             bag.node.replace_all_uses_with(part, delete_user_cb=lambda user: user is not lookup)
             start += width
-    if group.cat is not bags[0].node:
+    if is_op(group.cat, aten.cat):
         parts = list(group.cat.args[0])  # type: ignore[arg-type]
         group.cat.args = ([*parts[: group.start], lookup, *parts[group.start + len(bags) :]], *group.cat.args[1:])
     text = f"{sum(b.features for b in bags)} look-ups of {len({str(b.table.target) for b in bags})} tables -> 1"

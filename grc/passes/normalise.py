@@ -15,7 +15,15 @@ from grc.graph.rewrite import Rewriter, is_impure
 from grc.passes.manager import Change, Pass
 from grc.passes.pairs import pairs_of_loop, sum_of_loop
 from grc.passes.pieces import cat_of_pieces, flatten_cat, inferred_sizes, piece_of_cat, stack_to_cat
-from grc.passes.products import bias_of_linear, column_arithmetic, drop_zero, one_product, one_transpose, square
+from grc.passes.products import (
+    bias_of_linear,
+    column_arithmetic,
+    drop_zero,
+    multiply_add,
+    one_product,
+    one_transpose,
+    square,
+)
 
 ROUNDS = 8  # a rule may open the way for another; the zoo's models need at most four
 FOLD_BYTES = 1 << 20  # constants up to this size are folded; weights stay as they are
@@ -186,7 +194,8 @@ def canonical_reshape(edit: Rewriter, node: fx.Node) -> fx.Node | None:
     ):
         return None
     source: Any = node.args[0]
-    if is_op(source, aten.reshape):
+    # A view may know more of its sizes than their product tells: [s] as [2, s // 2] and back is [2 * (s // 2)].
+    if is_op(source, aten.reshape) and same_size(value(source.args[0]).numel(), value(node).numel()):
         source = source.args[0]
     if same_shape(node, source):
         return source
@@ -252,6 +261,7 @@ RULES: tuple[Rule, ...] = (
     cat_of_pieces,
     piece_of_cat,
     one_product,
+    multiply_add,
     column_arithmetic,
     bias_of_linear,
     one_transpose,

@@ -41,7 +41,7 @@ def sum_of_loop(edit: Rewriter, node: fx.Node) -> fx.Node | None:
     products = [pair_product(leaf) for leaf in leaves]
     if not all(products):
         return None
-    chosen = picked(edit, products)  # type: ignore[arg-type]
+    chosen = picked(edit, products, ordered=False)  # type: ignore[arg-type]
     if chosen is None:
         return None
     return edit.call(aten.sum.dim_IntList, chosen, [1], value(node).dim() == 2)
@@ -66,18 +66,24 @@ def pair_product(node: Any) -> tuple[fx.Node, fx.Node] | None:
     return (a, b) if value(a).dtype == value(b).dtype == value(node).dtype else None
 
 
-def picked(edit: Rewriter, products: Sequence[tuple[fx.Node, fx.Node]]) -> fx.Node | None:
-    """`(T @ T^T)[:, i, j]` with T the factors in the order of the graph, where at least half of a triangle is wanted."""
+def picked(edit: Rewriter, products: Sequence[tuple[fx.Node, fx.Node]], ordered: bool = True) -> fx.Node | None:
+    """`(T @ T^T)[:, i, j]` with T the factors in the order of the graph, where at least half of a triangle is wanted.
+
+    Without `ordered` the picks go row by row, whatever the order of the products.
+    """
     factors = {factor for pair in products for factor in pair}
     count = len(factors)
     if len(products) < max(FEWEST, count * (count - 1) // 4) or len({str(shape(f)) for f in factors}) != 1:
         return None
-    ordered = [node for node in edit.graph.nodes if node in factors]
-    index = {factor: i for i, factor in enumerate(ordered)}
-    width = shape(ordered[0])[1]
+    rows = [node for node in edit.graph.nodes if node in factors]
+    index = {factor: i for i, factor in enumerate(rows)}
+    width = shape(rows[0])[1]
     if not isinstance(width, int):
         return None
-    tile = edit.reshape(edit.call(aten.cat.default, ordered, 1), -1, count, width)
+    tile = edit.reshape(edit.call(aten.cat.default, rows, 1), -1, count, width)
     gram = edit.call(aten.bmm.default, tile, edit.call(aten.transpose.int, tile, 1, 2))
-    places = [edit.parameter("pairs", torch.tensor([index[pair[side]] for pair in products])) for side in (0, 1)]
+    picks = [(index[a], index[b]) for a, b in products]
+    if not ordered:
+        picks = sorted((max(pick), min(pick)) for pick in picks)
+    places = [edit.parameter("pairs", torch.tensor([pick[side] for pick in picks])) for side in (0, 1)]
     return edit.call(aten.index.Tensor, gram, [None, *places])

@@ -14,8 +14,9 @@ from grc.passes.manager import Pass
 from grc.passes.merge_tables import MergeTables
 from grc.passes.needed_rows import NeededRows
 from grc.passes.normalise import Normalise, Simplify
+from grc.passes.split_concat_linear import SplitConcatLinear
 
-NAMES = ("jagged", "normalise", "merge-tables", "simplify", "fuse", "needed-rows", "guard-ids")
+NAMES = ("jagged", "normalise", "merge-tables", "simplify", "split-concat-linear", "fuse", "needed-rows", "guard-ids")
 
 
 def pipeline(options: Options, fusions: Sequence[Any]) -> list[Pass]:
@@ -31,6 +32,7 @@ def pipeline(options: Options, fusions: Sequence[Any]) -> list[Pass]:
         "normalise": Normalise(),
         "merge-tables": MergeTables(),
         "simplify": Simplify(),
+        "split-concat-linear": SplitConcatLinear(),
         "fuse": Fuse(tuple(fusions)),
         "needed-rows": NeededRows(),
     }

@@ -104,6 +104,14 @@ def bias_of_linear(edit: Rewriter, node: fx.Node) -> fx.Node | None:
     return None
 
 
+def multiply_add(edit: Rewriter, node: fx.Node) -> fx.Node | None:
+    """addcmul(x, a, b) is x + a * b."""
+    if not is_op(node, aten.addcmul) or argument(node, "value") != 1:
+        return None
+    x, a, b = node.args[:3]
+    return edit.call(aten.add.Tensor, x, edit.call(aten.mul.Tensor, a, b))
+
+
 def einsum_product(edit: Rewriter, equation: str, operands: list[fx.Node]) -> fx.Node | None:
     """Two-operand einsums over one batch letter: `bnd,bmd->bnm` and its transposes become bmm."""
     if len(operands) != 2 or "->" not in equation or "." in equation:
@@ -175,4 +183,3 @@ def is_zero(node: Any) -> bool:
     if is_op(node, aten.new_zeros, aten.zeros, aten.zeros_like):
         return True
     return is_op(node, aten.full, aten.full_like, aten.new_full) and argument(node, "fill_value") == 0
-

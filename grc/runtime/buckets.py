@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -176,7 +176,7 @@ class Lane:
             raise ArtifactError(f"at batch {batch} the part answers {have}, the manifest says {want}", "rebuild it")
 
     @contextlib.contextmanager
-    def recording(self, graph: torch.cuda.CUDAGraph, batch: int):  # type: ignore[no-untyped-def]
+    def recording(self, graph: torch.cuda.CUDAGraph, batch: int) -> Iterator[None]:
         """Capture what runs in this block. Other threads may allocate meanwhile: hence the mode of its own thread."""
         try:
             with (

@@ -23,7 +23,8 @@ class Processing:
         entry = artifact.manifest["processing"]
         if entry is None:
             raise ArtifactError(
-                f"{artifact.path.name} has no preprocess and no postprocess", "define them in the model file, or send tensors"
+                f"{artifact.path.name} has no preprocess and no postprocess",
+                "define them in the model file, or send tensors",
             )
         self.folder = artifact.path / "processing"
         self.functions = {name: self.find(**place) for name, place in entry.items()}

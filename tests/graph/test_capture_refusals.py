@@ -13,7 +13,7 @@ from grc.graph.capture import capture, find_fault
 from grc.graph.model_file import from_module, load_model
 from tests.graph.test_capture import Forward, captured, rows
 
-FILE = '''
+FILE = """
 import torch
 from torch import nn
 
@@ -30,7 +30,7 @@ def get_model():
 
 def get_inputs(batch):
     return (torch.randn(batch, 4, generator=torch.Generator().manual_seed(batch)),)
-'''
+"""
 
 
 def model_file(folder: Path, body: str, mode: str = ".eval()") -> Path:

@@ -40,7 +40,9 @@ def ids(batch: int, columns: int, limit: int = 10) -> Tensor:
     return torch.randint(0, limit, (batch, columns), generator=torch.Generator().manual_seed(batch))
 
 
-def graph_of(function: Callable[..., Any], *inputs: Tensor, fixed: Sequence[int] = (), **modules: nn.Module) -> fx.GraphModule:
+def graph_of(
+    function: Callable[..., Any], *inputs: Tensor, fixed: Sequence[int] = (), **modules: nn.Module
+) -> fx.GraphModule:
     """The graph of a function, the first size of every input dynamic but of those in `fixed`."""
     shapes = tuple({} if i in fixed else {0: Dim.DYNAMIC} for i in range(len(inputs)))
     with torch.no_grad(), quiet_export():

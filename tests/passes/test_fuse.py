@@ -40,13 +40,15 @@ def by_tril(z):
     return z[:, i, j]
 
 
-def by_mask(z):
-    places = torch.ones(z.shape[1], z.shape[1]).tril(-1).flatten().bool().nonzero().flatten()
-    return z.flatten(1).index_select(1, places)
+PLACES = torch.ones(COUNT, COUNT).tril(-1).flatten().bool().nonzero().flatten()
+
+
+def by_place(z):
+    return z.flatten(1).index_select(1, PLACES)
 
 
 class TestBagDot:
-    @pytest.mark.parametrize("pick", [by_index, by_tril, by_mask], ids=["triu", "tril", "mask"])
+    @pytest.mark.parametrize("pick", [by_index, by_tril, by_place], ids=["triu", "tril", "places"])
     def test_products_of_all_features(self, pick):
         def forward(self, x):
             t = torch.stack(looked_up(self, x), 1)
@@ -56,7 +58,9 @@ class TestBagDot:
         assert made(changes, "bag-dot") == 1
         check(graph, "CHECK: grc.bag_dot(%arena, %inputs_0\nCHECK-NEXT: return\nCHECK-NOT: bmm")
 
-    @pytest.mark.parametrize("order", [PAIRS, [(j, i) for i, j in PAIRS], [(j, i) for j in range(COUNT) for i in range(j)]])
+    @pytest.mark.parametrize(
+        "order", [PAIRS, [(j, i) for i, j in PAIRS], [(j, i) for j in range(COUNT) for i in range(j)]]
+    )
     def test_products_of_a_loop_over_pairs(self, order):
         def forward(self, x):
             e = looked_up(self, x)
@@ -85,7 +89,9 @@ class TestBagDot:
             t = torch.stack(looked_up(self, x), 1)
             return torch.bmm(t, t.transpose(1, 2))[:, torch.tensor([1, 3]), torch.tensor([0, 1])]
 
-        assert self.refusal(forward, ids(4, COUNT), tables=tables()) == ["the 2 products taken are not one triangle, row by row"]
+        assert self.refusal(forward, ids(4, COUNT), tables=tables()) == [
+            "the 2 products taken are not one triangle, row by row"
+        ]
 
     def test_dense_behind(self):
         def forward(self, x, d):
@@ -99,7 +105,9 @@ class TestBagDot:
         def forward(self, x):
             return by_tril(torch.bmm(x, x.transpose(1, 2)))
 
-        assert self.refusal(forward, rows(4, COUNT, WIDTH)) == ["the features do not come from look-ups that end in one cat"]
+        assert self.refusal(forward, rows(4, COUNT, WIDTH)) == [
+            "the features do not come from look-ups that end in one cat"
+        ]
 
 
 def sum_square(e):
@@ -119,16 +127,13 @@ def all_pairs(e):
     return by_tril(torch.bmm(e, e.transpose(1, 2))).sum(1, keepdim=True)
 
 
-
 FORMS = [sum_square, kept_dims, summed_first, all_pairs]
 
 
 class TestBagFm:
     @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
     def test_the_second_order_term(self, form):
-        graph, changes = fused(
-            lambda self, x: form(torch.stack(looked_up(self, x), 1)), ids(4, COUNT), tables=tables()
-        )
+        graph, changes = fused(lambda self, x: form(torch.stack(looked_up(self, x), 1)), ids(4, COUNT), tables=tables())
         assert made(changes, "bag-fm") + made(changes, "bag-dot") == 1
         check(graph, "CHECK: grc.bag_{{fm|dot}}(%arena")
 
@@ -150,7 +155,9 @@ class TestBagFm:
             total = total + second
             return self.dense(d) + total if terms == 3 else total
 
-        graph, changes = fused(forward, ids(4, COUNT), rows(4, 3), tables=tables(), linear=tables(width=1), dense=nn.Linear(3, 1))
+        graph, changes = fused(
+            forward, ids(4, COUNT), rows(4, 3), tables=tables(), linear=tables(width=1), dense=nn.Linear(3, 1)
+        )
         assert made(changes, "bag-fm") == 1
         check(graph, "CHECK: grc.bag_fm(%arena{{.*}}, %arena{{.*}}, %inputs_0\nCHECK-NOT: grc.lookup")
 
@@ -168,7 +175,9 @@ class TestBagFm:
             return (e.sum(1).square() - e.square().sum(1)) * 0.5
 
         _, changes = fused(forward, ids(4, COUNT), tables=tables())
-        assert misses(changes, "bag-fm") == ["the sums run over features and width at once, so every number is a feature of its own"]
+        assert misses(changes, "bag-fm") == [
+            "the sums run over features and width at once, so every number is a feature of its own"
+        ]
 
 
 class TestCross:
@@ -218,11 +227,12 @@ class TestCross:
     def test_one_vector(self):
         def forward(self, x):
             column = x.unsqueeze(2)
-            weighed = torch.tensordot(column, self.layer.weight.T, dims=([1], [0]))
-            return (column @ weighed + self.bias.weight.T + column).squeeze(2)
+            weighed = torch.tensordot(column, self.layer.weight, dims=([1], [0]))
+            return (column @ weighed + self.bias.weight + column).squeeze(2)
 
-        _, changes = fused(forward, rows(4, 6), layer=nn.Linear(6, 1), bias=nn.Linear(6, 1))
-        assert misses(changes, "cross") == ["the cross layer weighs by one vector (DCN, 2017); only the matrix form has a kernel"]
+        _, changes = fused(forward, rows(4, 6), layer=nn.Linear(1, 6), bias=nn.Linear(1, 6))
+        reason = "the cross layer weighs by one vector (DCN, 2017); only the matrix form has a kernel"
+        assert misses(changes, "cross") == [reason]
 
 
 def test_a_second_run_finds_nothing():

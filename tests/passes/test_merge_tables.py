@@ -8,7 +8,7 @@ from torch import nn
 
 from grc.passes.merge_tables import MergeTables
 from tests.graph.filecheck import check
-from tests.passes.small import MERGED, graph_of, ids, made, rows, run
+from tests.passes.small import MERGED, graph_of, ids, made, misses, rows, run
 
 
 def merged(function, *inputs, requests=(), **modules):
@@ -24,14 +24,16 @@ def tables(count, dim=4, limit=10):
 @pytest.mark.parametrize("count", [2, 3, 7, 26])
 def test_any_number_of_tables(count):
     graph, changes = merged(
-        lambda self, x: torch.cat([t(x[:, i]) for i, t in enumerate(self.tables)], 1), ids(4, count), tables=tables(count)
+        lambda self, x: torch.cat([t(x[:, i]) for i, t in enumerate(self.tables)], 1),
+        ids(4, count),
+        tables=tables(count),
     )
     assert made(changes, f"{count} look-ups of {count} tables -> 1") == 1
     check(
         graph,
         """
         CHECK: %arena : float32[{{.*}}, 4] = get_attr[arena]
-        CHECK: grc.lookup(%arena, %inputs_0, None, None, [0, 10,
+        CHECK: grc.lookup(%arena, %inputs_0, None, None, [0, 10{{[],]}}
         CHECK-NEXT: return
         CHECK-NOT: aten.
         """,
@@ -40,18 +42,27 @@ def test_any_number_of_tables(count):
 
 def test_the_arena_is_the_models_own_memory():
     table = tables(3)
-    graph, _ = merged(lambda self, x: torch.cat([t(x[:, i]) for i, t in enumerate(self.tables)], 1), ids(4, 3), tables=table)
+    graph, _ = merged(
+        lambda self, x: torch.cat([t(x[:, i]) for i, t in enumerate(self.tables)], 1), ids(4, 3), tables=table
+    )
     assert table[1].weight.data_ptr() == graph.arena.data_ptr() + 10 * 4 * 4
     assert graph.arena.shape == (33, 4)
 
 
 def test_a_stack_keeps_its_shape():
-    graph, _ = merged(lambda self, x: torch.stack([t(x[:, i]) for i, t in enumerate(self.tables)], 1), ids(4, 3), tables=tables(3))
+    graph, _ = merged(
+        lambda self, x: torch.stack([t(x[:, i]) for i, t in enumerate(self.tables)], 1), ids(4, 3), tables=tables(3)
+    )
     check(graph, "CHECK: grc.lookup(\nCHECK-NEXT: aten.reshape(%lookup{{.*}}, [-1, 3, 4])\nCHECK-NEXT: return")
 
 
 def test_ids_in_another_order_are_gathered():
-    graph, _ = merged(lambda self, x: torch.cat([self.a(x[:, 2]), self.b(x[:, 0])], 1), ids(4, 3), a=nn.Embedding(10, 4), b=nn.Embedding(11, 4))
+    graph, _ = merged(
+        lambda self, x: torch.cat([self.a(x[:, 2]), self.b(x[:, 0])], 1),
+        ids(4, 3),
+        a=nn.Embedding(10, 4),
+        b=nn.Embedding(11, 4),
+    )
     check(graph, "CHECK: %cat{{.*}} = aten.cat([%slice{{.*}}, %slice{{.*}}], 1)\nCHECK: grc.lookup(%arena, %cat")
 
 
@@ -69,14 +80,23 @@ def test_ids_as_columns_of_a_float_matrix_are_cast_once():
         ids(4, 3).float(),
         tables=tables(3),
     )
-    check(graph, "CHECK: %to{{.*}} : int64[{{.*}}, 3] = aten.to(%inputs_0, torch.int64)\nCHECK-NEXT: grc.lookup(%arena, %to")
+    check(
+        graph,
+        "CHECK: %to{{.*}} : int64[{{.*}}, 3] = aten.to(%inputs_0, torch.int64)\nCHECK-NEXT: grc.lookup(%arena, %to",
+    )
 
 
 def test_different_widths_lie_in_a_flat_arena():
     graph, _ = merged(
-        lambda self, x: torch.cat([self.a(x[:, 0]), self.b(x[:, 1])], 1), ids(4, 2), a=nn.Embedding(10, 4), b=nn.Embedding(20, 6)
+        lambda self, x: torch.cat([self.a(x[:, 0]), self.b(x[:, 1])], 1),
+        ids(4, 2),
+        a=nn.Embedding(10, 4),
+        b=nn.Embedding(20, 6),
     )
-    check(graph, "CHECK: %arena : float32[160] = get_attr\nCHECK: grc.lookup(%arena, %inputs_0, None, None, [0, 40], [10, 20], [4, 6]")
+    check(
+        graph,
+        "CHECK: %arena : float32[160] = get_attr\nCHECK: grc.lookup(%arena, %inputs_0, None, None, [0, 40], [10, 20], [4, 6]",
+    )
 
 
 def test_one_table_with_offsets():
@@ -86,8 +106,11 @@ def test_one_table_with_offsets():
             self.table = nn.Embedding(60, 4)
             self.register_buffer("offsets", torch.tensor([0, 10, 30]))
 
-    graph, _ = merged(lambda self, x: self.t.table(x + self.t.offsets), ids(4, 3), t=Offsets())
-    check(graph, "CHECK: grc.lookup(%t_table_weight, %inputs_0, None, None, [0, 10, 30], [60, 50, 30]\nCHECK-NOT: aten.add")
+    graph, _ = merged(lambda self, x: self.t.table(x + self.t.offsets).flatten(1), ids(4, 3), t=Offsets())
+    check(
+        graph,
+        "CHECK: grc.lookup(%t_table_weight, %inputs_0, None, None, [0, 10, 30], [60, 50, 30]\nCHECK-NOT: aten.add",
+    )
 
 
 def test_a_table_shared_by_two_groups_is_stored_once():
@@ -124,13 +147,19 @@ def test_ids_that_depend_on_another_member_are_not_merged_with_it():
         a = self.a(x[:, 0])
         return torch.cat([a, self.b(a.argmax(1))], 1)
 
-    graph, _ = merged(forward, ids(4, 1), a=nn.Embedding(10, 4), b=nn.Embedding(20, 4))
-    check(graph, "CHECK: aten.argmax(")
+    graph, changes = merged(forward, ids(4, 1), a=nn.Embedding(10, 4), b=nn.Embedding(20, 4))
+    assert misses(changes, "look-ups") == ["the ids of one look-up are computed from the rows of another"]
+    check(graph, "CHECK-COUNT-2: aten.embedding(")
 
 
 def test_two_groups_in_one_cat():
     def forward(self, x):
-        pooled = [self.a(x[:, :3]).sum(1), self.b(x[:, 3:6]).sum(1), self.a(x[:, 1:4]).mean(1), self.b(x[:, 2:5]).mean(1)]
+        pooled = [
+            self.a(x[:, :3]).sum(1),
+            self.b(x[:, 3:6]).sum(1),
+            self.a(x[:, 1:4]).mean(1),
+            self.b(x[:, 2:5]).mean(1),
+        ]
         return torch.cat(pooled, 1)
 
     graph, changes = merged(forward, ids(4, 6), a=nn.Embedding(10, 4), b=nn.Embedding(20, 4))
@@ -144,7 +173,10 @@ def test_bags_of_fixed_length(mode):
         lambda self, x: torch.cat([self.a(x[:, :3]), self.b(x[:, 3:])], 1), ids(4, 5),
         a=nn.EmbeddingBag(10, 4, mode=mode), b=nn.EmbeddingBag(20, 4, mode=mode),
     )  # fmt: skip
-    check(graph, "CHECK: grc.lookup(%arena, %inputs_0, None, None, [0, 10], [10, 20], [4, 4], [3, 2]\nCHECK-NOT: aten.embedding_bag")
+    check(
+        graph,
+        "CHECK: grc.lookup(%arena, %inputs_0, None, None, [0, 10], [10, 20], [4, 4], [3, 2]\nCHECK-NOT: aten.embedding_bag",
+    )
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
@@ -152,13 +184,16 @@ def test_bags_of_fixed_length(mode):
 @pytest.mark.parametrize("padding", [None, 2])
 def test_bags_with_offsets(mode, last, padding):
     """Empty bags in front, inside and at the end."""
-    a, b = (
-        nn.EmbeddingBag(n, 4, mode=mode, include_last_offset=last, padding_idx=padding) for n in (10, 20)
-    )
+    a, b = (nn.EmbeddingBag(n, 4, mode=mode, include_last_offset=last, padding_idx=padding) for n in (10, 20))
     ends = torch.tensor([0, 0, 3, 3, 7, 7])
     values, offsets = ids(7, 2), ends if last else ends[:-1]
     graph = graph_of(
-        lambda self, v, w, o: torch.cat([self.a(v, o), self.b(w, o)], 1), values[:, 0].clone(), values[:, 1].clone(), offsets, a=a, b=b
+        lambda self, v, w, o: torch.cat([self.a(v, o), self.b(w, o)], 1),
+        values[:, 0].clone(),
+        values[:, 1].clone(),
+        offsets,
+        a=a,
+        b=b,
     )
     changes = run(graph, MERGED, (values[:, 0].clone(), values[:, 1].clone(), offsets))
     assert made(changes, "2 look-ups of 2 tables -> 1") == 1
@@ -190,7 +225,7 @@ def test_keyed_features_need_no_split():
     check(
         graph,
         """
-        CHECK: aten.cumsum(%inputs_1, 0)
+        CHECK: aten.cumsum(%reshape{{.*}}, 0)
         CHECK-NEXT: %cat{{.*}} = aten.cat([%constant{{.*}}, %cumsum{{.*}}], 0)
         CHECK-NEXT: grc.lookup(%arena, %inputs_0, %cat
         CHECK-NEXT: return
@@ -207,5 +242,7 @@ def test_dtypes_are_not_mixed():
 
 
 def test_a_second_run_finds_nothing():
-    graph, _ = merged(lambda self, x: torch.cat([t(x[:, i]) for i, t in enumerate(self.tables)], 1), ids(4, 3), tables=tables(3))
+    graph, _ = merged(
+        lambda self, x: torch.cat([t(x[:, i]) for i, t in enumerate(self.tables)], 1), ids(4, 3), tables=tables(3)
+    )
     assert MergeTables().run(graph) == []

@@ -73,7 +73,9 @@ def test_a_product_of_columns_is_a_linear_layer_with_a_bias():
 
 
 def test_shapes_are_one_reshape():
-    graph = normalised(lambda self, x: x.view(-1, 2, 6).flatten(1).unsqueeze(1).squeeze(1).reshape(-1, 3, 4), rows(4, 12))
+    graph = normalised(
+        lambda self, x: x.view(-1, 2, 6).flatten(1).unsqueeze(1).squeeze(1).reshape(-1, 3, 4), rows(4, 12)
+    )
     check(graph, "CHECK: aten.reshape(%inputs_0, [-1, 3, 4])\nCHECK-NOT: aten.")
 
 
@@ -88,7 +90,10 @@ def test_shapes_are_one_reshape():
 )
 def test_one_form_of_a_stack(join):
     graph = normalised(lambda self, a, b: join(a, b), rows(4, 4), rows(4, 4))
-    check(graph, "CHECK: %cat{{.*}} = aten.cat([%inputs_0, %inputs_1], 1)\nCHECK-NEXT: aten.reshape(%cat{{.*}}, [-1, 2, 4])")
+    check(
+        graph,
+        "CHECK: %cat{{.*}} = aten.cat([%inputs_0, %inputs_1], 1)\nCHECK-NEXT: aten.reshape(%cat{{.*}}, [-1, 2, 4])",
+    )
 
 
 def test_rows_of_one_are_joined_along_their_width():
@@ -133,7 +138,9 @@ def test_same_calls_are_one_value_and_random_ones_are_not():
 
 
 def test_arguments_of_other_types_are_other_calls():
-    graph = normalised(lambda self, x: (x.sum(1, keepdim=True), x.sum(1), torch.full((1,), 1), torch.full((1,), 1.0)), rows(4, 3))
+    graph = normalised(
+        lambda self, x: (x.sum(1, keepdim=True), x.sum(1), torch.full((1,), 1), torch.full((1,), 1.0)), rows(4, 3)
+    )
     check(graph, "CHECK-COUNT-2: aten.sum")
 
 
@@ -181,7 +188,9 @@ def test_layers_stacked_in_one_parameter_share_its_storage():
             super().__init__()
             self.weights = nn.Parameter(torch.randn(2, 3, 3))
 
-    graph = normalised(lambda self, x: x @ self.stack.weights[0] + x @ self.stack.weights[1], rows(4, 3), stack=Stacked())
+    graph = normalised(
+        lambda self, x: x @ self.stack.weights[0] + x @ self.stack.weights[1], rows(4, 3), stack=Stacked()
+    )
     check(graph, "CHECK-COUNT-2: aten.linear\nCHECK-NOT: aten.select")
 
 

@@ -144,7 +144,7 @@ def deepctr_din() -> tuple[nn.Module, Inputs]:
 
     item, category = SparseFeat("item", ROWS, embedding_dim=8), SparseFeat("cate", 50, embedding_dim=4)
     history = [
-        VarLenSparseFeat(SparseFeat(f"hist_{c.name}", c.vocabulary_size, c.embedding_dim, embedding_name=c.name), 10, length_name="n")
+        VarLenSparseFeat(SparseFeat(f"hist_{c.name}", c.vocabulary_size, c.embedding_dim, embedding_name=c.name), 10, length_name="n")  # noqa: E501
         for c in (item, category)
     ]  # fmt: skip
     features = [SparseFeat("user", 100, embedding_dim=10), item, category, DenseFeat("score", 1), *history]

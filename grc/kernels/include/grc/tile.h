@@ -20,8 +20,9 @@ constexpr int64_t kVecs = 2;
 #endif
 constexpr int64_t kRows = 6;
 
-// exp(x), 2 ulp, for x <= 88; below -87.3, where it would be subnormal, 0. NaN stays. Cody and Waite's reduction with the
-// polynomial of Cephes' expf; inline, because a call to SLEEF keeps no accumulator in a register.
+// exp(x) within 1.01 ulp (every 7th float of -87.3 to 88); below that, where it would be subnormal, 0. NaN stays. Cody
+// and Waite's reduction with the polynomial of Cephes' expf; inline, because around a call no accumulator stays in a
+// register.
 inline Lanes exponential(Lanes x) {
   using Bits = at::vec::Vectorized<int32_t>;
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves the integer in the low bits of the mantissa

@@ -1,0 +1,136 @@
+"""The pass manager: what breaks answers is rolled back with its reason, or raised with strict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import fx, nn
+
+from grc.errors import GrcError, PassError
+from grc.graph.rewrite import Rewriter
+from grc.options import Options
+from grc.passes.manager import Change, Pass, Proof, run_passes
+from grc.passes.pipeline import NAMES, pipeline
+from tests.graph.filecheck import check
+from tests.passes.small import graph_of, rows
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Swap(Pass):
+    """Replace every relu by another operator."""
+
+    name = "swap"
+    to: object = aten.tanh.default
+
+    def run(self, graph: fx.GraphModule) -> list[Change]:
+        edit = Rewriter(graph)
+        found = [n for n in graph.graph.nodes if n.target is aten.relu.default]
+        for node in found:
+            with edit.at(node):
+                edit.replace(node, edit.call(self.to, node.args[0]))
+        edit.finish()
+        return [Change("relu") for _ in found]
+
+
+@dataclass(frozen=True)
+class Nothing(Pass):
+    name = "nothing"
+
+    def run(self, graph: fx.GraphModule) -> list[Change]:
+        return []
+
+
+@dataclass(frozen=True)
+class Stumbles(Pass):
+    name = "stumbles"
+
+    def run(self, graph: fx.GraphModule) -> list[Change]:
+        raise KeyError("surprise")
+
+
+@dataclass(frozen=True)
+class Illegal(Pass):
+    """Leaves a value that no one reads."""
+
+    name = "illegal"
+
+    def run(self, graph: fx.GraphModule) -> list[Change]:
+        node = next(n for n in graph.graph.nodes if n.op == "call_function")
+        edit = Rewriter(graph)
+        with edit.at(node):
+            edit.call(aten.sigmoid.default, node.args[0])
+        graph.recompile()
+        return [Change("sigmoid")]
+
+
+@pytest.fixture
+def graph() -> fx.GraphModule:
+    return graph_of(lambda self, x: self.layer(torch.relu(x)), rows(4, 3), layer=nn.Linear(3, 3))
+
+
+@pytest.fixture
+def proof(graph: fx.GraphModule) -> Proof:
+    return Proof([[rows(3, 3)], [rows(33, 3)]]).prepare(graph)
+
+
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [
+        (Swap(), r"error .* against fp64, the model's own is"),
+        (Stumbles(), r"failed: KeyError: 'surprise'"),
+        (Illegal(), r"node sigmoid.* is read by no one"),
+    ],
+    ids=["wrong answers", "stumbles", "illegal graph"],
+)
+def test_a_broken_pass_is_rolled_back_with_its_reason(graph, proof, step, reason):
+    after, records = run_passes(graph, [step, Swap(aten.relu.default)], proof)
+    assert records[0].rolled_back is not None
+    pytest.raises(PassError, run_passes, graph, [step], proof, strict=True).match(reason)
+    assert records[1].rolled_back is None
+    check(after, "CHECK: aten.relu(%inputs_0)\nCHECK: aten.linear\nCHECK-NOT: aten.")
+
+
+def test_strict_names_the_pass_and_how_to_leave_it_out(graph, proof):
+    with pytest.raises(PassError, match="pass swap: ") as caught:
+        run_passes(graph, [Swap()], proof, strict=True)
+    assert caught.value.hint == "leave it out with --disable swap"
+
+
+def test_a_right_pass_is_kept_with_its_error(graph, proof):
+    after, records = run_passes(graph, [Swap(aten.relu.default)], proof)
+    assert records[0].error is not None and records[0].error < 1e-5
+    assert records[0].nodes == len(after.graph.nodes)
+
+
+def test_the_source_graph_is_never_touched(graph, proof):
+    run_passes(graph, [Swap()], proof)
+    check(graph, "CHECK: aten.relu(%inputs_0)")
+
+
+def test_the_bisect_limit_stops_after_passes_that_changed_something(graph, proof):
+    steps = [Nothing(), Swap(aten.relu.default), Nothing(), Swap(aten.relu.default)]
+    assert len(run_passes(graph, steps, proof, limit=1)[1]) == 2
+    assert len(run_passes(graph, steps, proof, limit=0)[1]) == 0
+    assert len(run_passes(graph, steps, proof, limit=None)[1]) == 4
+
+
+def test_after_sees_the_graph_of_each_pass(graph, proof):
+    seen = []
+    run_passes(graph, [Nothing(), Swap()], proof, after=lambda step, g: seen.append((step.name, len(g.graph.nodes))))
+    assert [name for name, _ in seen] == ["nothing", "swap"]
+
+
+def test_every_pass_can_be_disabled():
+    for name in NAMES:
+        left = pipeline(Options(disable=(name,), on_bad_id="zero"), ())
+        assert len(left) == len(NAMES) - 1
+
+
+def test_an_unknown_pass_is_named():
+    with pytest.raises(GrcError, match="there is no pass typo") as caught:
+        pipeline(Options(disable=("typo",)), ())
+    assert "merge-tables" in str(caught.value.hint)
