@@ -102,12 +102,16 @@ def linking_compiler() -> Path:
     """A compiler that links our objects into shared libraries, and binds a library's symbols to itself.
 
     Without -Bsymbolic, symbols of libtorch win over the package's own and a package may crash at load. The flag belongs
-    only to links: on the command that precompiles headers it would make the compiler try to link. The path is the same for
-    every build, because Inductor keeps its precompiled headers by the compiler's path.
+    only to links: on the command that precompiles headers it would make the compiler try to link. Libraries are linked
+    with the libstdc++ that torch runs on: a compiler that links its own statically gives the package a second set of
+    locale facets, and std::regex crashes on the mixture. The path is the same for every build, because Inductor keeps its
+    precompiled headers by the compiler's path.
     """
     cxx = cpp.compiler()
+    runtime = " ".join(f"'{path}'" for path in loaded_libraries("libstdc++.so"))
     script = (
-        f'#!/bin/sh\nfor a in "$@"; do\n  [ "$a" = -shared ] && exec \'{cxx}\' "$@" ${OBJECTS} -Wl,-Bsymbolic\ndone\n'
+        f'#!/bin/sh\nfor a in "$@"; do\n'
+        f"  [ \"$a\" = -shared ] && exec '{cxx}' \"$@\" ${OBJECTS} {runtime} -Wl,-Bsymbolic\ndone\n"
         f"exec '{cxx}' \"$@\"\n"
     )
     folder = cpp.cache_folder() / f"cxx-{hashlib.sha256(script.encode()).hexdigest()[:12]}"
@@ -119,6 +123,12 @@ def linking_compiler() -> Path:
         os.chmod(file.name, 0o755)
         os.replace(file.name, wrapper)
     return wrapper
+
+
+def loaded_libraries(name: str) -> list[str]:
+    """Paths of the libraries of this process whose file begins with `name`."""
+    paths = (line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines())
+    return sorted({path for path in paths if Path(path).name.startswith(name)})
 
 
 def last_line(error: BaseException) -> str:

@@ -62,7 +62,10 @@ def test_features_in_another_order():
 
 def test_what_has_no_plain_form_stays_with_its_reason():
     graph = graph_of(
-        lambda self, v, n, d: fbgemm.dense_to_jagged(d, [offsets(n)])[0], rows(TOTAL, 3), LENGTHS, rows(len(LENGTHS), 4, 3)
+        lambda self, v, n, d: fbgemm.dense_to_jagged(d, [offsets(n)])[0],
+        rows(TOTAL, 3),
+        LENGTHS,
+        rows(len(LENGTHS), 4, 3),
     )
     changes = Jagged().run(graph)
     assert misses(changes, "dense_to_jagged") == ["the number of values is read from the offsets: pass total_L"]
