@@ -111,7 +111,7 @@ def linking_compiler() -> Path:
     runtime = " ".join(f"'{path}'" for path in loaded_libraries("libstdc++.so"))
     script = (
         f'#!/bin/sh\nfor a in "$@"; do\n'
-        f"  [ \"$a\" = -shared ] && exec '{cxx}' \"$@\" ${OBJECTS} {runtime} -Wl,-Bsymbolic\ndone\n"
+        f'  [ "$a" = -shared ] && exec \'{cxx}\' "$@" ${OBJECTS} {runtime} -Wl,-Bsymbolic\ndone\n'
         f"exec '{cxx}' \"$@\"\n"
     )
     folder = cpp.cache_folder() / f"cxx-{hashlib.sha256(script.encode()).hexdigest()[:12]}"
