@@ -177,7 +177,12 @@ class Lane:
 
     @contextlib.contextmanager
     def recording(self, graph: torch.cuda.CUDAGraph, batch: int) -> Iterator[None]:
-        """Capture what runs in this block. Other threads may allocate meanwhile: hence the mode of its own thread."""
+        """Capture what runs in this block. Other threads may allocate meanwhile: hence the mode of its own thread.
+
+        cuBLAS keeps a workspace for each stream. One made before the capture may be freed by others in this process
+        (torch.compile clears them all) while the graph still writes to it; one made within lies in the graph's own pool.
+        """
+        torch._C._cuda_clearCublasWorkspaces()
         try:
             with (
                 CAPTURING,
@@ -191,6 +196,8 @@ class Lane:
             raise ArtifactError(
                 f"the graph of batch {batch} can't be captured: {text}", "rebuild the artifact"
             ) from error
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
 
     def from_host(self, inputs: Tensors, batch: int, events: Events | None) -> Tensors:
         """Fill pinned memory, replay, wait, and copy the answers out before another replay can overwrite them."""

@@ -199,4 +199,4 @@ def test_weights_lie_on_the_device_once(path: Path) -> None:
     held = torch.cuda.memory_allocated() - before
     stored = (path / "weights.safetensors").stat().st_size
     del first
-    assert held < stored + (4 << 20), "a second copy of the weights lies on the device"
+    assert held < stored + (72 << 20), "more than the weights and the workspace of cuBLAS lies on the device"
