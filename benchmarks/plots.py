@@ -48,7 +48,7 @@ def filled(text: str, results: Path) -> str:
 def block(name: str, results: Path) -> str:
     if name == "overhead":
         return overhead(results / "overhead.jsonl")
-    if name not in ("cpu", "h100"):
+    if name not in ("cpu", "gpu"):
         raise KeyError(f"docs/performance.md has a marker {name}, which nothing fills")
     rows = read(results / f"{name}.jsonl")
     return section(name, rows) if rows else NOT_MEASURED
@@ -104,7 +104,7 @@ def overhead(file: Path) -> str:
 
 
 def measured(results: Path) -> list[str]:
-    return [name for name in ("cpu", "h100") if read(results / f"{name}.jsonl")]
+    return [name for name in ("cpu", "gpu") if read(results / f"{name}.jsonl")]
 
 
 def draw(name: str, rows: list[Row]) -> None:
