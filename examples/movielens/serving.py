@@ -17,7 +17,7 @@ def preprocess(request: dict[str, Any], assets: Path) -> tuple[Tensor]:
     return (torch.from_numpy(features.preprocess(vocabulary(assets), request)),)
 
 
-def postprocess(outputs: dict[str, Any], request: dict[str, Any], assets: Path) -> dict[str, Any]:
+def postprocess(outputs: dict[str, Any], request: dict[str, Any] | None = None, *, assets: Path) -> dict[str, Any]:
     """Ten films that the request does not name, best first, and the three task scores."""
     return features.postprocess(vocabulary(assets), outputs, request)
 

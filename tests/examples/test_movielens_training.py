@@ -108,10 +108,10 @@ def test_model_file_serves_a_request_end_to_end(checkpoint: Path) -> None:
     recommender = model.get_model()
     assert not any(module.training for module in recommender.modules())
     body = {"behaviours": [{"item": i, "time": NINETIES + i} for i in range(1, 6)], "user": {"age": 30}}
-    (x,) = model.preprocess(body)
+    (x,) = model.preprocess(body, assets=checkpoint)
     assert x.shape == model.get_inputs(1)[0].shape and x.dtype == torch.float32
     with torch.no_grad():
-        answer = json.loads(json.dumps(model.postprocess(recommender(x), body)))
+        answer = json.loads(json.dumps(model.postprocess(recommender(x), body, assets=checkpoint)))
     assert len(answer["films"]) == 10
     assert not {film["item"] for film in answer["films"]} & {1, 2, 3, 4, 5}
     scores = [film["score"] for film in answer["films"]]
@@ -122,10 +122,10 @@ def test_model_file_serves_a_request_end_to_end(checkpoint: Path) -> None:
 
 def test_postprocess_without_a_request_leaves_no_film_out(checkpoint: Path) -> None:
     outputs = {"recommendation": torch.arange(30.0)[None], **{task: torch.tensor([0.5]) for task in TASKS}}
-    best = [film["score"] for film in model.postprocess(outputs)["films"]]
+    best = [film["score"] for film in model.postprocess(outputs, assets=checkpoint)["films"]]
     assert best == list(range(29, 19, -1))
     with pytest.raises(ValueError, match="60 scores for 30 films"):
-        model.postprocess({**outputs, "recommendation": torch.zeros(2, 30)})
+        model.postprocess({**outputs, "recommendation": torch.zeros(2, 30)}, assets=checkpoint)
 
 
 def test_rows_of_a_batch_are_independent(checkpoint: Path) -> None:
