@@ -15,6 +15,7 @@ from grc.runtime.artifact import Artifact
 from grc.runtime.buckets import Buckets
 from grc.runtime.engines import Run, part_loader
 from grc.runtime.inputs import InputCheck
+from grc.runtime.pages import map_ahead
 from grc.runtime.processing import Processing
 from grc.runtime.structure import builder, flatten
 
@@ -43,6 +44,8 @@ class Program:
                 f"it holds {', '.join(p['engine'] for p in parts)}",
             )
         weights = artifact.weights
+        if manifest["target"]["device"] == "cpu":
+            map_ahead(weights.values())
         load_one = part_loader(manifest)
         self.runs: list[Run] = [load_one(p, artifact.path / "parts", bound(p["weights"], weights)) for p in parts]
         self.self_checking = [bool(p["checks_ids"]) for p in parts]
