@@ -17,6 +17,7 @@ from grc.graph.capture import quiet_export
 from grc.lowering.engine import Built, Lowerable, Target
 from grc.lowering.export import plain_program
 
+FILE = "model.onnx"  # initialisers point at the file itself: ONNX Runtime wants a path that exists, and reads none
 INLINE = 1024  # bytes: smaller constants stay in the file, where shape inference needs them
 
 
@@ -32,8 +33,8 @@ class OnnxRuntime:
     def build(self, lowerable: Lowerable, target: Target, folder: Path) -> Built:
         proto, constants = onnx_model(lowerable)
         externalise(proto, constants)
-        (folder / "model.onnx").write_bytes(proto.SerializeToString())
-        return Built(self.name, "model.onnx", constants)
+        (folder / FILE).write_bytes(proto.SerializeToString())
+        return Built(self.name, FILE, constants)
 
 
 def onnx_model(lowerable: Lowerable) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -61,7 +62,7 @@ def onnx_model(lowerable: Lowerable) -> tuple[Any, dict[str, torch.Tensor]]:
     for name in constants:
         value = model.graph.initializers[name]
         value.const_value = onnx_ir.ExternalTensor(
-            "weights", 0, empty[name].nbytes, empty[name].dtype, shape=empty[name].shape, name=name
+            FILE, 0, empty[name].nbytes, empty[name].dtype, shape=empty[name].shape, name=name
         )
     return onnx_ir.to_proto(model), constants
 
@@ -91,7 +92,7 @@ def externalise(proto: Any, constants: dict[str, torch.Tensor]) -> None:
             tensor.ClearField("raw_data")
             tensor.data_location = onnx.TensorProto.EXTERNAL
             del tensor.external_data[:]
-            tensor.external_data.add(key="location", value="weights")
+            tensor.external_data.add(key="location", value=FILE)
 
 
 @contextmanager

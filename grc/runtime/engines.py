@@ -79,11 +79,11 @@ def load_inductor(path: Path, constants: Mapping[str, torch.Tensor], alone: bool
 class Held:
     """A bound function that keeps the memory its weights live in."""
 
-    __slots__ = ("constants", "run")
+    __slots__ = ("run", "weights")
 
-    def __init__(self, run: Run, constants: Mapping[str, torch.Tensor]):
+    def __init__(self, run: Run, weights: object):
         self.run = run
-        self.constants = constants
+        self.weights = weights
 
     def __call__(self, inputs: Tensors) -> Sequence[torch.Tensor]:
         return self.run(inputs)
@@ -111,7 +111,8 @@ def load_onnxruntime(path: Path, constants: Mapping[str, torch.Tensor]) -> Run:
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0" if torch.get_num_threads() == 1 else "1")
     values = {name: ort.OrtValue.ortvalue_from_numpy(tensor.numpy()) for name, tensor in constants.items()}
-    options.add_external_initializers(list(values), list(values.values()))
+    for name, given in values.items():
+        options.add_initializer(name, given)  # used where it lies; add_external_initializers would copy every table
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
     order = {name: int(name.removeprefix("input_")) for name in names}
@@ -121,7 +122,7 @@ def load_onnxruntime(path: Path, constants: Mapping[str, torch.Tensor]) -> Run:
         feed = {name: inputs[index].numpy() for name, index in order.items()}
         return [torch.from_numpy(out) for out in session_run(None, feed)]
 
-    return Held(run, constants)
+    return Held(run, (values, constants))
 
 
 LOADERS: dict[str, Callable[[Path, Mapping[str, torch.Tensor]], Run]] = {
