@@ -56,12 +56,16 @@ def single(value: Any) -> Any:
     return value.float() if isinstance(value, torch.Tensor) and value.dtype is torch.float64 else value
 
 
+COMPARING = {torch.prelu, torch.tensordot, torch.conv1d, torch.conv2d, torch.bilinear}  # of torch's own functions
+
+
 class Alike(TorchFunctionMode):
     """Widen the narrow operands of a call that has wide ones: some operators compare dtypes before the dispatch."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if isinstance(func, torch._ops.OpOverload) and func.overloadpacket not in VIEWS | GATHERS | BAGS:
+        called = isinstance(func, torch._ops.OpOverload) and func.overloadpacket not in VIEWS | GATHERS | BAGS
+        if called or func in COMPARING:
             found = [v.dtype for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
             if torch.float64 in found:
                 args, kwargs = tree_map(widen, args), tree_map(widen, kwargs)

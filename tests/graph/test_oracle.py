@@ -1,0 +1,26 @@
+"""The oracle runs a module in double precision, whatever its functions think of mixed dtypes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from grc.graph.oracle import run_fp64
+
+MODULES = [
+    nn.Sequential(nn.Linear(6, 6), nn.PReLU()),
+    nn.Sequential(nn.Linear(6, 6), nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 4, 2)),
+    nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.GELU()),
+]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=["prelu", "conv1d", "layer norm"])
+def test_a_float32_module_is_answered_in_float64(module: nn.Module) -> None:
+    x = torch.rand(3, 6)
+    truth = run_fp64(module, x)
+    assert truth.dtype is torch.float64
+    with torch.no_grad():
+        expected = module.double()(x.double())
+        module.float()
+    torch.testing.assert_close(truth, expected, rtol=1e-12, atol=1e-12)
