@@ -129,6 +129,12 @@ class Cut:
             self.rest.copy_(tensor.narrow(self.dim, 0, 1), non_blocking=True)
 
 
+def clear_workspaces() -> None:
+    """Give back cuBLAS' workspaces; builds of torch without CUDA have none."""
+    if torch.version.cuda is not None:
+        torch._C._cuda_clearCublasWorkspaces()
+
+
 class Lane:
     """One stream with its pool, its runner and its buckets. Only one thread at a time may use it."""
 
@@ -182,7 +188,7 @@ class Lane:
         cuBLAS keeps a workspace for each stream. One made before the capture may be freed by others in this process
         (torch.compile clears them all) while the graph still writes to it; one made within lies in the graph's own pool.
         """
-        torch._C._cuda_clearCublasWorkspaces()
+        clear_workspaces()
         try:
             with (
                 CAPTURING,
@@ -197,7 +203,7 @@ class Lane:
                 f"the graph of batch {batch} can't be captured: {text}", "rebuild the artifact"
             ) from error
         finally:
-            torch._C._cuda_clearCublasWorkspaces()
+            clear_workspaces()
 
     def from_host(self, inputs: Tensors, batch: int, events: Events | None) -> Tensors:
         """Fill pinned memory, replay, wait, and copy the answers out before another replay can overwrite them."""
