@@ -43,8 +43,6 @@ class InputCheck:
             for dim, s in enumerate(spec["sizes"])
             if s == "batch" or isinstance(s, dict)
         ]
-        if self.lead is None and self.scaled:
-            self.lead = None
         self.limits: dict[int, list[Limit]] = {}
         for entry in manifest["ids"] if manifest["on_bad_id"] == "error" else ():
             limit = Limit(entry["start"], entry["stop"], entry["rows"], entry["table"], entry["padding"])
