@@ -8,9 +8,12 @@ from grc.kernels.cross import CROSS
 from grc.kernels.fusion import FusedOp
 from grc.kernels.lookup import LOOKUP
 from grc.kernels.packed_linear import PACKED_LINEAR
+from grc.kernels.quantised_linear import QUANTISED_LINEAR
 from grc.kernels.score_topk import PACKED_SCORE_TOPK, SCORE_TOPK
 
-OPS: tuple[FusedOp, ...] = (LOOKUP, BAG_DOT, BAG_FM, CROSS, PACKED_LINEAR, SCORE_TOPK, PACKED_SCORE_TOPK, ATTENTION)
+OPS: tuple[FusedOp, ...] = (
+    LOOKUP, BAG_DOT, BAG_FM, CROSS, PACKED_LINEAR, QUANTISED_LINEAR, SCORE_TOPK, PACKED_SCORE_TOPK, ATTENTION,
+)  # fmt: skip
 
 for op in OPS:
     register(op)

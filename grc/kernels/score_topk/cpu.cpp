@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "grc/gemm.h"
-#include "grc/tensor.h"
+#include "grc/linear.h"
 
 namespace grc {
 namespace {
@@ -224,45 +224,6 @@ void run(const Request& r, float* values, int64_t* indices) {
   });
 }
 
-const float* panels(AtenTensorHandle handle, int64_t items, int64_t width) {
-  const View packed(handle);
-  bool contiguous = false;
-  check(aoti_torch_is_contiguous(handle, &contiguous));
-  require(packed.dtype == aoti_torch_dtype_float32() && contiguous, "the packed weight is not contiguous float32");
-  if (items <= gemm::kNarrow) {
-    require(packed.rank == 2 && packed.sizes[0] == items && packed.sizes[1] == width,
-            "the packed weight is not [N, D]");
-  } else {
-    require(packed.rank == 3 && packed.sizes[2] == gemm::kPanel, "the weight was packed for another ISA");
-    require(packed.sizes[0] == at::divup(items, gemm::kPanel) && packed.sizes[1] == width,
-            "the packed weight does not fit x and out_features");
-  }
-  return static_cast<const float*>(packed.data);
-}
-
-const float* offsets(AtenTensorHandle* handle, int64_t items) {
-  if (handle == nullptr) return nullptr;
-  const View bias(*handle);
-  require(bias.dtype == aoti_torch_dtype_float32(), "bias is not float32");
-  require(bias.rank == 1 && bias.sizes[0] == items && (items <= 1 || bias.strides[0] == 1),
-          "bias is not a contiguous [N]");
-  return static_cast<const float*>(bias.data);
-}
-
-// A result [rows, k] as [..., k], with x's leading dimensions.
-AtenTensorHandle shaped(Output& result, const View& x, int64_t k) {
-  if (x.rank == 2) return result.release();
-  std::vector<int64_t> sizes(x.sizes, x.sizes + x.rank), strides(x.rank, 1);
-  sizes.back() = k;
-  for (int64_t d = x.rank - 1; d > 0; --d) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
-  const AtenTensorHandle flat = result.release();
-  AtenTensorHandle view = nullptr;
-  const AOTITorchError code = aoti_torch__reinterpret_tensor(flat, x.rank, sizes.data(), strides.data(), 0, &view);
-  aoti_torch_delete_tensor_object(flat);
-  check(code);
-  return view;
-}
-
 }  // namespace
 }  // namespace grc
 
@@ -278,11 +239,12 @@ GRC_EXPORT AOTITorchError aoti_torch_cpu_packed_score_topk(AtenTensorHandle x, A
     int64_t rows = 1;
     for (int64_t d = 0; d + 1 < input.rank; ++d) rows *= input.sizes[d];
     const int64_t width = input.sizes[input.rank - 1];
-    const Request request{input, panels(packed, out_features, width), offsets(bias, out_features),
-                          rows, out_features, width, k};
+    const float* weight = float_weight(packed, out_features, width);
+    const float* offsets = bias == nullptr ? nullptr : Finish::vector(*bias, "bias", out_features);
+    const Request request{input, weight, offsets, rows, out_features, width, k};
     Output values({rows, k}, aoti_torch_dtype_float32()), indices({rows, k}, aoti_torch_dtype_int64());
     if (rows > 0 && k > 0) run(request, values.data<float>(), indices.data<int64_t>());
-    *ret0 = shaped(values, input, k);
-    *ret1 = shaped(indices, input, k);
+    *ret0 = shaped_like(input, values, k);
+    *ret1 = shaped_like(input, indices, k);
   });
 }

@@ -1,0 +1,330 @@
+// y = epilogue(x W^T) over a weight of int8 or bfloat16 in panels; x is brought to the weight's precision row by row.
+//
+// A panel holds kPanel columns, and of each column a group of steps along K side by side, as one lane of 32 bits: the
+// operand of the CPU's own instructions where it has them (VNNI, BF16), which are looked for at run time. Elsewhere the
+// same numbers come from two widened products: int8 sums are exact either way.
+#pragma once
+
+#include <ATen/Parallel.h>
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+
+#include "gemm.h"
+#include "lanes.h"
+
+namespace grc::low {
+
+using gemm::kPanel;
+using gemm::kRows;
+using gemm::kVecs;
+using Ints = at::vec::Vectorized<int32_t>;
+static_assert(Ints::size() == kLanes);
+
+// K at which a sum of 255 * 127 could leave 32 bits is 66311.
+constexpr int64_t kMaxDepth = 65536;
+
+// Bytes of x that stay in L2 while the panels pass by.
+constexpr int64_t kBlockBytes = 192 * 1024;
+
+inline int32_t as_lane(const void* source) {
+  int32_t lane;
+  std::memcpy(&lane, source, sizeof(lane));
+  return lane;
+}
+
+// Weights of 8 bits, symmetric, a scale a column; x of 8 bits with a scale and a zero a row.
+struct Int8 {
+  using Weight = int8_t;
+  using Input = uint8_t;
+  using Sum = Ints;
+  static constexpr int64_t kGroup = 4;
+};
+
+// Weights and x of bfloat16, sums of float32.
+struct Bf16 {
+  using Weight = uint16_t;
+  using Input = uint16_t;
+  using Sum = Lanes;
+  static constexpr int64_t kGroup = 2;
+};
+
+struct Gemm {
+  const void* x;         // [m, depth] in the format's input type, `stride` of them from row to row
+  const void* weight;    // [ceil(n / kPanel), depth / kGroup, kPanel, kGroup]
+  const float* scale;    // int8: [n] of the columns, then [n] sums of their weights
+  const float* row;      // int8: scale and zero of each row of x, [m, 2]
+  float* y;              // [m, n]
+  int64_t m, n, depth, stride;
+  gemm::Epilogue epilogue;
+};
+
+struct Tile {
+  int64_t row, col;
+};
+
+// Writes `rows` x `vecs` sums that lie side by side, finished.
+[[gnu::noinline]] inline void write(const Gemm& g, const Tile& t, const int32_t* sums, int64_t rows, int64_t vecs) {
+  const gemm::Epilogue& e = g.epilogue;
+  const bool plain = e.activation == gemm::Activation::none && !e.mul.data && !e.add.data;
+  for (int64_t j = 0; j < vecs; ++j) {
+    const int64_t col = t.col + j * kLanes, count = std::min(kLanes, g.n - col);
+    const Lanes scale = Lanes::loadu(g.scale + col, count);
+    const Ints weights = at::vec::convert_to_int_of_same_size(Lanes::loadu(g.scale + g.n + col, count));
+    const Lanes bias = e.bias && plain ? Lanes::loadu(e.bias + col, count) : Lanes(0.f);
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* row = g.row + (t.row + i) * 2;
+      const Ints sum = Ints::loadu(sums + (i * vecs + j) * kLanes) - Ints(static_cast<int32_t>(row[1])) * weights;
+      Lanes v = at::vec::convert_to_fp_of_same_size<float>(sum) * (scale * Lanes(row[0])) + bias;
+      if (!plain) v = gemm::finish(v, e, t.row + i, col, count);
+      v.store(g.y + (t.row + i) * g.n + col, count);
+    }
+  }
+}
+
+[[gnu::noinline]] inline void write(const Gemm& g, const Tile& t, const float* sums, int64_t rows, int64_t vecs) {
+  for (int64_t j = 0; j < vecs; ++j) {
+    const int64_t col = t.col + j * kLanes, count = std::min(kLanes, g.n - col);
+    for (int64_t i = 0; i < rows; ++i) {
+      const Lanes v = gemm::finish(Lanes::loadu(sums + (i * vecs + j) * kLanes), g.epilogue, t.row + i, col, count);
+      v.store(g.y + (t.row + i) * g.n + col, count);
+    }
+  }
+}
+
+// Products of widened halves: even and odd bytes, or the low and high half of each pair.
+namespace widened {
+
+struct DotInt8 : Int8 {
+#if defined(CPU_CAPABILITY_AVX512)
+  struct Pair {
+    __m512i even, odd;
+  };
+  static Pair weights(const int8_t* source) {
+    const __m512i w = _mm512_loadu_si512(source);
+    return {_mm512_srai_epi16(_mm512_slli_epi16(w, 8), 8), _mm512_srai_epi16(w, 8)};
+  }
+  static Pair inputs(const uint8_t* source) {
+    const __m512i x = _mm512_set1_epi32(as_lane(source));
+    return {_mm512_and_si512(x, _mm512_set1_epi32(0x00ff00ff)), _mm512_srli_epi16(x, 8)};
+  }
+  static Ints dot(Ints sum, Pair x, Pair w) {
+    return _mm512_add_epi32(sum, _mm512_add_epi32(_mm512_madd_epi16(x.even, w.even), _mm512_madd_epi16(x.odd, w.odd)));
+  }
+#elif defined(CPU_CAPABILITY_AVX2)
+  struct Pair {
+    __m256i even, odd;
+  };
+  static Pair weights(const int8_t* source) {
+    const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
+    return {_mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), _mm256_srai_epi16(w, 8)};
+  }
+  static Pair inputs(const uint8_t* source) {
+    const __m256i x = _mm256_set1_epi32(as_lane(source));
+    return {_mm256_and_si256(x, _mm256_set1_epi32(0x00ff00ff)), _mm256_srli_epi16(x, 8)};
+  }
+  static Ints dot(Ints sum, Pair x, Pair w) {
+    return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(x.even, w.even), _mm256_madd_epi16(x.odd, w.odd)));
+  }
+#else
+  struct Pair {
+    Ints part[4];
+  };
+  static Pair weights(const int8_t* source) {
+    Pair w;
+    for (int g = 0; g < 4; ++g) {
+      int32_t lanes[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) lanes[i] = source[i * 4 + g];
+      w.part[g] = Ints::loadu(lanes);
+    }
+    return w;
+  }
+  static Pair inputs(const uint8_t* source) {
+    return {{Ints(source[0]), Ints(source[1]), Ints(source[2]), Ints(source[3])}};
+  }
+  static Ints dot(Ints sum, const Pair& x, const Pair& w) {
+    for (int g = 0; g < 4; ++g) sum = sum + x.part[g] * w.part[g];
+    return sum;
+  }
+#endif
+};
+
+struct DotBf16 : Bf16 {
+  struct Pair {
+    Lanes low, high;
+  };
+  static Pair halves(Ints pair) {
+    return {at::vec::cast<float>(pair << Ints(16)), at::vec::cast<float>(pair & Ints(static_cast<int32_t>(0xffff0000)))};
+  }
+  static Pair weights(const uint16_t* source) { return halves(Ints::loadu(source)); }
+  static Pair inputs(const uint16_t* source) { return halves(Ints(as_lane(source))); }
+  static Lanes dot(Lanes sum, Pair x, Pair w) {
+    return at::vec::fmadd(x.high, w.high, at::vec::fmadd(x.low, w.low, sum));
+  }
+};
+
+#include "low_tile.h"
+
+}  // namespace widened
+
+#ifdef CPU_CAPABILITY_AVX512
+#pragma GCC push_options
+#pragma GCC target("avx512vnni,avx512bf16")
+
+namespace native {
+
+struct DotInt8 : Int8 {
+  static __m512i weights(const int8_t* source) { return _mm512_loadu_si512(source); }
+  static __m512i inputs(const uint8_t* source) { return _mm512_set1_epi32(as_lane(source)); }
+  static Ints dot(Ints sum, __m512i x, __m512i w) { return _mm512_dpbusd_epi32(sum, x, w); }
+};
+
+struct DotBf16 : Bf16 {
+  static __m512bh weights(const uint16_t* source) { return (__m512bh)_mm512_loadu_si512(source); }
+  static __m512bh inputs(const uint16_t* source) { return (__m512bh)_mm512_set1_epi32(as_lane(source)); }
+  static Lanes dot(Lanes sum, __m512bh x, __m512bh w) { return _mm512_dpbf16_ps(sum, x, w); }
+};
+
+#include "low_tile.h"
+
+}  // namespace native
+
+#pragma GCC pop_options
+#endif
+
+using TileFunction = void (*)(const Gemm&, const Tile&);
+using Tiles = std::array<TileFunction, kRows * kVecs>;
+
+template <class Format>
+const Tiles& tiles() {
+  constexpr bool bytes = std::is_same_v<Format, Int8>;
+#ifdef CPU_CAPABILITY_AVX512
+  static const bool known = __builtin_cpu_supports(bytes ? "avx512vnni" : "avx512bf16");
+  if (known) {
+    if constexpr (bytes) return native::kTiles<native::DotInt8>;
+    else return native::kTiles<native::DotBf16>;
+  }
+#endif
+  if constexpr (bytes) return widened::kTiles<widened::DotInt8>;
+  else return widened::kTiles<widened::DotBf16>;
+}
+
+// y[m0:m1] at vectors v0..v1-1 of its columns, by one thread.
+template <class Format>
+void panels(const Gemm& g, int64_t m0, int64_t m1, int64_t v0, int64_t v1) {
+  const Tiles& table = tiles<Format>();
+  const int64_t rows = m1 - m0, width = g.depth * static_cast<int64_t>(sizeof(typename Format::Input));
+  const int64_t blocks = at::divup(rows, std::max(4 * kRows, kBlockBytes / std::max<int64_t>(width, 1)));
+  for (int64_t block = 0; block < blocks; ++block) {
+    const auto [b0, b1] = gemm::part(rows, blocks, block);
+    const int64_t count = at::divup(b1 - b0, kRows);
+    for (int64_t v = v0; v < v1;) {
+      const int64_t vecs = std::min(kVecs - v % kVecs, v1 - v);
+      for (int64_t i = 0; i < count; ++i) {
+        const auto [r0, r1] = gemm::part(b1 - b0, count, i);
+        table[(r1 - r0 - 1) * kVecs + vecs - 1](g, {m0 + b0 + r0, v * kLanes});
+      }
+      v += vecs;
+    }
+  }
+}
+
+// Rows of x in the format's type, padded to whole groups; of int8, each with its own scale and zero.
+template <class Format>
+class Input {
+ public:
+  using Element = typename Format::Input;
+
+  Input(gemm::Matrix x, int64_t m, int64_t k)
+      : stride_((k + kLanes - 1) / kLanes * kLanes), data_(new Element[m * stride_ + 64]) {
+    if constexpr (std::is_same_v<Format, Int8>) row_.reset(new float[2 * m]);
+    // A row of 2048 takes about half a microsecond.
+    at::parallel_for(0, m, at::divup(int64_t{64 * 1024}, std::max<int64_t>(k, 1)), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) convert(x.data + i * x.stride, k, i);
+    });
+  }
+
+  const Element* data() const { return data_.get(); }
+  const float* row() const { return row_.get(); }
+  int64_t stride() const { return stride_; }
+
+ private:
+  int64_t stride_;
+  std::unique_ptr<Element[]> data_;
+  std::unique_ptr<float[]> row_;
+
+  void convert(const float* x, int64_t k, int64_t i) {
+    Element* out = data_.get() + i * stride_;
+    if constexpr (std::is_same_v<Format, Int8>) {
+      Lanes low(0.f), high(0.f);
+      for (int64_t d = 0; d < k; d += kLanes) {
+        const Lanes v = Lanes::loadu(x + d, std::min(kLanes, k - d));
+        low = at::vec::minimum(low, v);  // NaN stays
+        high = at::vec::maximum(high, v);
+      }
+      const float least = at::vec::vec_reduce_all<float>([](Lanes a, Lanes b) { return at::vec::minimum(a, b); }, low);
+      const float most = at::vec::vec_reduce_all<float>([](Lanes a, Lanes b) { return at::vec::maximum(a, b); }, high);
+      float step = (most - least) / 255.f;
+      float inverse = step > 0.f ? 1.f / step : 0.f;
+      if (!std::isfinite(step) || !std::isfinite(inverse)) {
+        // A row with NaN or infinity, or whose values span more than float32 or next to nothing: its answer is NaN, or 0.
+        step = std::isfinite(step) ? 0.f : std::numeric_limits<float>::quiet_NaN();
+        inverse = 0.f;
+      }
+      const float zero = std::nearbyint(-least * inverse);
+      row_[2 * i] = step;
+      row_[2 * i + 1] = inverse == 0.f ? 0.f : zero;
+      if (inverse == 0.f) return std::fill_n(out, stride_, Element{0}), void();
+      const Lanes factor(inverse), offset(zero);
+      for (int64_t d = 0; d < k; d += kLanes) {
+        const Lanes v = Lanes::loadu(x + d, std::min(kLanes, k - d));
+        store_bytes((v * factor).round() + offset, out + d);
+      }
+    } else {
+      for (int64_t d = 0; d < k; d += kLanes) {
+        const Lanes v = Lanes::loadu(x + d, std::min(kLanes, k - d));
+        at::vec::convert_from_float<c10::BFloat16>(v, Lanes(0.f)).store(reinterpret_cast<c10::BFloat16*>(out + d), kLanes);
+      }
+    }
+  }
+
+  static void store_bytes(Lanes v, uint8_t* out) {
+    const Lanes whole = at::vec::clamp(v, Lanes(0.f), Lanes(255.f));
+#ifdef CPU_CAPABILITY_AVX512
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(whole)));
+#else
+    float lanes[kLanes];
+    whole.store(lanes);
+    for (int64_t i = 0; i < kLanes; ++i) out[i] = static_cast<uint8_t>(lanes[i]);
+#endif
+  }
+};
+
+// Multiply-adds for which one more thread pays: those of float32, times what an instruction does more.
+template <class Format>
+void run(Gemm g) {
+  if (g.m == 0 || g.n == 0) return;
+  const int64_t grain = (g.m <= kRows ? gemm::kStreamGrain : gemm::kGrain) * Format::kGroup / 2;
+  const int64_t useful = g.m * g.n * g.depth / grain;
+  const int64_t threads = at::in_parallel_region() ? 1 : std::clamp<int64_t>(useful, 1, at::get_num_threads());
+  const int64_t vecs = at::divup(g.n, kLanes);
+  gemm::Gemm like{{}, nullptr, nullptr, g.m, g.n, g.depth, {}};
+  const gemm::Split s = gemm::split(like, vecs, threads);
+  const int64_t unit = g.m > kRows && vecs >= 8 * kVecs * s.cols ? kVecs : 1;
+  const int64_t units = at::divup(vecs, unit);
+  at::parallel_for(0, s.rows * s.cols, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const auto [m0, m1] = gemm::part(g.m, s.rows, i / s.cols);
+      const auto [u0, u1] = gemm::part(units, s.cols, i % s.cols);
+      if (m0 < m1) panels<Format>(g, m0, m1, u0 * unit, std::min(vecs, u1 * unit));
+    }
+  });
+}
+
+}  // namespace grc::low

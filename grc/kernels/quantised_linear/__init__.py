@@ -1,0 +1,96 @@
+"""A linear layer with its weight in int8 or bfloat16, packed in panels for one ISA, and what follows it in the same pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from grc.errors import LoweringError
+from grc.kernels.fusion import Cost, FusedOp
+from grc.kernels.packed_linear import ACTIVATIONS
+from grc.kernels.quantised_linear.cases import CASES
+from grc.kernels.quantised_linear.panels import MAX_DEPTH, Quantised, quantise, rounded, unpack
+
+__all__ = ["MAX_DEPTH", "QUANTISED_LINEAR", "Quantised", "quantise", "rounded", "simulated"]
+
+
+def reference(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    mul: Tensor | None,
+    add: Tensor | None,
+    out_features: int,
+    activation: int,
+) -> Tensor:
+    """act(q(x) @ W.T + bias) * mul + add, of shape [..., N]: x is [..., K], W [N, K] packed by `quantise`, bias [N].
+
+    With int8, W[n] is scale[n] times integers of -127..127, and q(x) rounds each row of x to 256 steps between its least
+    and its largest value, zero among them (dynamic quantisation, a scale a token: Yao et al. 2022, ZeroQuant, section
+    4.1); the sums are exact. With bfloat16, q(x) rounds to bfloat16 and sums are float32. mul and add have the result's
+    shape. A row that holds NaN or infinity gives NaN. Raises LoweringError for an activation that is not 0 to 6.
+    """
+    if not 0 <= activation < len(ACTIVATIONS):
+        raise LoweringError(f"quantised_linear has no activation {activation}", f"choose 0 to {len(ACTIVATIONS) - 1}")
+    weight = unpack(packed, out_features, x.shape[-1]).to(x.dtype)
+    if scale is None:
+        y = functional.linear(x.to(torch.bfloat16).to(x.dtype), weight, bias)
+    else:
+        steps, size = stepped(x)
+        y = functional.linear(steps, weight) * (size * scale[:out_features].to(x.dtype))
+        y = y if bias is None else y + bias
+    y = list(ACTIVATIONS.values())[activation](y)
+    y = y if mul is None else y * mul
+    return y if add is None else y + add
+
+
+def stepped(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of x as whole numbers of steps (-255..255), and the size of a step, [..., 1]. Zero is a whole number.
+
+    The steps are computed in float32, whatever the dtype of x, as the kernel does.
+    """
+    narrow = x.float()
+    low, high = narrow.amin(-1, keepdim=True).clamp(max=0.0), narrow.amax(-1, keepdim=True).clamp(min=0.0)
+    size = (high - low) / 255.0
+    inverse = torch.where(size > 0, 1.0 / size, 0.0)
+    known = torch.isfinite(size) & torch.isfinite(inverse)
+    inverse = torch.where(known, inverse, 0.0)
+    zero = torch.round(-low * inverse)
+    steps = (torch.round(narrow * inverse) + zero).clamp(0.0, 255.0) - zero
+    steps = torch.where(inverse == 0, torch.zeros_like(steps), steps)
+    size = torch.where(known, size, torch.where(torch.isfinite(size), 0.0, torch.nan))
+    return steps.to(x.dtype), size.to(x.dtype)
+
+
+def simulated(x: Tensor, weight: Tensor, bias: Tensor | None, int8: bool) -> Tensor:
+    """What the kernel gives for a weight [N, K] that `rounded` brought to the format's values, without packing it."""
+    if not int8:
+        return functional.linear(x.to(torch.bfloat16).float(), weight, bias)
+    steps, size = stepped(x)
+    y = functional.linear(steps, weight) * size
+    return y if bias is None else y + bias
+
+
+def cost(x: Tensor, packed: Tensor, *rest: object) -> Cost:
+    """x, the weight and the epilogue's operands read once, the result written once; two operations a weight and row."""
+    operands, n = rest[:4], rest[4]
+    assert isinstance(n, int)
+    m, k = x.shape[:-1].numel(), x.shape[-1]
+    read = sum(t.numel() * t.element_size() for t in (x, packed, *operands) if isinstance(t, Tensor))
+    return Cost(read + m * n * x.element_size(), 2 * m * n * k)
+
+
+QUANTISED_LINEAR = FusedOp(
+    schema=(
+        "quantised_linear(Tensor x, Tensor packed, Tensor? scale, Tensor? bias, Tensor? mul, Tensor? add, "
+        "int out_features, int activation) -> Tensor"
+    ),
+    reference=reference,
+    cpu=Path(__file__).parent / "cpu.cpp",
+    cost=cost,
+    cases=CASES,
+)

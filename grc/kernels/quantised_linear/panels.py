@@ -1,0 +1,71 @@
+"""The weight of a quantised linear: int8 with a scale a column, or bfloat16, in panels with groups of steps side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from grc.errors import LoweringError
+from grc.kernels.packed_linear.panels import PANEL
+
+GROUP = {torch.int8: 4, torch.bfloat16: 2}  # `kGroup` in grc/low_gemm.h: what one lane of 32 bits holds
+MAX_DEPTH = 65536  # `kMaxDepth` there: 65536 products of 255 and 127 fit into 32 bits
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A packed weight [ceil(N / panel), ceil(K / group), panel, group] and, of int8, its scales and sums [2 * N]."""
+
+    packed: Tensor
+    scale: Tensor | None
+
+
+def quantise(weight: Tensor, dtype: torch.dtype, isa: str) -> Quantised:
+    """Bring a float32 weight [N, K] to int8 or bfloat16, and lay it out for `isa`, zero-padded.
+
+    Raises LoweringError for another dtype, an ISA without a panel width, a weight that is not 2-D, holds NaN or
+    infinity, or is too deep for int8.
+    """
+    if dtype not in GROUP or isa not in PANEL:
+        raise LoweringError(f'no quantised weight of {dtype} for ISA "{isa}"', "choose int8 or bfloat16")
+    if weight.dim() != 2:
+        raise LoweringError(f"a weight to quantise is [N, K], not {list(weight.shape)}")
+    if not bool(torch.isfinite(weight).all()):
+        raise LoweringError("a weight to quantise holds NaN or infinity", "keep the layer in float32")
+    if dtype is torch.bfloat16:
+        return Quantised(laid_out(weight.detach().to(dtype), isa), None)
+    if weight.shape[1] > MAX_DEPTH:
+        raise LoweringError(f"a layer of {weight.shape[1]} inputs is too deep for int8", f"the limit is {MAX_DEPTH}")
+    whole, scale = whole_numbers(weight.detach())
+    sums = whole.sum(1, dtype=torch.float32)
+    return Quantised(laid_out(whole, isa), torch.cat([scale, sums]))
+
+
+def whole_numbers(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, K] as int8 of -127..127 and a scale [N]: symmetric, the largest weight of each column at the end."""
+    scale = weight.abs().amax(1).float() / 127.0
+    scale = torch.where(scale > 0, scale, 1.0)
+    return torch.round(weight.float() / scale[:, None]).clamp(-127, 127).to(torch.int8), scale
+
+
+def rounded(weight: Tensor, int8: bool) -> Tensor:
+    """The values [N, K] that a quantised weight stands for, in float32."""
+    if not int8:
+        return weight.to(torch.bfloat16).float()
+    whole, scale = whole_numbers(weight)
+    return whole.float() * scale[:, None]
+
+
+def laid_out(weight: Tensor, isa: str) -> Tensor:
+    (n, k), width, group = weight.shape, PANEL[isa], GROUP[weight.dtype]
+    padded = functional.pad(weight, (0, -k % group, 0, -n % width))
+    return padded.view(-(-n // width), width, -(-k // group), group).transpose(1, 2).contiguous()
+
+
+def unpack(packed: Tensor, out_features: int, in_features: int) -> Tensor:
+    """The weight [N, K] out of its panels, in the packed dtype."""
+    panels, steps, width, group = packed.shape
+    return packed.transpose(1, 2).reshape(panels * width, steps * group)[:out_features, :in_features]
