@@ -38,3 +38,7 @@ class ArtifactError(GrcError):
 
 class InputError(GrcError, ValueError):
     """A request does not fit the model: name, dtype, rank, batch or ids."""
+
+
+class EngineError(InputError):
+    """An engine failed on a request in which nothing wrong was found: the fault of the engine or the host."""

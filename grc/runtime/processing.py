@@ -17,16 +17,20 @@ from grc.runtime.artifact import Artifact
 
 
 class Processing:
-    """`preprocess(request)` gives the program's inputs; `postprocess(outputs, request)` gives what the caller wants."""
+    """`preprocess(request)` gives the program's inputs; `postprocess(outputs, request)` gives what the caller wants.
 
-    def __init__(self, artifact: Artifact):
+    `folder` is a copy of the artifact's `processing/` to use instead: a server reads files of a version after another one
+    has taken its place on disk.
+    """
+
+    def __init__(self, artifact: Artifact, folder: Path | None = None):
         entry = artifact.manifest["processing"]
         if entry is None:
             raise ArtifactError(
                 f"{artifact.path.name} has no preprocess and no postprocess",
                 "define them in the model file, or send tensors",
             )
-        self.folder = artifact.path / "processing"
+        self.folder = folder or artifact.path / "processing"
         self.functions = {name: self.find(**place) for name, place in entry.items()}
 
     def find(self, module: str, function: str) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from grc.errors import GrcError, InputError
+from grc.errors import EngineError, GrcError, InputError
 from grc.runtime.artifact import Artifact
 from grc.runtime.buckets import Buckets
 from grc.runtime.engines import Run, part_loader
@@ -146,7 +146,7 @@ class Program:
             raise
         except Exception as error:  # an engine's own failure: name the input where one is to blame
             self.check.ids(inputs)
-            raise InputError(
+            raise EngineError(
                 f"{self.engine_at(batch)} failed: {error}", "check the request with grc run --engine eager"
             ) from error
         if padded:
