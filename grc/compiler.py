@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,11 @@ from grc.manifest import describe
 from grc.options import Options
 from grc.passes.manager import Proof, Record, run_passes
 from grc.passes.pipeline import pipeline
+from grc.precision.calibration import calibration_of
+from grc.precision.formats import check_precision
+from grc.precision.quality import budget
+from grc.precision.search import Lowered, Search
+from grc.precision.sites import find_sites
 from grc.report.html import write_report
 from grc.report.summary import size
 from grc.runtime.artifact import Artifact, write_manifest, writing
@@ -92,17 +97,20 @@ def compile(
     the artifact can't be written; nothing is left behind then.
     """
     options, told = options or Options(), Timed(progress or Silent())
-    target_of(options)  # a GPU that is not there is told before any work is done
+    target_of(options)  # a GPU that is not there, or a precision that has no kernels, is told before any work is done
+    check_precision(options.precision, options.device)
+    budget(options.budget)
     declared = as_model(model, inputs)
     output = options.output or Path(f"{declared.name}.grc")
     with writing(output, options.force) as folder:
         source = traced(declared, told)
         plain = source.graph
         optimised = optimise(source, options, told, after=after)
-        choice, target, optimised_seconds = lower(source, plain, optimised, options, folder, told)
+        lowered = lower_precision(source, optimised, options, told)
+        choice, target, optimised_seconds = lower(source, plain, optimised, options, folder, told, lowered)
         optimised.seconds |= optimised_seconds
         told.begin("write")
-        manifest = describe(source, optimised.graph, optimised.records, choice, target, options, folder)
+        manifest = describe(source, optimised.graph, optimised.records, choice, target, options, folder, lowered)
         told.end(size(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())))
         manifest["stages"] = told.stages
         write_report(manifest, folder)
@@ -159,8 +167,31 @@ def optimise(
     return Optimised(graph, records, proof, {"passes": time.perf_counter() - start})
 
 
+def lower_precision(source: Source, optimised: Optimised, options: Options, progress: Progress) -> Lowered | None:
+    """Find out which tables and layers may be kept in fewer bits. None where none was asked for."""
+    if options.precision == "fp32":
+        return None
+    progress.begin("precision")
+    found = Search(
+        optimised.graph,
+        find_sites(optimised.graph),
+        calibration_of(source, options.calibration),
+        budget(options.budget),
+        options.precision,
+        progress.detail,
+    ).run()
+    progress.end(found.summary())
+    return found
+
+
 def lower(
-    source: Source, plain: fx.GraphModule, optimised: Optimised, options: Options, folder: Path, progress: Progress
+    source: Source,
+    plain: fx.GraphModule,
+    optimised: Optimised,
+    options: Options,
+    folder: Path,
+    progress: Progress,
+    lowered: Lowered | None = None,
 ) -> tuple[Choice, Target, dict[str, float]]:
     """Build, prove and measure the engines, and keep the files of the winners."""
     target = target_of(options)
@@ -183,7 +214,11 @@ def lower(
         with full_precision():
             return build_and_choose(offered, target, parts, requests, options, progress, load, model, gpu.plan)
     requests = make_requests(source, optimised, options)
-    offered = engines_for(ours, unguarded)
+    if lowered is not None and lowered.formats:
+        requests = replace(requests, judge=lowered.judge)
+        offered = engines_for(ours, None, lowered.formats)
+    else:
+        offered = engines_for(ours, unguarded)
     return build_and_choose(offered, target, parts, requests, options, progress, load_built, source.eager_runner())
 
 

@@ -21,6 +21,7 @@ from grc.lowering.engine import Target
 from grc.lowering.store import Store
 from grc.options import Options
 from grc.passes.manager import Record
+from grc.precision.search import Lowered
 from grc.processing import bundle
 from grc.runtime.artifact import FORMAT
 from grc.runtime.version import VERSION
@@ -37,6 +38,7 @@ def describe(
     target: Target,
     options: Options,
     folder: Path,
+    lowered: Lowered | None = None,
 ) -> dict[str, Any]:
     """Write weights, golden requests and graph.txt into `folder`, and return the manifest that names them."""
     store = Store()
@@ -50,6 +52,8 @@ def describe(
     command = f"grc compile {model.file or model.name}"
     if options.device != "cpu":
         command += f" --device {options.device}"
+    if options.precision != "fp32":
+        command += f" --precision {options.precision}"
     return {
         "format": FORMAT,
         "grc": VERSION,
@@ -73,6 +77,7 @@ def describe(
         "batch": {"min": source.min_batch, "max": options.max_batch, "dynamic": source.dynamic},
         "ids": [asdict(entry) for entry in id_ranges(graph)],
         "on_bad_id": options.on_bad_id,
+        "precision": None if lowered is None else lowered.json(),
         "requires": required_operators(graph),
         "parts": parts,
         "choice": [

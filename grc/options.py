@@ -32,6 +32,12 @@ class Options:
     """On a GPU: also build for each of `batches` alone, max-autotuned; minutes of build, kept only where faster."""
     on_bad_id: BadIdPolicy = "error"
     """An id outside its table: refuse the request, read zeros, clamp to the table, or hash into it."""
+    precision: str = "fp32"
+    """The least precision that tables and layers may be kept in, where the budget allows: see grc/precision/formats.py."""
+    budget: tuple[str, ...] = ()
+    """Limits of what fewer bits may cost, such as `max-error=0.02` or `topk-overlap@100=0.99`; empty: the first of these."""
+    calibration: Path | None = None
+    """Rows of real requests (npz, jsonl, parquet), with `label` for labels; None: the model file's calibration()."""
     disable: tuple[str, ...] = ()
     """Passes to leave out."""
     bisect_limit: int | None = None

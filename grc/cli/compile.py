@@ -17,6 +17,7 @@ NAME = "compile"
 EXAMPLES = (
     "grc compile model.py -o model.grc",
     "grc compile model.py --engine onnxruntime --batches 1,32 --max-batch 256",
+    "grc compile model.py --precision int8 --budget max-error=0.01,topk-overlap@100=0.99",
     "grc compile model.py --on-bad-id zero --force --json",
 )
 
@@ -41,6 +42,9 @@ def command(
     static_buckets: Annotated[
         bool, typer.Option("--static-buckets", help="On a GPU: also build for each of --batches alone, autotuned.")
     ] = False,
+    precision: p.Precision = "fp32",
+    budget: p.Budget = None,
+    calibration: p.Calibration = None,
     on_bad_id: p.OnBadId = "error",
     disable: p.Disable = None,
     bisect_limit: p.BisectLimit = None,
@@ -71,6 +75,9 @@ def command(
         buckets=p.batch_sizes(buckets) if buckets else (),
         streams=streams,
         static_buckets=static_buckets,
+        precision=precision,
+        budget=p.limits(budget),
+        calibration=calibration,
         on_bad_id=on_bad_id,
         disable=tuple(disable or ()),
         bisect_limit=bisect_limit,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -26,6 +26,25 @@ BisectLimit = Annotated[
 OnBadId = Annotated[
     BadIdPolicy, typer.Option("--on-bad-id", help="An id outside its table: refuse, read zeros, clamp or hash it.")
 ]
+Precision = Annotated[
+    Literal["fp32", "bf16", "fp16", "int8", "int4", "fp8", "auto"],
+    typer.Option(help="At most this precision for tables and layers, wherever the budget allows."),
+]
+Budget = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="LIMIT,…",
+        help="What fewer bits may cost: max-error=0.02 (the default), topk-overlap@100=0.99, auc-drop=0.001 or "
+        "ndcg-drop@10=0.005; the last two need labels.",
+    ),
+]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Rows of real requests (.npz, .jsonl, .parquet), `label` among them or not; calibration() by default.",
+    ),
+]
 Strict = Annotated[bool, typer.Option("--strict", help="A pass that fails its proof is an error, not rolled back.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier run wrote there.")]
 Timing = Annotated[bool, typer.Option("--timing", help="Show what each pass cost, on stderr.")]
@@ -44,6 +63,11 @@ def batch_sizes(text: str) -> tuple[int, ...]:
     if min(sizes) < 1:
         raise typer.BadParameter("a batch size is at least 1")
     return sizes
+
+
+def limits(texts: Sequence[str] | None) -> tuple[str, ...]:
+    """The limits of a budget, however they were given: by commas, or by several options."""
+    return tuple(part.strip() for text in texts or () for part in text.split(",") if part.strip())
 
 
 def check_passes(names: Sequence[str], known: Sequence[str]) -> None:

@@ -51,7 +51,7 @@ def command(
     if example and request:
         raise typer.BadParameter("--example writes tensors; --request has no example")
     from grc import load
-    from grc.cli import values
+    from grc.runtime import values
     from grc.runtime.structure import output_names
 
     if example:
@@ -71,7 +71,7 @@ def command(
 
 
 def target_format(output: Path | None, form: str | None, default: str) -> str:
-    from grc.cli import values
+    from grc.runtime import values
 
     if output is None:
         return form or default

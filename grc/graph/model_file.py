@@ -190,10 +190,7 @@ def require_eval(model: nn.Module, path: Path | None) -> nn.Module:
 def calling(
     model: nn.Module, get_inputs: Callable[[int], Any], path: Path | None
 ) -> Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Turn what `get_inputs` returns into a call: a tuple is positional, a dict of parameter names is keywords."""
-    signature = inspect.signature(model.forward)
-    parameters = signature.parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    """Turn what `get_inputs` returns into a call, with the user's line where it fails."""
 
     def inputs(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         try:
@@ -205,13 +202,20 @@ def calling(
                 f"{line}: get_inputs({batch}) raised {type(error).__name__}: {error}",
                 "get_inputs(batch) must work for every batch size from 1 up",
             ) from error
-        if isinstance(value, Mapping) and (takes_any or all(key in parameters for key in value)):
-            return (), dict(value)
-        if type(value) is tuple:
-            return value, {}
-        return (value,), {}
+        return as_call(model, value)
 
     return inputs
+
+
+def as_call(model: nn.Module, value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments: a tuple is positional, a dict of parameter names is keywords."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if isinstance(value, Mapping) and (takes_any or all(key in parameters for key in value)):
+        return (), dict(value)
+    if type(value) is tuple:
+        return value, {}
+    return (value,), {}
 
 
 @contextmanager

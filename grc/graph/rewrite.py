@@ -80,9 +80,7 @@ class Rewriter:
         names = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(self.named.get(name, 1))))
         unique = next(n for n in names if not hasattr(self.module, n))
         self.named[name] = self.named.get(name, 0) + 1
-        if (
-            tensor.nbytes > SMALL and tensor.is_floating_point()
-        ):  # AOTInductor clones buffers, and parameters it does not
+        if tensor.nbytes > SMALL:  # AOTInductor clones buffers, and parameters it does not
             self.module.register_parameter(unique, torch.nn.Parameter(tensor, requires_grad=False))
         else:
             self.module.register_buffer(unique, tensor)

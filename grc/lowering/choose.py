@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -18,6 +18,7 @@ from grc.errors import GrcError, LoweringError
 from grc.lowering.eager import Eager
 from grc.lowering.engine import Built, Engine, Lowerable, Target
 from grc.lowering.inductor import Inductor
+from grc.lowering.onnx_int8 import OnnxRuntimeInt8
 from grc.lowering.onnxruntime import OnnxRuntime
 from grc.runtime.engines import Run, load_part
 from grc.runtime.golden import QUALITY, largest_error, within
@@ -34,6 +35,7 @@ class Candidate:
     run: Run
     build_seconds: float
     error: float = 0.0
+    quality: dict[str, float] = field(default_factory=dict)  # of fewer bits, by limit of the budget
     times: dict[int, list[float]] = field(default_factory=dict)
 
     def median(self, batch: int) -> float:
@@ -67,10 +69,19 @@ class Requests:
     truth: Sequence[Sequence[torch.Tensor]]
     baseline: Sequence[float]
     timed: dict[int, list[torch.Tensor]]
+    judge: Callable[[Run], tuple[dict[str, float], str | None]] | None = None
+    """Of fewer bits: an engine's quality, and why it is outside of the budget that stands in the oracle's place."""
 
 
-def engines_for(optimised: Lowerable, source: Lowerable | None) -> list[tuple[Engine, Lowerable]]:
-    """The engines in the order in which ties go: ours, then plain AOTInductor on the graph as it came, then the others."""
+def engines_for(
+    optimised: Lowerable, source: Lowerable | None, formats: Mapping[str, str] | None = None
+) -> list[tuple[Engine, Lowerable]]:
+    """The engines in the order in which ties go: ours, then plain AOTInductor on the graph as it came, then the others.
+
+    With `formats`, those that can keep these weights in fewer bits.
+    """
+    if formats is not None:
+        return [(Inductor(packed=True, formats=formats), optimised), (OnnxRuntimeInt8(formats), optimised)]
     offered: list[tuple[Engine, Lowerable]] = [(Inductor(packed=True), optimised)]
     if source is not None:
         offered.append((Inductor(packed=False), source))
@@ -132,9 +143,15 @@ def prove(candidate: Candidate, requests: Requests) -> str | None:
             return f"fails at batch {batch}: {str(failure).strip().splitlines()[0][:200]}"
         error = largest_error(list(answers), list(truth))
         candidate.error = max(candidate.error, error)
-        if not within(error, baseline, QUALITY):
+        if requests.judge is not None:
+            if error == float("inf"):
+                return f"answers NaN or infinity at batch {batch}"
+        elif not within(error, baseline, QUALITY):
             return f"error {error:.1e} at batch {batch}, the budget is {max(2 * baseline, QUALITY):.1e}"
-    return None
+    if requests.judge is None:
+        return None
+    candidate.quality, reason = requests.judge(candidate.run)
+    return reason
 
 
 @torch.no_grad()

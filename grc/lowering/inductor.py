@@ -6,9 +6,10 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,10 +25,13 @@ from grc.lowering.pack import pack_linears
 
 
 class Inductor:
-    """`packed` gives linear layers to our packed GEMM; without it they go where Inductor sends them."""
+    """`packed` gives linear layers to our packed GEMM; without it they go where Inductor sends them.
 
-    def __init__(self, packed: bool):
-        self.packed = packed
+    `formats` names the weights that are kept in fewer bits, each with its format.
+    """
+
+    def __init__(self, packed: bool, formats: Mapping[str, str] = MappingProxyType({})):
+        self.packed, self.formats = packed, formats
         self.name = "inductor" if packed else "aoti"
 
     def missing(self, target: Target) -> str | None:
@@ -38,7 +42,7 @@ class Inductor:
         return None
 
     def build(self, lowerable: Lowerable, target: Target, folder: Path) -> Built:
-        graph = pack_linears(lowerable.graph, target.isa) if self.packed else lowerable.graph
+        graph = pack_linears(lowerable.graph, target.isa, self.formats) if self.packed else lowerable.graph
         packed = Lowerable(graph, lowerable.inputs, lowerable.shapes)
         used = {n.target for n in graph.graph.nodes if n.op == "call_function"}
         ops = [op for op in OPS if op.overload in used and op.cpu is not None]

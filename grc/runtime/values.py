@@ -26,10 +26,21 @@ def format_of(name: str, given: str | None) -> str:
 
 def decode(data: bytes, form: str, specs: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
     """One tensor for each input. Raises InputError naming the input that is missing, ragged or not numeric."""
+    return tensors_of(decode_columns(data, form), specs, exact=form == "npz")
+
+
+def decode_columns(data: bytes, form: str) -> dict[str, Any]:
+    """Every column of a file by name. Raises InputError where the data is not of this format."""
     try:
-        columns = DECODERS[form](data)
+        return DECODERS[form](data)
     except (ValueError, KeyError, OSError) as error:
         raise InputError(f"the request is no {form}: {first_line(error)}", "see grc run ARTIFACT --example") from error
+
+
+def tensors_of(
+    columns: Mapping[str, Any], specs: Sequence[Mapping[str, Any]], exact: bool = False
+) -> list[torch.Tensor]:
+    """One tensor for each input. Raises InputError for a column that no input has, and for an input without one."""
     names = [spec["name"] for spec in specs]
     for name in columns:
         if name not in names:
@@ -37,7 +48,6 @@ def decode(data: bytes, form: str, specs: Sequence[Mapping[str, Any]]) -> list[t
     for name in names:
         if name not in columns:
             raise InputError(f"the request misses input {name}", f"the inputs are {', '.join(names)}")
-    exact = form == "npz"
     return [tensor_of(columns[spec["name"]], spec, exact) for spec in specs]
 
 

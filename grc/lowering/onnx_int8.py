@@ -1,0 +1,82 @@
+"""ONNX Runtime in int8: onnxruntime's own dynamic quantiser on the exported graph, a scale for each column of a weight."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grc.errors import LoweringError
+from grc.lowering.engine import Built, Lowerable, Target
+from grc.lowering.onnxruntime import FILE, INLINE, OnnxRuntime, externalise, onnx_model
+
+LARGEST = 1 << 30  # bytes: the quantiser holds the whole model in one protobuf, whose limit is 2 GiB
+
+
+class OnnxRuntimeInt8(OnnxRuntime):
+    """`formats` names the weights that may be kept in int8; the others stay in float32."""
+
+    def __init__(self, formats: Mapping[str, str]):
+        self.formats = formats
+
+    def missing(self, target: Target) -> str | None:
+        if "int8" not in self.formats.values():
+            return "no layer is kept in int8, the only format of its own quantiser"
+        return super().missing(target)
+
+    def build(self, lowerable: Lowerable, target: Target, folder: Path) -> Built:
+        proto, constants = onnx_model(lowerable)
+        weights = {str(n.target): n.meta["val"] for n in lowerable.graph.graph.nodes if n.op == "get_attr"}
+        lowered = {tuple(w.shape) for name, w in weights.items() if self.formats.get(name) == "int8"}
+        kept = {tuple(w.shape) for name, w in weights.items() if name not in self.formats} - lowered
+        proto, constants = quantised(proto, constants, {shape[::-1] for shape in kept} | kept)
+        (folder / FILE).write_bytes(proto.SerializeToString())
+        return Built(self.name, FILE, constants)
+
+
+def quantised(
+    proto: Any, constants: dict[str, torch.Tensor], kept: Collection[tuple[int, ...]] = ()
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The model with int8 weights and activations quantised as they come, and its initialisers outside again.
+
+    Raises LoweringError for a model too large for the quantiser.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    total = sum(tensor.nbytes for tensor in constants.values())
+    if total > LARGEST:
+        raise LoweringError(f"{total >> 20} MB of weights are too many for onnxruntime's quantiser")
+    for tensor in proto.graph.initializer:
+        if tensor.name in constants:
+            tensor.ClearField("external_data")
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            tensor.raw_data = constants[tensor.name].detach().contiguous().numpy().tobytes()
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
+    excluded = [
+        node.name
+        for node in proto.graph.node
+        if node.op_type in ("MatMul", "Gemm") and any(shapes.get(name) in kept for name in node.input)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
+        before.write_bytes(proto.SerializeToString())
+        logging.disable(logging.WARNING)
+        try:
+            quantize_dynamic(
+                str(before), str(after), weight_type=QuantType.QInt8, per_channel=True, nodes_to_exclude=excluded
+            )
+        finally:
+            logging.disable(logging.NOTSET)
+        made = onnx.load(str(after))
+    outside = {
+        tensor.name: torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
+        for tensor in made.graph.initializer
+        if len(tensor.raw_data) > INLINE
+    }
+    externalise(made, outside)
+    return made, outside
