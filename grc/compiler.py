@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from grc.manifest import describe
 from grc.options import Options
 from grc.passes.manager import Proof, Record, run_passes
 from grc.passes.pipeline import pipeline
+from grc.precision.apply import with_tables
 from grc.precision.calibration import calibration_of
 from grc.precision.formats import check_precision
 from grc.precision.quality import budget
@@ -106,11 +108,12 @@ def compile(
         source = traced(declared, told)
         plain = source.graph
         optimised = optimise(source, options, told, after=after)
-        lowered = lower_precision(source, optimised, options, told)
+        lowered = lower_precision(source, optimised, options, folder, told)
         choice, target, optimised_seconds = lower(source, plain, optimised, options, folder, told, lowered)
         optimised.seconds |= optimised_seconds
         told.begin("write")
         manifest = describe(source, optimised.graph, optimised.records, choice, target, options, folder, lowered)
+        shutil.rmtree(folder / SCRATCH, ignore_errors=True)
         told.end(size(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())))
         manifest["stages"] = told.stages
         write_report(manifest, folder)
@@ -134,6 +137,7 @@ def traced(model: Model, progress: Progress) -> Source:
     return source
 
 
+SCRATCH = "scratch"  # below an unfinished artifact: what is converted before it is stored
 QUIET = ("normalise", "simplify")  # too many changes to list, none of them a fusion
 
 
@@ -167,19 +171,25 @@ def optimise(
     return Optimised(graph, records, proof, {"passes": time.perf_counter() - start})
 
 
-def lower_precision(source: Source, optimised: Optimised, options: Options, progress: Progress) -> Lowered | None:
-    """Find out which tables and layers may be kept in fewer bits. None where none was asked for."""
+def lower_precision(
+    source: Source, optimised: Optimised, options: Options, folder: Path, progress: Progress
+) -> Lowered | None:
+    """Find out which tables and layers may be kept in fewer bits, and convert the tables. None where none was asked for."""
     if options.precision == "fp32":
         return None
     progress.begin("precision")
+    sites = find_sites(optimised.graph)
     found = Search(
         optimised.graph,
-        find_sites(optimised.graph),
+        sites,
         calibration_of(source, options.calibration),
         budget(options.budget),
         options.precision,
         progress.detail,
     ).run()
+    scratch = folder / SCRATCH
+    scratch.mkdir()
+    optimised.graph = with_tables(optimised.graph, sites, found.formats, scratch)
     progress.end(found.summary())
     return found
 

@@ -95,12 +95,14 @@ def build(ops: Sequence[FusedOp], isa: str, kind: str) -> Path:
 
 
 def call(op: FusedOp, *args: Any, isa: str | None = None) -> Any:
-    """Call the op's C++ kernel in this process, as AOTInductor would. Arguments follow the schema, all positional.
+    """Call the op's C++ kernel in this process, as AOTInductor would. Arguments follow the schema, all positional; its
+    defaults may be left out.
 
     Raises IndexError for an id outside its table and RuntimeError for any other failure, with the kernel's message.
     """
     library = _library(_source(op), isa or target_isa())
     parsed = _parse(op.schema)
+    args = (*args, *(argument.default_value for argument in parsed.arguments[len(args) :]))
     if len(args) != len(parsed.arguments):
         raise TypeError(f"{op.name} takes {len(parsed.arguments)} arguments, not {len(args)}")
     values: list[Any] = []

@@ -29,6 +29,8 @@ class OnnxRuntimeInt8(OnnxRuntime):
         return super().missing(target)
 
     def build(self, lowerable: Lowerable, target: Target, folder: Path) -> Built:
+        if any(n.op == "get_attr" and n.meta["val"].dtype is torch.uint8 for n in lowerable.graph.graph.nodes):
+            raise LoweringError("it would need a float32 copy of the tables that are kept in fewer bits")
         proto, constants = onnx_model(lowerable)
         weights = {str(n.target): n.meta["val"] for n in lowerable.graph.graph.nodes if n.op == "get_attr"}
         lowered = {tuple(w.shape) for name, w in weights.items() if self.formats.get(name) == "int8"}

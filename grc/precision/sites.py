@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from grc.graph.cost import rows_per_sample
-from grc.graph.match import aten, attribute, is_op, value
-from grc.kernels import CROSS, SCORE_TOPK
+from grc.graph.match import argument, aten, attribute, is_op, value
+from grc.kernels import BAG_DOT, BAG_FM, CROSS, LOOKUP, SCORE_TOPK
+from grc.kernels.lookup.row_formats import row_bytes
 from grc.kernels.quantised_linear import MAX_DEPTH
 from grc.precision.formats import BITS
 
 LAYER, TABLE = "layer", "table"
+LOOKUPS = tuple(op.overload for op in (LOOKUP, BAG_DOT, BAG_FM))
 
 
 @dataclass
@@ -29,6 +31,8 @@ class Site:
     work: int  # elements read for one row of the batch, times the rows that each is multiplied with
     width: int = 0  # of a table's rows
     features: list[tuple[fx.Node, int]] = field(default_factory=list)  # of a table: look-up and feature
+    arena: str = ""  # of a table: the constant it lies in, and where, in rows of a 2-D arena or in elements
+    base: int = 0
     head: bool = False  # what it computes is an output, but for an activation
     reason: str | None = None  # why it must stay in float32
 
@@ -37,6 +41,8 @@ class Site:
         return 4 * self.elements
 
     def lowered_bytes(self, form: str) -> int:
+        if self.kind == TABLE:
+            return self.elements // self.width * row_bytes(form, self.width)
         return self.elements * BITS[form] // 8
 
 
@@ -57,7 +63,71 @@ def find_sites(graph: fx.GraphModule) -> list[Site]:
         site.work += tensor.numel() * rows_per_sample(operand(node))
         if node.target is SCORE_TOPK.overload:
             site.reason = "its scores are ranked in float32"
-    return list(found.values())
+    return [*found.values(), *tables(graph)]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One feature of one look-up: which part of which arena it reads, in rows of a 2-D arena or in elements."""
+
+    node: fx.Node
+    feature: int
+    arena: str
+    base: int
+    end: int
+    dim: int
+    name: str
+    length: int
+
+
+def tables(graph: fx.GraphModule) -> list[Site]:
+    """Every float32 table that fused look-ups read. Parts of an arena that overlap, as the features of one table with
+    offsets do, are one site."""
+    found: list[Site] = []
+    spans: list[Reading] = []
+    for reading in sorted(readings(graph), key=lambda r: (r.arena, r.base)):
+        last = spans[-1] if spans else None
+        overlaps = last is not None and last.arena == reading.arena and reading.base < last.end
+        if overlaps and last is not None:
+            spans[-1] = replace(last, end=max(last.end, reading.end))
+            if last.dim != reading.dim:
+                found[-1].reason = "look-ups read it in rows of different widths"
+        else:
+            spans.append(reading)
+            taken = {site.name for site in found}
+            name = reading.name if reading.name not in taken else f"{reading.name}[{reading.base}]"
+            found.append(Site(name, TABLE, [], 0, 0, reading.dim, arena=reading.arena, base=reading.base))
+        site = found[-1]
+        site.nodes.append(reading.node)
+        site.features.append((reading.node, reading.feature))
+        site.work += reading.dim * reading.length
+    for site, span in zip(found, spans, strict=True):
+        flat = value(next(n for n in graph.graph.nodes if str(n.target) == span.arena)).dim() == 1
+        site.elements = (span.end - span.base) * (1 if flat else span.dim)
+    return found
+
+
+def readings(graph: fx.GraphModule) -> Iterator[Reading]:
+    for node in graph.graph.nodes:
+        if node.op != "call_function" or node.target not in LOOKUPS:
+            continue
+        given = call_arguments(node)
+        arena = attribute(graph, given["arena"])
+        if arena is None or arena.dtype is not torch.float32 or given["packing"]:
+            continue
+        dims = given.get("dims") or [given["dim"]] * len(given["bases"])
+        lengths = given.get("lengths") or [1] * len(given["bases"])
+        path = str(given["arena"].target)
+        names = node.meta.get("tables") or [path] * len(dims)
+        for f, (base, rows, dim) in enumerate(zip(given["bases"], given["rows"], dims, strict=True)):
+            end = base + rows * (dim if arena.dim() == 1 else 1)
+            yield Reading(node, f, path, base, end, dim, names[f], lengths[f])
+
+
+def call_arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of a call by name, in the order of its schema, defaults filled in."""
+    names = [entry.name for entry in node.target._schema.arguments]  # type: ignore[union-attr]
+    return {name: argument(node, name) for name in names}
 
 
 def layer_weight(node: fx.Node) -> Any:

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from grc.errors import InputError
 from grc.graph.match import argument, aten, attribute, is_op
 from grc.kernels import CROSS
+from grc.kernels.lookup.pooling import NO_PADDING
+from grc.kernels.lookup.row_formats import rounded_rows
 from grc.kernels.quantised_linear import rounded, simulated
-from grc.precision.sites import LAYER, Site, layer_weight
+from grc.precision.sites import LAYER, Site, call_arguments, layer_weight
 
 Tensors = list[torch.Tensor]
 
@@ -43,6 +46,10 @@ class Trial(fx.Interpreter):
             if site.kind == LAYER and site.name in formats
             for node in site.nodes
         }
+        self.tables: dict[fx.Node, dict[int, str]] = {}
+        for site in sites:
+            for node, feature in site.features if site.name in formats else ():
+                self.tables.setdefault(node, {})[feature] = formats[site.name]
 
     @torch.no_grad()
     def answers(self, inputs: Sequence[torch.Tensor]) -> Tensors:
@@ -52,7 +59,16 @@ class Trial(fx.Interpreter):
         if n in self.layers:
             path, form = self.layers[n]
             return self.layer(n, self.weights.weight(path, n, form), form)
+        if n in self.tables:
+            return n.target(*compacted(self.named(n), self.tables[n]).values())  # type: ignore[operator]
         return super().run_node(n)
+
+    def named(self, node: fx.Node) -> dict[str, Any]:
+        """The values of a call's arguments, by name."""
+        return {
+            name: self.env[value] if isinstance(value, fx.Node) else value
+            for name, value in call_arguments(node).items()
+        }
 
     def layer(self, node: fx.Node, weight: torch.Tensor, form: str) -> torch.Tensor:
         args, _ = self.fetch_args_kwargs_from_env(node)
@@ -64,3 +80,57 @@ class Trial(fx.Interpreter):
         bias = argument(node, "bias")
         given = self.env[bias] if isinstance(bias, fx.Node) else None
         return simulated(args[0], weight, given, int8)
+
+
+def compacted(given: Mapping[str, Any], formats: Mapping[int, str]) -> dict[str, Any]:
+    """A look-up's arguments on a small arena that holds just the rows it reads, those of `formats` rounded.
+
+    A table is rounded row by row, so that these rows are what they would be in the whole table, and no copy of it is made.
+    """
+    arena, ids, bases, rows = given["arena"], given["ids"].clone(), given["bases"], given["rows"]
+    dims = given.get("dims") or [given["dim"]] * len(bases)
+    lengths = given.get("lengths") or [1] * len(bases)
+    linear = given.get("linear")
+    made: dict[str, list[Any]] = {"bases": [], "rows": [], "padding": [], "arena": [], "linear": []}
+    column, start = 0, 0
+    for f, (base, dim, padding) in enumerate(zip(bases, dims, given["padding"], strict=True)):
+        own = own_ids(given, ids, f, column, lengths[f])
+        column += lengths[f]
+        wanted = own != padding if padding != NO_PADDING else torch.ones_like(own, dtype=torch.bool)
+        found, places = torch.unique(own[wanted], return_inverse=True)
+        refuse(found, f, rows[f])
+        own[~wanted] = -1
+        own[wanted] = places.to(own.dtype)
+        table = arena[base : base + rows[f]] if arena.dim() == 2 else arena[base : base + rows[f] * dim].view(-1, dim)
+        read = table[found]
+        made["arena"].append(rounded_rows(read, formats[f]) if f in formats and len(read) else read)
+        made["bases"].append(start)
+        made["rows"].append(len(found))
+        made["padding"].append(-1)
+        if linear is not None:
+            made["linear"].append(linear.reshape(-1)[base + found])
+        start += len(found) * (1 if arena.dim() == 2 else dim)
+    small = torch.cat([part if arena.dim() == 2 else part.reshape(-1) for part in made["arena"]])
+    changed = {"arena": small, "ids": ids, "bases": made["bases"], "rows": made["rows"], "padding": made["padding"]}
+    if linear is not None:
+        changed["linear"] = torch.cat(made["linear"])
+    return {**given, **changed}
+
+
+def own_ids(given: Mapping[str, Any], ids: torch.Tensor, feature: int, column: int, length: int) -> torch.Tensor:
+    """The ids of one feature, as a view of all of them."""
+    offsets = given.get("offsets")
+    if offsets is None:
+        return ids[:, column : column + length]
+    batch = (offsets.shape[0] - 1) // len(given["bases"])
+    return ids[int(offsets[feature * batch]) : int(offsets[(feature + 1) * batch])]
+
+
+def refuse(ids: torch.Tensor, feature: int, rows: int) -> None:
+    """Raise InputError for an id of the calibration data that its table does not have."""
+    bad = ids[(ids < 0) | (ids >= rows)]
+    if len(bad):
+        raise InputError(
+            f"the calibration data has id {int(bad[0])} of feature {feature}; its table has {rows} rows",
+            "leave such rows out, or compile with --on-bad-id zero",
+        )

@@ -44,7 +44,7 @@ def test_refuses_offsets_that_leave_the_ids(wrong: int) -> None:
         ({"lengths": [1, 1, 2]}, "the lengths add up to the columns of ids"),
         ({"padding": []}, "bases, rows, dims and padding have one entry per feature"),
         ({"pooling": 3}, "pooling is 0 sum, 1 mean or 2 max"),
-        ({"arena": torch.zeros(300, 16, dtype=torch.float64)}, "the arena is float32, float16 or bfloat16"),
+        ({"arena": torch.zeros(300, 16, dtype=torch.float64)}, "the arena is float32, float16, bfloat16 or bytes"),
         ({"ids": torch.zeros(5, 3)}, "ids are int32 or int64"),
     ],
 )

@@ -28,14 +28,16 @@ def reference(
     upper: bool,
     diagonal: bool,
     keep_dense: bool,
+    packing: Sequence[int] = (),
 ) -> Tensor:
     """One triangle of T @ T^T, row by row, T = [dense; pooled rows] of shape [B, N, dim] (Naumov et al. 2019, 2.1.3).
 
     dense is [B, dim] in the arena's dtype. The result is [B, N * (N - 1) / 2], plus N with the diagonal, plus dim in
-    front with keep_dense, in the arena's dtype. Look-up arguments are those of `lookup`.
+    front with keep_dense, in the arena's dtype. Look-up arguments are those of `lookup`; beside an arena of bytes, dense
+    and the result are float32.
     """
     dims = [dim] * len(bases)
-    blocks = pooled_rows(arena, ids, offsets, weights, bases, rows, dims, lengths, pooling, padding)
+    blocks = pooled_rows(arena, ids, offsets, weights, bases, rows, dims, lengths, pooling, padding, packing)
     if dense is not None:
         blocks = [dense.unsqueeze(1), *blocks]
     tile = widened(torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0])
@@ -45,7 +47,8 @@ def reference(
         chosen = [i * n + j for i in range(n) for j in range(i + (not diagonal), n)]
     else:
         chosen = [i * n + j for i in range(n) for j in range(i + diagonal)]
-    pairs = products.index_select(1, torch.tensor(chosen, dtype=torch.int64, device=ids.device)).to(arena.dtype)
+    pairs = products.index_select(1, torch.tensor(chosen, dtype=torch.int64, device=ids.device))
+    pairs = pairs if packing else pairs.to(arena.dtype)
     return torch.cat([dense, pairs], 1) if keep_dense and dense is not None else pairs
 
 
@@ -63,7 +66,8 @@ def cost(arena: Tensor, ids: Tensor, *rest: object) -> Cost:
 BAG_DOT = FusedOp(
     schema=(
         "bag_dot(Tensor arena, Tensor ids, Tensor? offsets, Tensor? weights, Tensor? dense, int[] bases, int[] rows, "
-        "int dim, int[] lengths, int pooling, int[] padding, bool upper, bool diagonal, bool keep_dense) -> Tensor"
+        "int dim, int[] lengths, int pooling, int[] padding, bool upper, bool diagonal, bool keep_dense, "
+        "int[] packing=[]) -> Tensor"
     ),
     reference=reference,
     cpu=Path(__file__).parent / "cpu.cpp",

@@ -18,7 +18,8 @@ struct Pairs {
 
 template <class T, class Id>
 void bag_dot(const Bags& bags, const std::optional<View>& dense, int64_t dim, const Pairs& pairs, int64_t width,
-             T* out) {
+             typename Reader<T, Id>::Value* out) {
+  using Value = typename Reader<T, Id>::Value;
   const Reader<T, Id> reader(bags);
   const int64_t extra = dense ? 1 : 0;
   const int64_t rows = bags.features() + extra;
@@ -28,18 +29,23 @@ void bag_dot(const Bags& bags, const std::optional<View>& dense, int64_t dim, co
     for (int64_t b = begin; b < std::min(begin + kAhead, end); ++b) reader.prefetch(b);
     for (int64_t b = begin; b < end; ++b) {
       if (b + kAhead < end) reader.prefetch(b + kAhead);
-      T* target = out + b * width;
+      Value* target = out + b * width;
       if (dense) {
-        const T* source = static_cast<const T*>(dense->data) + b * dense->strides[0];
+        const Value* source = static_cast<const Value*>(dense->data) + b * dense->strides[0];
         gram.set(0, source);
-        if (pairs.keep_dense) std::memcpy(target, source, dim * sizeof(T));
+        if (pairs.keep_dense) std::memcpy(target, source, dim * sizeof(Value));
         if (pairs.keep_dense) target += dim;
       }
       for (int64_t f = 0; f < bags.features(); ++f) {
-        if (reader.plain())
-          gram.set(f + extra, reader.row(f, b));
-        else
+        const T* row = reader.plain() ? reader.row(f, b) : nullptr;
+        if (!reader.plain())
           reader.pool(f, b, gram.tile(f + extra));
+        else if constexpr (std::is_same_v<T, Value>)
+          gram.set(f + extra, row);
+        else if (row != nullptr)
+          reader.widen(f, row, gram.tile(f + extra));
+        else
+          gram.set(f + extra, static_cast<const float*>(nullptr));
       }
       gram.pairs(pairs.upper, pairs.diagonal, target);
     }
@@ -53,27 +59,30 @@ GRC_EXPORT AOTITorchError aoti_torch_cpu_bag_dot(
     AtenTensorHandle arena, AtenTensorHandle ids, AtenTensorHandle* offsets, AtenTensorHandle* weights,
     AtenTensorHandle* dense, const int64_t* bases, int64_t bases_len_, const int64_t* rows, int64_t rows_len_,
     int64_t dim, const int64_t* lengths, int64_t lengths_len_, int64_t pooling, const int64_t* padding,
-    int64_t padding_len_, int32_t upper, int32_t diagonal, int32_t keep_dense, AtenTensorHandle* ret0) {
+    int64_t padding_len_, int32_t upper, int32_t diagonal, int32_t keep_dense, const int64_t* packing,
+    int64_t packing_len_, AtenTensorHandle* ret0) {
   return grc::guard([&] {
     const std::vector<int64_t> dims(bases_len_, dim);
     const grc::Bags bags(arena, ids, offsets, weights, {bases, bases_len_}, {rows, rows_len_},
-                         {dims.data(), bases_len_}, {lengths, lengths_len_}, pooling, {padding, padding_len_});
+                         {dims.data(), bases_len_}, {lengths, lengths_len_}, pooling, {padding, padding_len_},
+                         {packing, packing_len_});
     std::optional<grc::View> first;
     if (dense != nullptr) {
       first.emplace(*dense);
       grc::require(first->rank == 2 && first->sizes[0] == bags.batch && first->sizes[1] == dim, "dense is [B, dim]");
       grc::require(first->strides[1] == 1 || dim == 1, "dense's rows are contiguous");
-      grc::require(first->dtype == bags.arena.dtype, "dense has the arena's dtype");
+      grc::require(first->dtype == bags.value_dtype(), "dense has the arena's dtype");
     }
     grc::require(first || keep_dense == 0, "keep_dense needs dense");
     const int64_t n = bags.features() + (first ? 1 : 0);
     const int64_t width = n * (n - 1) / 2 + (diagonal ? n : 0) + (keep_dense ? dim : 0);
-    grc::Output out({bags.batch, width}, bags.arena.dtype);
-    grc::by_float_type(bags.arena.dtype, [&](auto value) {
+    grc::Output out({bags.batch, width}, bags.value_dtype());
+    grc::by_row_type(bags.arena.dtype, [&](auto value) {
       grc::by_id_type(bags.ids.dtype, [&](auto id) {
         using T = typename decltype(value)::type;
+        using Id = typename decltype(id)::type;
         const grc::Pairs pairs{upper != 0, diagonal != 0, keep_dense != 0};
-        grc::bag_dot<T, typename decltype(id)::type>(bags, first, dim, pairs, width, out.data<T>());
+        grc::bag_dot<T, Id>(bags, first, dim, pairs, width, out.data<typename grc::Reader<T, Id>::Value>());
       });
     });
     *ret0 = out.release();

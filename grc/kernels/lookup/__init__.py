@@ -24,13 +24,15 @@ def reference(
     lengths: Sequence[int],
     pooling: int,
     padding: Sequence[int],
+    packing: Sequence[int] = (),
 ) -> Tensor:
     """Pooled rows of every feature side by side: [B, sum(dims)] in the arena's dtype.
 
     The arena is [R, D] with bases in rows, or [E] with bases in elements; ids are [B, sum(lengths)], or [V] with
-    feature-major offsets [F * B + 1] (the order of TorchRec's KeyedJaggedTensor).
+    feature-major offsets [F * B + 1] (the order of TorchRec's KeyedJaggedTensor). Of an arena of bytes [E], `packing`
+    gives the format and the first byte of each feature's table, and the result is float32.
     """
-    bags = pooled_rows(arena, ids, offsets, weights, bases, rows, dims, lengths, pooling, padding)
+    bags = pooled_rows(arena, ids, offsets, weights, bases, rows, dims, lengths, pooling, padding, packing)
     return torch.cat([bag.flatten(1) for bag in bags], 1) if len(bags) > 1 else bags[0].flatten(1)
 
 
@@ -47,7 +49,7 @@ def cost(arena: Tensor, ids: Tensor, *rest: object) -> Cost:
 LOOKUP = FusedOp(
     schema=(
         "lookup(Tensor arena, Tensor ids, Tensor? offsets, Tensor? weights, int[] bases, int[] rows, int[] dims, "
-        "int[] lengths, int pooling, int[] padding) -> Tensor"
+        "int[] lengths, int pooling, int[] padding, int[] packing=[]) -> Tensor"
     ),
     reference=reference,
     cpu=Path(__file__).parent / "cpu.cpp",

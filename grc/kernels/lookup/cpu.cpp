@@ -19,7 +19,8 @@ void copy(T* target, const T* source, int64_t width) {
 }
 
 template <class T, class Id>
-void lookup(const Bags& bags, T* out) {
+void lookup(const Bags& bags, typename Reader<T, Id>::Value* out) {
+  using Value = typename Reader<T, Id>::Value;
   const Reader<T, Id> reader(bags);
   int64_t widest = 0;
   for (const Table& table : bags.tables) widest = std::max(widest, table.dim);
@@ -31,13 +32,19 @@ void lookup(const Bags& bags, T* out) {
       if (b + kAhead < end) reader.prefetch(b + kAhead);
       for (int64_t f = 0; f < bags.features(); ++f) {
         const int64_t width = bags.tables[f].dim;
-        T* target = out + b * bags.width + bags.tables[f].out;
+        Value* target = out + b * bags.width + bags.tables[f].out;
         if (reader.plain()) {
           const T* row = reader.row(f, b);
-          if (row != nullptr)
+          if (row == nullptr) {
+            std::fill_n(target, width, Value(0.f));
+          } else if constexpr (std::is_same_v<T, Value>) {
             copy(target, row, width);
-          else
-            std::fill_n(target, width, T(0.f));
+          } else {
+            for (int64_t d = 0; d < width; d += kLanes) {
+              const int64_t count = std::min(kLanes, width - d);
+              store(target + d, reader.lanes(f, row, d, count), count);
+            }
+          }
           continue;
         }
         reader.pool(f, b, pooled.data());
@@ -55,15 +62,16 @@ GRC_EXPORT AOTITorchError aoti_torch_cpu_lookup(
     AtenTensorHandle arena, AtenTensorHandle ids, AtenTensorHandle* offsets, AtenTensorHandle* weights,
     const int64_t* bases, int64_t bases_len_, const int64_t* rows, int64_t rows_len_, const int64_t* dims,
     int64_t dims_len_, const int64_t* lengths, int64_t lengths_len_, int64_t pooling, const int64_t* padding,
-    int64_t padding_len_, AtenTensorHandle* ret0) {
+    int64_t padding_len_, const int64_t* packing, int64_t packing_len_, AtenTensorHandle* ret0) {
   return grc::guard([&] {
     const grc::Bags bags(arena, ids, offsets, weights, {bases, bases_len_}, {rows, rows_len_}, {dims, dims_len_},
-                         {lengths, lengths_len_}, pooling, {padding, padding_len_});
-    grc::Output out({bags.batch, bags.width}, bags.arena.dtype);
-    grc::by_float_type(bags.arena.dtype, [&](auto value) {
+                         {lengths, lengths_len_}, pooling, {padding, padding_len_}, {packing, packing_len_});
+    grc::Output out({bags.batch, bags.width}, bags.value_dtype());
+    grc::by_row_type(bags.arena.dtype, [&](auto value) {
       grc::by_id_type(bags.ids.dtype, [&](auto id) {
         using T = typename decltype(value)::type;
-        grc::lookup<T, typename decltype(id)::type>(bags, out.data<T>());
+        using Id = typename decltype(id)::type;
+        grc::lookup<T, Id>(bags, out.data<typename grc::Reader<T, Id>::Value>());
       });
     });
     *ret0 = out.release();

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from grc.kernels.lookup.row_formats import ROW_FORMATS, row_bytes, unpacked
 
 SUM, MEAN, MAX = 0, 1, 2
 NO_PADDING = -(2**63)
@@ -23,10 +27,12 @@ def pooled_rows(
     lengths: Sequence[int],
     pooling: int,
     padding: Sequence[int],
+    packing: Sequence[int] = (),
 ) -> list[Tensor]:
     """Every feature's bags pooled: blocks [B, features, dim] in feature order, one block if all share a 2-D arena.
 
-    Sums run in float32 for a float16 or bfloat16 arena and are rounded once, at the end.
+    Sums run in float32 for a float16 or bfloat16 arena and are rounded once, at the end. In an arena of bytes, `packing`
+    gives each feature's format and first byte, and the result is float32.
     """
     if arena.dim() == 2:
         if offsets is not None:
@@ -34,7 +40,12 @@ def pooled_rows(
         return [_fixed(arena, ids, weights, bases, lengths, pooling, padding)]
     blocks, start = [], 0
     for f, (base, count, dim) in enumerate(zip(bases, rows, dims, strict=True)):
-        table = arena.narrow(0, base, count * dim).view(count, dim)
+        if packing:
+            form, base = ROW_FORMATS[packing[2 * f]], packing[2 * f + 1]
+            pitch = row_bytes(form, dim)
+            table = Packed(arena.narrow(0, base, count * pitch).view(count, pitch), form, dim)
+        else:
+            table = arena.narrow(0, base, count * dim).view(count, dim)
         if offsets is not None:
             blocks.append(_jagged(table, ids, offsets, weights, [0] * len(bases), pooling, padding, range(f, f + 1)))
             continue
@@ -45,8 +56,32 @@ def pooled_rows(
     return blocks
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A table of bytes [R, row_bytes], whose rows are unpacked as they are gathered."""
+
+    bytes: Tensor
+    form: str
+    dim: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def shape(self) -> tuple[Any, int]:
+        return self.bytes.shape[0], self.dim
+
+
+def _rows(table: Tensor | Packed, ids: Tensor) -> Tensor:
+    """Rows [..., D] of any table."""
+    if isinstance(table, Packed):
+        return unpacked(table.bytes[ids], table.form, table.dim)
+    return functional.embedding(ids, table)
+
+
 def _fixed(
-    table: Tensor,
+    table: Tensor | Packed,
     ids: Tensor,
     weights: Tensor | None,
     bases: Sequence[int],
@@ -59,7 +94,7 @@ def _fixed(
     if any(value != NO_PADDING for value in padding):
         keep = ids != _per_column(padding, lengths, ids)
         ids = torch.where(keep, ids, 0)
-    found = functional.embedding(ids + _per_column(bases, lengths, ids) if any(bases) else ids, table)
+    found = _rows(table, ids + _per_column(bases, lengths, ids) if any(bases) else ids)
     if weights is None and all(length == 1 for length in lengths):
         return found if keep is None else torch.where(keep.unsqueeze(-1), found, 0)
     found = widened(found)
@@ -90,7 +125,7 @@ def _reduce(found: Tensor, keep: Tensor | None, pooling: int) -> Tensor:
 
 
 def _jagged(
-    table: Tensor,
+    table: Tensor | Packed,
     ids: Tensor,
     offsets: Tensor,
     weights: Tensor | None,
@@ -112,7 +147,7 @@ def _jagged(
         keep = keep & (ids != torch.tensor(list(padding), device=ids.device)[feature])
         bag = torch.where(keep, bag, bags)
     row = torch.where(keep, ids + torch.tensor(list(bases), device=ids.device)[feature], 0)
-    found = widened(functional.embedding(row, table))
+    found = widened(_rows(table, row))
     if weights is not None:
         found = found * weights.unsqueeze(-1)
     width = table.shape[1]

@@ -49,11 +49,12 @@ struct Type {
 };
 
 template <class Body>
-void by_float_type(int32_t dtype, const Body& body) {
+void by_row_type(int32_t dtype, const Body& body) {
   if (dtype == aoti_torch_dtype_float32()) return body(Type<float>{});
   if (dtype == aoti_torch_dtype_bfloat16()) return body(Type<c10::BFloat16>{});
   if (dtype == aoti_torch_dtype_float16()) return body(Type<c10::Half>{});
-  throw std::invalid_argument("the arena is float32, float16 or bfloat16");
+  if (dtype == aoti_torch_dtype_uint8()) return body(Type<uint8_t>{});
+  throw std::invalid_argument("the arena is float32, float16, bfloat16 or bytes");
 }
 
 template <class Body>

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "lanes.h"
+#include "row_formats.h"
 #include "tensor.h"
 
 namespace grc {
@@ -25,6 +26,9 @@ struct Ints {
 // Where feature f's rows start in the arena, in elements, and where its ids and its results lie in a sample.
 struct Table {
   int64_t start, stride, rows, dim, padding, column, length, out;
+  RowFormat format = RowFormat::fp32;  // of an arena of bytes
+
+  int64_t row_bytes(int64_t element) const { return element == 1 ? stride : dim * element; }
 };
 
 // The arguments of a look-up, checked once per call: what they promise about the arena is never checked again.
@@ -39,7 +43,7 @@ struct Bags {
   int64_t width = 0;
 
   Bags(AtenTensorHandle arena_, AtenTensorHandle ids_, AtenTensorHandle* offsets_, AtenTensorHandle* weights_,
-       Ints bases, Ints rows, Ints dims, Ints lengths, int64_t pooling_, Ints padding)
+       Ints bases, Ints rows, Ints dims, Ints lengths, int64_t pooling_, Ints padding, Ints packing)
       : arena(arena_), ids(ids_), pooling(pooling_) {
     if (offsets_ != nullptr) offsets.emplace(*offsets_);
     if (weights_ != nullptr) weights.emplace(*weights_);
@@ -47,6 +51,9 @@ struct Bags {
     require(features > 0, "a look-up has at least one feature");
     require(rows.size == features && dims.size == features && padding.size == features,
             "bases, rows, dims and padding have one entry per feature");
+    const bool bytes = arena.dtype == aoti_torch_dtype_uint8();
+    require(packing.size == (bytes ? 2 * features : 0), "packing has a format and a start for each feature of bytes");
+    require(!bytes || arena.rank == 1, "an arena of bytes is [E]");
     require(arena.rank == 1 || arena.rank == 2, "the arena is [elements] or [rows, dim]");
     require(arena.strides[arena.rank - 1] == 1 || arena.sizes[arena.rank - 1] <= 1, "the arena's rows are contiguous");
     require(pooling >= kSum && pooling <= kMax, "pooling is 0 sum, 1 mean or 2 max");
@@ -64,7 +71,10 @@ struct Bags {
     for (int64_t f = 0; f < features; ++f) {
       const int64_t length = offsets ? 0 : lengths[f];
       tables.push_back({0, dims[f], rows[f], dims[f], padding[f], column, length, width});
-      place(tables.back(), bases[f]);
+      if (bytes)
+        unpack(tables.back(), packing[2 * f], packing[2 * f + 1]);
+      else
+        place(tables.back(), bases[f]);
       require(length >= 0, "lengths are not negative");
       column += length;
       width += dims[f];
@@ -72,7 +82,7 @@ struct Bags {
     require(offsets || column == ids.sizes[1], "the lengths add up to the columns of ids");
     if (weights) {
       require(pooling == kSum, "weights go with pooling sum");
-      require(weights->dtype == arena.dtype, "weights have the arena's dtype");
+      require(weights->dtype == value_dtype(), "weights have the arena's dtype");
       require(weights->rank == ids.rank && std::equal(ids.sizes, ids.sizes + ids.rank, weights->sizes),
               "weights have the shape of ids");
     }
@@ -80,10 +90,25 @@ struct Bags {
 
   int64_t features() const { return static_cast<int64_t>(tables.size()); }
 
+  // What rows are summed from and results are written in: bytes stand for float32.
+  int32_t value_dtype() const {
+    return arena.dtype == aoti_torch_dtype_uint8() ? aoti_torch_dtype_float32() : arena.dtype;
+  }
+
   // Rows read per sample, on average: what a thread has to do.
   int64_t rows_per_sample() const { return batch > 0 ? ids.numel() / batch : 0; }
 
  private:
+  void unpack(Table& table, int64_t format, int64_t start) const {
+    require(format >= 0 && format <= static_cast<int64_t>(RowFormat::int4), "a row format is 0 to 4");
+    require(start >= 0 && start % 4 == 0 && table.rows >= 0 && table.dim > 0, "a start or a table's size is out of range");
+    table.format = static_cast<RowFormat>(format);
+    table.stride = packed_bytes(table.format, table.dim);
+    table.start = start;
+    require(start <= arena.sizes[0] && table.rows <= (arena.sizes[0] - start) / table.stride,
+            "a table reaches past the arena");
+  }
+
   void place(Table& table, int64_t base) const {
     require(base >= 0 && table.rows >= 0 && table.dim > 0, "a base or a table's size is out of range");
     if (arena.rank == 2) {
@@ -103,9 +128,12 @@ struct Bags {
 constexpr int64_t kAhead = 3;
 constexpr int64_t kAheadRows = 4;
 
+// Rows of T, ids of Id. T is uint8_t for an arena of bytes, whose rows are unpacked as they are read.
 template <class T, class Id>
 class Reader {
  public:
+  using Value = std::conditional_t<std::is_same_v<T, uint8_t>, float, T>;
+
   struct Bag {
     int64_t first, length;
   };
@@ -114,7 +142,7 @@ class Reader {
       : bags_(bags),
         arena_(static_cast<const T*>(bags.arena.data)),
         ids_(static_cast<const Id*>(bags.ids.data)),
-        weights_(bags.weights ? static_cast<const T*>(bags.weights->data) : nullptr),
+        weights_(bags.weights ? static_cast<const Value*>(bags.weights->data) : nullptr),
         wide_(bags.offsets && bags.offsets->dtype == aoti_torch_dtype_int64()) {
     require(!bags.offsets || wide_ || bags.offsets->dtype == aoti_torch_dtype_int32(), "offsets are int32 or int64");
     step_ = bags.ids.strides[bags.ids.rank - 1];
@@ -128,6 +156,20 @@ class Reader {
   }
 
   bool weighted() const { return weights_ != nullptr; }
+
+  // Columns d..d+count-1 of a row of feature f, the rest zeros.
+  Lanes lanes(int64_t f, const T* row, int64_t d, int64_t count = kLanes) const {
+    if constexpr (std::is_same_v<T, uint8_t>)
+      return unpacked(bags_.tables[f].format, row, bags_.tables[f].dim, d, count);
+    else
+      return load(row + d, count);
+  }
+
+  // A whole row in float32 into `out`, whose width is dim padded to whole vectors.
+  void widen(int64_t f, const T* row, float* out) const {
+    const int64_t dim = bags_.tables[f].dim;
+    for (int64_t d = 0; d < dim; d += kLanes) lanes(f, row, d, std::min(kLanes, dim - d)).store(out + d);
+  }
 
   Bag bag(int64_t f, int64_t b) const {
     if (!bags_.offsets) return {bags_.tables[f].column, bags_.tables[f].length};
@@ -178,7 +220,7 @@ class Reader {
     const bool single = here.length == 1 && !weighted();
     for (int64_t d = 0; d < table.dim; d += kLanes) {
       const int64_t count = std::min(kLanes, table.dim - d);
-      const Lanes value = single ? load(row(f, b, here, 0) + d, count) : reduce(f, b, here, d, count, counted);
+      const Lanes value = single ? lanes(f, row(f, b, here, 0), d, count) : reduce(f, b, here, d, count, counted);
       value.store(out + d);
     }
   }
@@ -187,7 +229,7 @@ class Reader {
   const Bags& bags_;
   const T* arena_;
   const Id* ids_;
-  const T* weights_;
+  const Value* weights_;
   bool wide_;
   bool plain_;
   int64_t step_ = 1, sample_ = 0, weight_step_ = 1, weight_sample_ = 0;
@@ -203,7 +245,7 @@ class Reader {
     const Table& table = bags_.tables[f];
     const uint64_t id = static_cast<uint64_t>(ids_[b * sample_ + (bag.first + k) * step_]);
     const uint64_t first = reinterpret_cast<uint64_t>(arena_) + (table.start + id * table.stride) * sizeof(T);
-    const uint64_t last = first + table.dim * sizeof(T) - 1;
+    const uint64_t last = first + table.row_bytes(sizeof(T)) - 1;
     for (uint64_t line = first & ~63ull; line <= last; line += 64) __builtin_prefetch(reinterpret_cast<void*>(line));
   }
 
@@ -212,9 +254,9 @@ class Reader {
     for (int64_t k = 0; k < bag.length; ++k) {
       const T* source = row(f, b, bag, k);
       if (source == nullptr) continue;
-      const Lanes value = load(source + d, count);
+      const Lanes value = lanes(f, source, d, count);
       if (weighted()) {
-        const T weight = weights_[b * weight_sample_ + (bag.first + k) * weight_step_];
+        const Value weight = weights_[b * weight_sample_ + (bag.first + k) * weight_step_];
         sum = at::vec::fmadd(Lanes(static_cast<float>(weight)), value, sum);
       } else if (bags_.pooling == kMax) {
         sum = at::vec::maximum(sum, value);

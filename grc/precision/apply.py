@@ -1,0 +1,91 @@
+"""Apply the outcome to the tables of a graph: arenas of bytes, in which every table has its own format.
+
+Layers are packed when an engine is built (grc/lowering/pack.py), since their layout depends on the ISA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import fx
+
+from grc.graph.match import attribute
+from grc.graph.rewrite import Rewriter, copy_graph
+from grc.kernels.lookup.row_formats import LINE, pack_table, packing, row_bytes
+from grc.precision.sites import TABLE, Site, call_arguments
+
+
+def with_tables(
+    graph: fx.GraphModule, sites: Sequence[Site], formats: Mapping[str, str], scratch: Path
+) -> fx.GraphModule:
+    """A copy of the graph whose look-ups read the tables in `formats`; the graph itself where no table is among them.
+
+    Arenas of bytes are written into files below `scratch` and mapped, so that converting a table takes no memory that
+    can't be given back.
+    """
+    lowered = {site.arena for site in sites if site.kind == TABLE and site.name in formats}
+    if not lowered:
+        return graph
+    copy = copy_graph(graph)
+    edit = Rewriter(copy)
+    for index, path in enumerate(sorted(lowered)):
+        own = [site for site in sites if site.kind == TABLE and site.arena == path]
+        place = convert(edit, path, own, formats, scratch / f"arena{index}.bytes")
+        for node in [n for n in copy.graph.nodes if n.op == "call_function"]:
+            rewrite(node, path, place, edit)
+    edit.finish()
+    return copy
+
+
+@dataclass(frozen=True)
+class Place:
+    """An arena of bytes: where each of its tables begins, and in which format it lies there."""
+
+    arena: fx.Node
+    flat: bool
+    tables: list[tuple[Site, str, int]]
+
+    def of(self, base: int) -> tuple[str, int]:
+        """Format and first byte of the part of a table that begins at `base` of the float32 arena."""
+        site, form, start = next(t for t in reversed(self.tables) if t[0].base <= base)
+        rows = (base - site.base) // (site.width if self.flat else 1)
+        return form, start + rows * row_bytes(form, site.width)
+
+
+def convert(edit: Rewriter, path: str, sites: Sequence[Site], formats: Mapping[str, str], file: Path) -> Place:
+    """Write every table of one arena as bytes, one after the other on cache lines."""
+    node = next(n for n in edit.graph.nodes if n.op == "get_attr" and str(n.target) == path)
+    arena = attribute(edit.module, node)
+    assert arena is not None
+    tables, end = [], 0
+    for site in sorted(sites, key=lambda site: site.base):
+        form = formats.get(site.name, "fp32")
+        tables.append((site, form, end))
+        end += -(-site.lowered_bytes(form) // LINE) * LINE
+    out = torch.from_file(str(file), shared=True, size=end, dtype=torch.uint8)
+    for site, form, start in tables:
+        flat = arena.detach().view(-1, site.width)
+        first = site.base // (site.width if arena.dim() == 1 else 1)
+        table = flat[first : first + site.elements // site.width]
+        pack_table(table, form, out[start : start + site.lowered_bytes(form)])
+    return Place(edit.parameter(f"{node.name}_packed", out), arena.dim() == 1, tables)
+
+
+def rewrite(node: fx.Node, path: str, place: Place, edit: Rewriter) -> None:
+    """Let a look-up of this arena read the bytes."""
+    if getattr(node.target, "namespace", "") != "grc" or "packing" not in call_argument_names(node):
+        return
+    given = call_arguments(node)
+    if not isinstance(given["arena"], fx.Node) or str(given["arena"].target) != path:
+        return
+    found = [place.of(base) for base in given["bases"]]
+    given["arena"] = place.arena
+    given["packing"] = packing([form for form, _ in found], [start for _, start in found])
+    node.args, node.kwargs = tuple(given.values()), {}
+
+
+def call_argument_names(node: fx.Node) -> list[str]:
+    return [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
