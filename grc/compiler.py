@@ -108,8 +108,9 @@ def compile(
         source = traced(declared, told)
         plain = source.graph
         optimised = optimise(source, options, told, after=after)
-        lowered = lower_precision(source, optimised, options, folder, told)
-        choice, target, optimised_seconds = lower(source, plain, optimised, options, folder, told, lowered)
+        lowered, graph = lower_precision(source, optimised, options, folder, told)
+        built = Optimised(graph, optimised.records, optimised.proof)
+        choice, target, optimised_seconds = lower(source, plain, built, options, folder, told, lowered)
         optimised.seconds |= optimised_seconds
         told.begin("write")
         manifest = describe(source, optimised.graph, optimised.records, choice, target, options, folder, lowered)
@@ -173,10 +174,13 @@ def optimise(
 
 def lower_precision(
     source: Source, optimised: Optimised, options: Options, folder: Path, progress: Progress
-) -> Lowered | None:
-    """Find out which tables and layers may be kept in fewer bits, and convert the tables. None where none was asked for."""
+) -> tuple[Lowered | None, fx.GraphModule]:
+    """Find out which tables and layers may be kept in fewer bits, and convert the tables in the graph that is built.
+
+    None, and the graph as it is, where no fewer bits were asked for.
+    """
     if options.precision == "fp32":
-        return None
+        return None, optimised.graph
     progress.begin("precision")
     sites = find_sites(optimised.graph)
     found = Search(
@@ -189,9 +193,9 @@ def lower_precision(
     ).run()
     scratch = folder / SCRATCH
     scratch.mkdir()
-    optimised.graph = with_tables(optimised.graph, sites, found.formats, scratch)
+    graph = with_tables(optimised.graph, sites, found.formats, scratch)
     progress.end(found.summary())
-    return found
+    return found, graph
 
 
 def lower(

@@ -45,6 +45,8 @@ def describe(
     parts = [part_entry(candidate, store, graph, target) for candidate in choice.parts]
     store.write(folder / "weights.safetensors")
     write_golden(source, choice, folder)
+    if lowered is not None:
+        lowered.write(folder / "calibration.safetensors")
     (folder / "graph.txt").write_text(show(graph))
     limits = boundaries(choice.winners, buckets=choice.plan is not None and bool(choice.plan.buckets))
     inputs, outputs = described(source)
@@ -88,6 +90,7 @@ def describe(
         "rejected": choice.rejected,
         "passes": [record_entry(record) for record in records],
         "quality": {c.built.engine: c.error for c in choice.candidates},
+        "budget_quality": {c.built.engine: c.quality for c in choice.candidates if c.quality},
         "capture": {"mode": source.mode, "notes": source.notes},
         "layers": [asdict(layer) for layer in layers(source.graph)],
         "processing": bundle(model, folder),

@@ -17,6 +17,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +83,7 @@ class Recommender(nn.Module):
 
 
 def checkpoint() -> Path:
-    """The folder with config.json, vocabulary.json, requests.json and model.safetensors.
+    """The folder with config.json, vocabulary.json, requests.json, targets.json and model.safetensors.
 
     Raises FileNotFoundError, which says how to train one.
     """
@@ -110,10 +111,12 @@ def get_inputs(batch: int, seed: int = 0) -> tuple[Tensor]:
     return (_encode([requests[i] for i in picks.tolist()]),)
 
 
-def calibration() -> list[tuple[Tensor]]:
-    """The requests that training set aside, in batches of 32, for choosing the scales of int8."""
+def calibration() -> list[dict[str, Any]]:
+    """The requests that training set aside, in batches of 64, labelled with the film that each user rated next."""
     requests = _requests(checkpoint())
-    return [(_encode(requests[i : i + 32]),) for i in range(0, len(requests), 32)]
+    targets = torch.tensor(json.loads((checkpoint() / "targets.json").read_text()))
+    parts = range(0, len(requests), 64)
+    return [{"inputs": (_encode(requests[i : i + 64]),), "labels": targets[i : i + 64]} for i in parts]
 
 
 def assets() -> list[Path]:

@@ -2,7 +2,8 @@
 
     python examples/movielens/train.py --size small
 
-Writes config.json, vocabulary.json, requests.json and model.safetensors to .data/checkpoint-SIZE, which model.py reads.
+Writes config.json, vocabulary.json, requests.json, targets.json and model.safetensors to .data/checkpoint-SIZE, which
+model.py reads.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,10 @@ def train(corpus: Corpus, size: dict[str, int], recipe: Recipe, seed: int = 0, q
     return model.eval()
 
 
+Model = Recommender | Callable[[Tensor], dict[str, Tensor]]
+"""The module, or an artifact of it."""
+
+
 def loss(outputs: dict[str, Tensor], labels: Labels, task_weight: float) -> Tensor:
     """Cross-entropy over all films, plus `task_weight` times the tasks' own over the labels that are known."""
     targets = torch.from_numpy(labels.films)
@@ -95,7 +101,7 @@ def loss(outputs: dict[str, Tensor], labels: Labels, task_weight: float) -> Tens
     return cost
 
 
-def rank(model: Recommender | None, corpus: Corpus, examples: Index) -> dict[str, float]:
+def rank(model: Model | None, corpus: Corpus, examples: Index) -> dict[str, float]:
     """HR@10 and NDCG@10 among all films the user has not rated before; of the most popular films if `model` is None.
 
     With a model also the area under the ROC curve of engagement and monetization. Not of retention: nothing follows a
@@ -116,14 +122,16 @@ def rank(model: Recommender | None, corpus: Corpus, examples: Index) -> dict[str
     return figures
 
 
-def predict(model: Recommender, corpus: Corpus, examples: Index) -> dict[str, NDArray[np.float32]]:
-    training = model.training
-    model.eval()
+def predict(model: Model, corpus: Corpus, examples: Index) -> dict[str, NDArray[np.float32]]:
+    training = isinstance(model, nn.Module) and model.training
+    if isinstance(model, nn.Module):
+        model.eval()
     with torch.inference_mode():
         parts = [
             model(torch.from_numpy(corpus.inputs(some))) for some in np.array_split(examples, -(-len(examples) // 512))
         ]
-    model.train(training)
+    if isinstance(model, nn.Module):
+        model.train(training)
     return {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
 
 
@@ -140,9 +148,10 @@ def save(model: Recommender, corpus: Corpus, size: dict[str, int], facts: dict[s
     (folder / "config.json").unlink(missing_ok=True)
     save_file(model.state_dict(), folder / "model.safetensors")
     corpus.vocabulary.write(folder / "vocabulary.json")
-    examples = np.random.default_rng(0).permutation(corpus.validation)[:256]
+    examples = np.random.default_rng(0).permutation(corpus.validation)
     requests = [asdict(corpus.request(example)) for example in examples.tolist()]
     (folder / "requests.json").write_text(json.dumps(requests))
+    (folder / "targets.json").write_text(json.dumps(corpus.film[examples].tolist()))
     config = {"model": {"films": len(corpus.vocabulary.films), **size}, **facts}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 

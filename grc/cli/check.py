@@ -16,7 +16,8 @@ def command(artifact: p.ArtifactPath, json: p.Json = False, traceback: Traceback
     """Verify every checksum, then replay the golden requests through each part and through the chosen routing.
 
     Exit code 1 when a file is damaged, this host can't run the artifact, or an answer is off by more than 1e-4 of the
-    largest answer.
+    largest answer. Where tables or layers are kept in fewer bits, quality is measured again on the calibration rows that
+    the artifact carries, and held against its budget.
     """
     from grc import Artifact, Program
     from grc.errors import ArtifactError
@@ -31,20 +32,51 @@ def command(artifact: p.ArtifactPath, json: p.Json = False, traceback: Traceback
         error = replay(Program(opened, engine), requests)
         own = max(recorded[name] for name in ([engine] if engine else engines))
         rows.append({"part": engine or "routing", "error": error, "ok": within(error, own, QUALITY)})
+    limits, measured = remeasure(opened, engines)
     bad = [row for row in rows if not row["ok"]]
     if json:
         put_json(
-            {"path": str(artifact), "files": len(opened.manifest["files"]), "requests": len(requests), "parts": rows}
+            {
+                "path": str(artifact),
+                "files": len(opened.manifest["files"]),
+                "requests": len(requests),
+                "parts": rows,
+                "budget": [str(limit) for limit in limits],
+                "calibrated": measured,
+            }
         )
     else:
         put(f"{artifact}: {len(opened.manifest['files'])} files as written, {len(requests)} golden requests replayed")
         for line in table([(r["part"], f"largest error {r['error']:.1e}", "ok" if r["ok"] else "WRONG") for r in rows]):
             put(line)
+        for engine, values in measured.items():
+            held = [f"{limit.name} {values[limit.name]:.2g} of {limit.bound:g}" for limit in limits]
+            put(f"  {engine} on the calibration rows: {', '.join(held)}")
+    for engine, values in measured.items():
+        broken = [limit for limit in limits if not limit.inside(values[limit.name])]
+        if broken:
+            raise ArtifactError(
+                f"{artifact.name}: {engine} has {broken[0].name} {values[broken[0].name]:.2g}, outside of {broken[0]}",
+                f"rebuild it here: {opened.manifest['command']}",
+            )
     if bad:
         raise ArtifactError(
             f"{artifact.name}: {bad[0]['part']} answers {bad[0]['error']:.1e} away from the model",
             f"rebuild it here: {opened.manifest['command']}",
         )
+
+
+def remeasure(artifact: Any, engines: list[str]) -> tuple[Any, dict[str, dict[str, float]]]:
+    """The budget, and the quality of each part on the calibration rows; nothing where no bits were saved."""
+    from grc import Program
+    from grc.precision.quality import budget, remeasured
+
+    entry = artifact.manifest["precision"]
+    if entry is None:
+        return (), {}
+    limits = budget(entry["budget"])
+    data = artifact.path / "calibration.safetensors"
+    return limits, {e: remeasured(data, Program(artifact, e).run_flat, limits) for e in dict.fromkeys(engines)}
 
 
 def replay(program: Any, requests: list[Any]) -> float:

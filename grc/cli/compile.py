@@ -11,7 +11,7 @@ from grc.cli import parameters as p
 from grc.cli.errors import Traceback, say
 from grc.cli.printing import graph_printer
 from grc.cli.progress import Reporting
-from grc.cli.summary import put_json, show_changes, show_closing, timing_lines
+from grc.cli.summary import put_json, show_changes, show_closing, show_precision, timing_lines
 
 NAME = "compile"
 EXAMPLES = (
@@ -97,4 +97,5 @@ def command(
         put_json({"path": str(artifact.path), "bytes": artifact.bytes, **summary})
         return
     show_changes(summary)
+    show_precision(summary)
     show_closing(summary, str(artifact.path), artifact.bytes)

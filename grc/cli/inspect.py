@@ -81,11 +81,42 @@ def sections(manifest: dict[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]
                 for x in layers
             ],
         ),
+        (precision_title(manifest), precision_rows(manifest)),
         ("fused", [(name(c), place(c), c["saves"]) for c in fused]),
         ("missed", [(name(c), place(c), c["missed"]) for c in missed]),
         ("rolled back", [(r["pass"], r["why"]) for r in rolled_back(manifest)]),
         ("engines: medians by batch, largest error against fp64", engine_rows(manifest)),
         ("files", [(file, size(entry["bytes"])) for file, entry in manifest["files"].items()]),
+    ]
+
+
+def precision_title(manifest: dict[str, Any]) -> str:
+    found = manifest["precision"]
+    if found is None:
+        return ""
+    quality = ", ".join(f"{name} {value:.2g}" for name, value in found["quality"].items())
+    data = found["calibration"]
+    return (
+        f"precision: at most {found['asked']}; {quality}, of {', '.join(found['budget'])}; "
+        f"{data['rows']} rows of {data['origin']}"
+    )
+
+
+def precision_rows(manifest: dict[str, Any]) -> list[tuple[str, ...]]:
+    from grc.cli.summary import why
+    from grc.report.summary import size
+
+    sites = [] if manifest["precision"] is None else manifest["precision"]["sites"]
+    return [
+        (
+            site["name"],
+            site["kind"],
+            site["format"],
+            f"{size(site['bytes'])} -> {size(site['lowered_bytes'])}",
+            "" if site["loss"] is None else f"alone {site['loss']:.0%} of the budget",
+            why(site) if site["reason"] else "",
+        )
+        for site in sites
     ]
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from grc.cli.errors import say
 from grc.report.summary import microseconds, size
 
 MOST = 48  # characters of a source line that are shown
@@ -42,6 +43,37 @@ def show_changes(summary: dict[str, Any]) -> None:
             rows += [("", "", ""), (title, *heads), *entries]
     for line in table(rows):
         put(line)
+
+
+def show_precision(summary: dict[str, Any]) -> None:
+    """What stayed higher than the precision that was asked for and why, and the frontier of quality against bytes."""
+    found = summary["precision"]
+    if found is None:
+        return
+    rows: list[tuple[str, ...]] = []
+    if found["higher"]:
+        rows += [("", "", ""), ("kept higher", "as", "why")]
+        rows += [(site["name"], site["format"], why(site)) for site in found["higher"]]
+    for line in table(rows):
+        put(line)
+    put()
+    heads = [limit.partition("=")[0] for limit in found["budget"]]
+    points = [("bytes", "work", *heads, "")]
+    for point in found["frontier"]:
+        values = [f"{point['quality'][name]:.2g}" for name in heads]
+        mark = "chosen" if point["chosen"] else "" if point["inside"] else f"outside of {', '.join(found['budget'])}"
+        points.append((size(point["bytes"]), f"{point['work']:.0%}", *values, mark))
+    for line in table(points):
+        put(line)
+    for note in found["notes"]:
+        say(f"note: {note}")
+
+
+def why(site: dict[str, Any]) -> str:
+    """The reason, or the share of the budget that its smallest format alone would cost."""
+    if site["reason"]:
+        return site["reason"]
+    return f"alone, fewer bits would spend {site['loss']:.0%} of the budget" if site["loss"] is not None else ""
 
 
 def name(change: dict[str, Any]) -> str:

@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 from torch import fx
 
-from grc.graph.match import attribute
+from grc.graph.match import aten, attribute, is_op, value
 from grc.graph.rewrite import Rewriter, copy_graph
+from grc.kernels import LOOKUP
+from grc.kernels.lookup.pooling import NO_PADDING, SUM
 from grc.kernels.lookup.row_formats import LINE, pack_table, packing, row_bytes
 from grc.precision.sites import TABLE, Site, call_arguments
 
@@ -76,6 +78,9 @@ def convert(edit: Rewriter, path: str, sites: Sequence[Site], formats: Mapping[s
 
 def rewrite(node: fx.Node, path: str, place: Place, edit: Rewriter) -> None:
     """Let a look-up of this arena read the bytes."""
+    if is_op(node, aten.embedding) and str(node.args[0].target) == path:  # type: ignore[union-attr]
+        rewrite_embedding(node, place, edit)
+        return
     if getattr(node.target, "namespace", "") != "grc" or "packing" not in call_argument_names(node):
         return
     given = call_arguments(node)
@@ -85,6 +90,21 @@ def rewrite(node: fx.Node, path: str, place: Place, edit: Rewriter) -> None:
     given["arena"] = place.arena
     given["packing"] = packing([form for form, _ in found], [start for _, start in found])
     node.args, node.kwargs = tuple(given.values()), {}
+
+
+def rewrite_embedding(node: fx.Node, place: Place, edit: Rewriter) -> None:
+    """An embedding of ids of any shape, as a look-up of one feature."""
+    ids: fx.Node = node.args[1]  # type: ignore[assignment]
+    site, form, start = place.tables[0]
+    rows, dim = site.elements // site.width, site.width
+    with edit.at(node):
+        flat = edit.reshape(ids, -1, 1)
+        found = edit.call(
+            LOOKUP.overload, place.arena, flat, None, None, [0], [rows], [dim], [1], SUM, [NO_PADDING],
+            packing([form], [start]),
+        )  # fmt: skip
+        sizes = [size if isinstance(size, int) else -1 for size in value(ids).shape]
+        edit.replace(node, edit.reshape(found, *sizes, dim))
 
 
 def call_argument_names(node: fx.Node) -> list[str]:

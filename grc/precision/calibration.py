@@ -48,7 +48,7 @@ class Calibration:
     def digest(self) -> str:
         """sha256 of every value and label, in order."""
         found = hashlib.sha256()
-        for batch in (*self.batches, *([self.labels] if self.labels is not None else [])):
+        for batch in (*self.batches, *((label,) for label in self.labels or ())):
             for tensor in batch:
                 found.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
                 found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

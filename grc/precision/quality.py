@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from grc.errors import GrcError
 from grc.runtime.golden import largest_error
+from grc.runtime.weights import read_weights
 
 MAX_ERROR, OVERLAP, AUC, NDCG = "max-error", "topk-overlap", "auc-drop", "ndcg-drop"
 METRICS = (MAX_ERROR, OVERLAP, AUC, NDCG)
@@ -98,6 +100,21 @@ class Truth:
         else:
             before, after = (ndcg(scores_of(rows, 2), labels, limit.k or 1) for rows in (self.answers, answers))
         return before - after
+
+
+@torch.no_grad()
+def remeasured(
+    path: Path, run: Callable[[list[Tensor]], Sequence[Tensor]], limits: Sequence[Limit]
+) -> dict[str, float]:
+    """Quality on the calibration rows that an artifact carries, as `Lowered.write` left them."""
+    found: dict[int, dict[str, dict[int, Tensor]]] = {}
+    for key, tensor in read_weights(path).items():
+        batch, kind, index = key.split(".")
+        found.setdefault(int(batch), {"input": {}, "output": {}, "label": {}})[kind][int(index)] = tensor
+    batches = [{kind: [parts[i] for i in sorted(parts)] for kind, parts in found[b].items()} for b in sorted(found)]
+    labels = [batch["label"][0] for batch in batches] if batches[0]["label"] else None
+    truth = Truth([batch["output"] for batch in batches], labels)
+    return truth.measure([list(run(batch["input"])) for batch in batches], limits)
 
 
 def inside(limits: Sequence[Limit], values: Mapping[str, float]) -> bool:

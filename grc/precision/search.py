@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from grc.errors import GrcError
 from grc.precision.calibration import ROWS, Calibration
 from grc.precision.formats import BITS, LAYERS, TABLES
 from grc.precision.quality import Limit, Truth, inside, lost
 from grc.precision.sites import LAYER, Site
 from grc.precision.trial import Rounded, Trial
 from grc.report.summary import size
+from grc.runtime.weights import write_weights
 
 Progress = Callable[[str], None]
 Run = Callable[[list[Tensor]], Sequence[Tensor]]
@@ -46,6 +49,7 @@ class Point:
     work: float
     quality: dict[str, float]
     inside: bool
+    chosen: bool = False
 
 
 @dataclass
@@ -79,6 +83,17 @@ class Lowered:
         """The quality of an engine on all calibration rows, and why it is outside of the budget, or None."""
         found = self.truth.measure([list(run(list(batch))) for batch in self.calibration.batches], self.limits)
         return found, outside(self.limits, found)
+
+    def write(self, path: Path) -> None:
+        """Keep the first calibration rows with their float32 answers and labels: `grc check` measures on them again."""
+        tensors: dict[str, Tensor] = {}
+        kept = self.calibration.first(ROWS)
+        for i, (batch, answers) in enumerate(zip(kept.batches, self.truth.answers, strict=False)):
+            tensors |= {f"{i}.input.{j}": tensor for j, tensor in enumerate(batch)}
+            tensors |= {f"{i}.output.{j}": tensor for j, tensor in enumerate(answers)}
+            if kept.labels is not None:
+                tensors[f"{i}.label.0"] = kept.labels[i]
+        write_weights(path, tensors)
 
     def json(self) -> dict[str, Any]:
         return {
@@ -117,6 +132,12 @@ class Search:
         progress: Progress,
     ):
         self.graph, self.sites, self.limits, self.precision, self.progress = graph, sites, limits, precision, progress
+        unlabelled = [limit for limit in limits if limit.needs_labels and calibration.labels is None]
+        if unlabelled:
+            raise GrcError(
+                f"{unlabelled[0].metric} needs labels, and the calibration data ({calibration.origin}) has none",
+                'give {"inputs": …, "labels": …} from calibration(), or a column "label" in --calibration FILE',
+            )
         self.weights = Rounded(graph)
         self.all = calibration
         self.some = calibration.first(ROWS)
@@ -211,12 +232,16 @@ class Search:
         for i in range(FRONTIER + 1):
             part = order[: round(len(order) * i / FRONTIER)]
             points.append(self.point({site.name: self.options(site)[0] for site in part}))
-        points.append(self.point(formats))
+        points = [point for point in points if point.bytes != self.point_bytes(formats)]
+        points.append(replace(self.point(formats), chosen=True))
         return sorted(points, key=lambda point: -point.bytes)
+
+    def point_bytes(self, formats: Mapping[str, str]) -> int:
+        return sum(site.lowered_bytes(formats.get(site.name, "fp32")) for site in self.sites)
 
     def point(self, formats: Mapping[str, str]) -> Point:
         values = self.measure(formats)
-        count = sum(site.lowered_bytes(formats.get(site.name, "fp32")) for site in self.sites)
+        count = self.point_bytes(formats)
         work = sum(site.work * BITS[formats.get(site.name, "fp32")] for site in self.sites)
         share = work / max(sum(site.work * BITS["fp32"] for site in self.sites), 1)
         return Point(count, round(share, 4), values, inside(self.limits, values))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -109,6 +110,13 @@ def tables(graph: fx.GraphModule) -> list[Site]:
 
 def readings(graph: fx.GraphModule) -> Iterator[Reading]:
     for node in graph.graph.nodes:
+        if is_op(node, aten.embedding):
+            table, ids = attribute(graph, node.args[0]), value(node.args[1])
+            if table is not None and table.dtype is torch.float32 and varying(ids) <= 1 and ids.dim():
+                path, (rows, dim) = str(node.args[0].target), table.shape
+                count = math.prod(size for size in ids.shape if isinstance(size, int))
+                yield Reading(node, 0, path, 0, rows, dim, path, count)
+            continue
         if node.op != "call_function" or node.target not in LOOKUPS:
             continue
         given = call_arguments(node)
@@ -122,6 +130,11 @@ def readings(graph: fx.GraphModule) -> Iterator[Reading]:
         for f, (base, rows, dim) in enumerate(zip(given["bases"], given["rows"], dims, strict=True)):
             end = base + rows * (dim if arena.dim() == 1 else 1)
             yield Reading(node, f, path, base, end, dim, names[f], lengths[f])
+
+
+def varying(ids: torch.Tensor) -> int:
+    """How many sizes of a value are not known: one of them can be left to a reshape."""
+    return sum(not isinstance(size, int) for size in ids.shape)
 
 
 def call_arguments(node: fx.Node) -> dict[str, Any]:

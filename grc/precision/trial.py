@@ -59,6 +59,11 @@ class Trial(fx.Interpreter):
         if n in self.layers:
             path, form = self.layers[n]
             return self.layer(n, self.weights.weight(path, n, form), form)
+        if n in self.tables and is_op(n, aten.embedding):
+            table, ids = self.env[n.args[0]], self.env[n.args[1]]
+            found, places = torch.unique(ids, return_inverse=True)
+            refuse(found, 0, len(table))
+            return rounded_rows(table[found], self.tables[n][0])[places]
         if n in self.tables:
             return n.target(*compacted(self.named(n), self.tables[n]).values())  # type: ignore[operator]
         return super().run_node(n)

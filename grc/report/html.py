@@ -13,6 +13,7 @@ COLOURS = {"inductor": "#2f6f4f", "aoti": "#8fb3a3", "onnxruntime": "#3b6ea8", "
 OTHER = "#7a5c94"
 BAR = 420  # pixels of the slowest time of a batch
 ROW = 22
+HEIGHT = 160  # pixels of the frontier
 
 
 def write_report(manifest: dict[str, Any], folder: Path) -> None:
@@ -30,7 +31,12 @@ def render(manifest: dict[str, Any]) -> str:
     )
     environment.filters |= {"size": size, "microseconds": microseconds}
     return environment.get_template("report.html.j2").render(
-        manifest=manifest, summary=summarise(manifest), charts=charts(manifest), totals=totals(manifest), row=ROW
+        manifest=manifest,
+        summary=summarise(manifest),
+        charts=charts(manifest),
+        totals=totals(manifest),
+        row=ROW,
+        frontier=frontier(manifest),
     )
 
 
@@ -47,6 +53,31 @@ def charts(manifest: dict[str, Any]) -> list[dict[str, Any]]:
         ]
         found.append({"batch": batch, "bars": bars})
     return found
+
+
+def frontier(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """One plot for each limit of the budget: bytes of all tables and layers to the right, the metric upwards."""
+    found = manifest["precision"]
+    if found is None:
+        return []
+    plots = []
+    most = max(point["bytes"] for point in found["frontier"]) or 1
+    for limit in found["budget"]:
+        name, _, bound = limit.partition("=")
+        values = [point["quality"][name] for point in found["frontier"]]
+        low, high = min(0.0, *values), max(float(bound), *values) * 1.1 or 1.0
+        if name.startswith("topk-overlap"):
+            low, high = min(float(bound), *values) - 0.01, 1.0
+
+        def up(value: float, low: float = low, high: float = high) -> float:
+            return HEIGHT - HEIGHT * (value - low) / (high - low)
+
+        points = [
+            {**point, "x": BAR * point["bytes"] / most, "y": up(value), "value": value}
+            for point, value in zip(found["frontier"], values, strict=True)
+        ]
+        plots.append({"name": name, "bound": float(bound), "line": up(float(bound)), "points": points})
+    return plots
 
 
 def totals(manifest: dict[str, Any]) -> dict[str, int]:

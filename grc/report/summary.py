@@ -22,7 +22,30 @@ def summarise(manifest: dict[str, Any]) -> dict[str, Any]:
         "engines": winners(manifest),
         "speed": speed(manifest),
         "error": max((manifest["quality"][p["engine"]] for p in manifest["parts"]), default=0.0),
+        "precision": precision(manifest),
         "next": next_steps(manifest, missed),
+    }
+
+
+def precision(manifest: dict[str, Any]) -> dict[str, Any] | None:
+    """What is kept in fewer bits, what stayed higher than asked for and why; None where no bits were to be saved."""
+    found = manifest["precision"]
+    if found is None:
+        return None
+    sites = found["sites"]
+    lowest = [site for site in sites if site["format"] == found["asked"]]
+    return {
+        "asked": found["asked"],
+        "budget": found["budget"],
+        "quality": found["quality"],
+        "calibration": found["calibration"],
+        "notes": found["notes"],
+        "bytes": sum(site["bytes"] for site in sites),
+        "lowered_bytes": sum(site["lowered_bytes"] for site in sites),
+        "lowered": len(lowest),
+        "higher": [site for site in sites if site not in lowest],
+        "sites": sites,
+        "frontier": found["frontier"],
     }
 
 

@@ -141,8 +141,11 @@ def test_inputs_and_calibration_are_real_and_seeded(checkpoint: Path) -> None:
     assert torch.equal(model.get_inputs(4)[0], model.get_inputs(4)[0])
     assert not torch.equal(model.get_inputs(4)[0], model.get_inputs(4, seed=1)[0])
     batches = model.calibration()
-    assert sum(len(x) for (x,) in batches) == 12
-    assert all(x.shape[1:] == (10, 1024) for (x,) in batches)
+    assert sum(len(batch["labels"]) for batch in batches) == 12
+    for batch in batches:
+        (x,) = batch["inputs"]
+        assert x.shape == (len(batch["labels"]), 10, 1024)
+        assert batch["labels"].dtype == torch.int64 and batch["labels"].min() >= 0 and batch["labels"].max() < 30
 
 
 def test_missing_checkpoint_says_how_to_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,45 @@
+"""How well artifacts rank beside the model they were compiled from: HR@10 and NDCG@10 of the test users, and bytes.
+
+python examples/movielens/evaluate.py build/movielens.grc build/movielens-int8.grc
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import grc
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from movielens import data, model
+from movielens.corpus import Corpus
+from movielens.train import rank
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("artifacts", nargs="+", type=Path)
+    parser.add_argument("--size", choices=["small", "seed"], default="small")
+    parser.add_argument("--data", help="folder with MovieLens-100K; fetched if not given")
+    options = parser.parse_args()
+    os.environ["GRC_MOVIELENS_SIZE"] = options.size
+    corpus = Corpus(data.load(data.locate(options.data)))
+    own = rank(model.get_model(), corpus, corpus.test)
+    print(f"{'':28}HR@10   NDCG@10   weights")
+    print(f"{'the model':28}{own['hr@10']:.4f}  {own['ndcg@10']:.4f}")
+    for path in options.artifacts:
+        program = grc.load(path)
+        found = rank(program, corpus, corpus.test)
+        change = {name: found[name] / own[name] - 1 for name in ("hr@10", "ndcg@10")}
+        size = (path / "weights.safetensors").stat().st_size
+        print(
+            f"{path.name:28}{found['hr@10']:.4f}  {found['ndcg@10']:.4f}   {size / 1e6:.1f} MB   "
+            f"{change['hr@10']:+.2%} and {change['ndcg@10']:+.2%}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""--precision from the command to an artifact that answers, is inspected and is checked again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import grc
+from grc.cli.app import app
+from grc.runtime.artifact import read_manifest, write_manifest
+
+pytestmark = pytest.mark.engine
+
+MODEL = """\
+import torch
+from tests.precision.models import Ranker, ranker_inputs as get_inputs
+
+
+def get_model():
+    torch.manual_seed(0)
+    return Ranker().eval()
+
+
+def calibration():
+    return [{"inputs": get_inputs(64), "labels": torch.arange(64) % 2}]
+"""
+
+
+def run(*words: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("precision") / "ranker.py"
+    file.write_text(MODEL)
+    return file
+
+
+@pytest.fixture(scope="module")
+def artifact(model: Path) -> Path:
+    path = model.parent / "int8.grc"
+    code, out, err = run(
+        "compile", model, "-o", path, "--precision", "int8", "--budget", "max-error=0.05,auc-drop=0.1", "--batches", "8"
+    )
+    assert code == 0, out + err
+    return path
+
+
+def test_answers_are_inside_of_the_budget_and_files_hold_no_table_of_floats(artifact: Path) -> None:
+    program = grc.load(artifact)
+    dense, ids = torch.randn(32, 8), torch.randint(300, (32, 2))
+    from tests.precision.models import Ranker
+
+    torch.manual_seed(0)
+    want = Ranker().eval()(dense, ids)
+    got = program(dense, ids)
+    assert 0 < (got - want).abs().max() <= 0.05
+    assert program(dense[:0], ids[:0]).shape == (0,)
+    dtypes = {str(tensor.dtype) for tensor in program.artifact.weights.values() if tensor.nbytes > 4096}
+    assert "torch.float32" not in dtypes
+    assert not any((artifact / "scratch").glob("*"))
+    with pytest.raises(ValueError, match=r"has id 500 at row 3, column 1; table items\.weight has 500 rows"):
+        ids[3, 1] = 500
+        program(dense, ids)
+
+
+def test_the_manifest_tells_the_whole_search(artifact: Path) -> None:
+    found = read_manifest(artifact)["precision"]
+    assert found["asked"] == "int8" and found["budget"] == ["max-error=0.05", "auc-drop=0.1"]
+    assert found["calibration"]["labels"] is True and found["calibration"]["rows"] == 64
+    assert {site["name"] for site in found["sites"]} == {"deep.weight", "head.weight", "users.weight", "items.weight"}
+    assert found["trials"] > 4 and len(found["frontier"]) > 2
+
+
+def test_inspect_shows_precision_by_layer(artifact: Path) -> None:
+    _, out, _ = run("inspect", artifact)
+    assert "precision: at most int8; max-error" in out and "64 rows of calibration()" in out
+    (line,) = [line for line in out.splitlines() if line.split()[:3] == ["users.weight", "table", "int8"]]
+    assert "19.2 KB -> 6.0 KB" in line
+
+
+def test_the_report_plots_the_frontier(artifact: Path) -> None:
+    page = (artifact / "report.html").read_text()
+    assert "max-error against bytes" in page and "auc-drop against bytes" in page and page.count("<circle") > 4
+
+
+def test_check_measures_the_quality_again(artifact: Path) -> None:
+    code, out, err = run("check", artifact)
+    assert code == 0, err
+    assert "on the calibration rows: max-error" in out and "of 0.05, auc-drop" in out
+    manifest = read_manifest(artifact)
+    kept = manifest["precision"]["budget"]
+    try:
+        manifest["precision"]["budget"] = ["max-error=1e-9"]
+        write_manifest(artifact, manifest)
+        code, _, err = run("check", artifact)
+        assert code == 1 and "inductor has max-error" in err and "outside of max-error=1e-09" in err
+    finally:
+        manifest["precision"]["budget"] = kept
+        write_manifest(artifact, manifest)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--precision", "fp8"), "error: no CPU has fp8"),
+        (("--precision", "int8", "--budget", "speed=9"), "error: 'speed=9' is no limit of quality"),
+        (("--precision", "int8", "--calibration", "none.npz"), "error: no calibration file at none.npz"),
+        (("--precision", "int8", "--budget", "topk-overlap@5=0.9"), "error: no output ranks 5 items"),
+    ],
+)
+def test_what_can_not_be_is_said(model: Path, tmp_path: Path, words: tuple[str, ...], message: str) -> None:
+    code, out, err = run("compile", model, "-o", tmp_path / "x.grc", *words)
+    assert code == 1 and out == ""
+    assert message in err.splitlines()
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_that_are_asked_for_and_missing_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "plain.py"
+    file.write_text(MODEL[: MODEL.index("\n\ndef calibration")])
+    code, _, err = run("compile", file, "-o", tmp_path / "x.grc", "--precision", "int8", "--budget", "auc-drop=0.01")
+    assert code == 1
+    assert "error: auc-drop needs labels, and the calibration data (get_inputs) has none" in err.splitlines()
+
+
+def test_json_holds_the_precision(artifact: Path) -> None:
+    _, out, _ = run("inspect", artifact, "--json")
+    assert json.loads(out)["precision"]["asked"] == "int8"

@@ -1,0 +1,99 @@
+"""Calibration data from a model file and from files of rows; NaN in it is told and survived."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from grc.errors import GrcError, InputError
+from grc.graph.capture import Source
+from grc.precision.calibration import calibration_of
+from tests.precision.models import Ranker, captured, ranker_inputs
+
+
+@pytest.fixture(scope="module")
+def source() -> Source:
+    return captured(Ranker(), ranker_inputs)[0]
+
+
+def given(source: Source, batches: Any) -> Source:
+    source.model.calibration = lambda: batches
+    return source
+
+
+@pytest.fixture(autouse=True)
+def as_before(source: Source) -> Any:
+    yield
+    source.model.calibration = None
+
+
+def test_batches_of_a_model_file_with_and_without_labels(source: Source) -> None:
+    plain = calibration_of(given(source, [ranker_inputs(4), ranker_inputs(5)]), None)
+    assert (plain.rows, plain.labels, plain.origin, plain.real) == (9, None, "calibration()", True)
+    entries = [{"inputs": ranker_inputs(4), "labels": [0, 1, 0, 1]}]
+    labelled = calibration_of(given(source, entries), None)
+    assert labelled.labels is not None and labelled.labels[0].tolist() == [0, 1, 0, 1]
+    assert plain.digest != labelled.digest and len(plain.digest) == 64
+
+
+@pytest.mark.parametrize("form", ["npz", "jsonl", "parquet"])
+def test_rows_of_a_file(source: Source, tmp_path: Path, form: str) -> None:
+    dense, ids = ranker_inputs(70)
+    label = (torch.arange(70) % 2).numpy()
+    file = tmp_path / f"rows.{form}"
+    columns = {"dense": dense.numpy(), "ids": ids.numpy(), "label": label}
+    if form == "npz":
+        np.savez(file, **columns)
+    elif form == "jsonl":
+        rows = [{name: values[i].tolist() for name, values in columns.items()} for i in range(70)]
+        file.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({name: values.tolist() for name, values in columns.items()}), file)
+    found = calibration_of(source, file)
+    assert [len(batch[0]) for batch in found.batches] == [64, 6] and found.origin == file.name
+    assert torch.allclose(torch.cat([batch[0] for batch in found.batches]), dense)
+    assert found.labels is not None and torch.cat(list(found.labels)).tolist() == label.tolist()
+    assert found.first(10).rows == 64
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "calibration() gives no batch"),
+        ([(torch.randn(3, 8),)], "batch 0 of the calibration data (calibration()) does not have the model's inputs"),
+        (
+            [{"inputs": ranker_inputs(2), "labels": [0, 1]}, ranker_inputs(2)],
+            "calibration() gives labels for some batches only",
+        ),
+    ],
+)
+def test_data_that_does_not_fit_is_named(source: Source, batches: Any, message: str) -> None:
+    with pytest.raises(GrcError) as refused:
+        calibration_of(given(source, batches), None)
+    assert refused.value.message == message
+
+
+def test_files_that_do_not_fit_are_named(source: Source, tmp_path: Path) -> None:
+    with pytest.raises(GrcError, match="no calibration file at"):
+        calibration_of(source, tmp_path / "none.npz")
+    np.savez(tmp_path / "rows.npz", dense=np.zeros((3, 8), np.float32))
+    with pytest.raises(InputError, match="the request misses input ids"):
+        calibration_of(source, tmp_path / "rows.npz")
+
+
+def test_nan_is_told_and_left_out(source: Source) -> None:
+    bad = ranker_inputs(4)
+    bad[0][1, 2] = torch.nan
+    found = calibration_of(given(source, [ranker_inputs(5), bad]), None)
+    assert found.rows == 5
+    assert found.notes == ("batch 1 of the calibration data holds NaN or infinity in dense, and is left out",)
+    with pytest.raises(GrcError, match="every batch of the calibration data holds NaN or infinity"):
+        calibration_of(given(source, [bad]), None)

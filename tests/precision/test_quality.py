@@ -1,0 +1,82 @@
+"""Budgets as they are written, and metrics against what their definitions give."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from grc.errors import GrcError
+from grc.precision.quality import Limit, Truth, auc, budget, ndcg, overlap
+
+
+def test_budgets_are_read_as_they_are_written() -> None:
+    assert budget(["max-error=0.01", "topk-overlap@100=0.99", "auc-drop=1e-3", "ndcg-drop@10=0.005"]) == (
+        Limit("max-error", None, 0.01),
+        Limit("topk-overlap", 100, 0.99),
+        Limit("auc-drop", None, 0.001),
+        Limit("ndcg-drop", 10, 0.005),
+    )
+    assert budget([]) == (Limit("max-error", None, 0.02),)
+    assert [str(limit) for limit in budget(["ndcg-drop@10=0.005"])] == ["ndcg-drop@10=0.005"]
+
+
+NO_LIMITS = (
+    *("", "max-error", "max-error=", "max-error=x", "max-error=-1", "max-error=2", "max-error=nan", "max-error@5=0.1"),
+    *("topk-overlap=0.9", "auc-drop@3=0.1", "recall@5=0.1"),
+)
+
+
+@pytest.mark.parametrize("text", NO_LIMITS)
+def test_what_is_no_limit_is_refused(text: str) -> None:
+    with pytest.raises(GrcError) as refused:
+        budget([text])
+    assert refused.value.message == f"{text!r} is no limit of quality"
+    assert refused.value.hint is not None and refused.value.hint.startswith("write --budget max-error=0.02")
+
+
+def test_what_is_lost_is_a_share_of_what_may_be() -> None:
+    assert Limit("max-error", None, 0.02).lost(0.005) == pytest.approx(0.25)
+    assert Limit("topk-overlap", 10, 0.9).lost(0.95) == pytest.approx(0.5)
+    assert Limit("auc-drop", None, 0.001).lost(-0.1) == 0.0
+    assert Limit("max-error", None, 0.0).lost(1e-9) == math.inf
+    assert math.isnan(Limit("max-error", None, 0.02).lost(math.nan)) is True or not Limit(
+        "max-error", None, 0.02
+    ).inside(math.nan)
+
+
+def test_auc_counts_pairs_and_halves_ties() -> None:
+    scores, labels = torch.randint(0, 9, (60,)).double(), torch.randint(0, 2, (60,))
+    pairs = [(p, n) for p in scores[labels == 1] for n in scores[labels == 0]]
+    want = sum((p > n) + 0.5 * (p == n) for p, n in pairs) / len(pairs)
+    assert auc(scores, labels) == pytest.approx(float(want))
+    with pytest.raises(GrcError, match="the labels of the calibration data are all alike"):
+        auc(scores, torch.ones(60))
+
+
+def test_ndcg_is_the_discount_of_the_one_relevant_item() -> None:
+    scores = torch.tensor([[0.9, 0.5, 0.1], [0.1, 0.5, 0.9], [0.2, 0.3, 0.1]]).double()
+    assert ndcg(scores, torch.tensor([0, 0, 0]), 2) == pytest.approx((1 + 0 + 1 / math.log2(3)) / 3)
+
+
+def test_overlap_is_of_the_ranking_that_changed_most() -> None:
+    truth = [[torch.tensor([[4.0, 3.0, 2.0, 1.0]]), torch.tensor([[7, 8, 9]])]]
+    same, swapped = [[torch.tensor([[4.0, 3.0, 2.0, 1.0]]), torch.tensor([[8, 7, 1]])]], [[truth[0][0], truth[0][1]]]
+    assert overlap(truth, swapped, 2) == 1.0
+    assert overlap(truth, same, 2) == 1.0 and overlap(truth, same, 3) == pytest.approx(2 / 3)
+    with pytest.raises(GrcError, match="no output ranks 9 items"):
+        overlap(truth, same, 9)
+
+
+def test_errors_are_relative_to_each_output_and_nan_is_never_inside() -> None:
+    truth = Truth([[torch.tensor([0.001, 0.002]), torch.tensor([100.0])]])
+    (limit,) = budget([])
+    assert truth.one(limit, [[torch.tensor([0.001, 0.0021]), torch.tensor([100.0])]]) == pytest.approx(0.05, rel=1e-4)
+    assert truth.one(limit, [[torch.tensor([0.001, torch.nan]), torch.tensor([100.0])]]) == math.inf
+
+
+def test_metrics_that_no_output_has_are_named() -> None:
+    truth = Truth([[torch.zeros(3, 5)]], [torch.tensor([1, 0, 1])])
+    with pytest.raises(GrcError, match="no output holds one score a row, which auc-drop is about"):
+        truth.measure(truth.answers, budget(["auc-drop=0.1"]))

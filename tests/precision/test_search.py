@@ -1,0 +1,161 @@
+"""What the search lowers, what it keeps and why, and that its trials are what the kernels answer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from grc.kernels import cpp
+from grc.lowering.pack import pack_linears
+from grc.precision.apply import with_tables
+from grc.precision.calibration import Calibration, calibration_of
+from grc.precision.sites import find_sites
+from grc.precision.trial import Rounded, Trial
+from tests.precision.models import Fragile, Ranker, captured, fragile_inputs, ranker_inputs, searched
+
+RANKER_SITES = ["deep.weight", "head.weight", "users.weight", "items.weight"]
+
+
+def test_everything_goes_down_where_the_budget_is_wide() -> None:
+    found = searched(Ranker(), ranker_inputs, "int8", "max-error=0.5")
+    assert {d.name: d.format for d in found.decisions} == dict.fromkeys(RANKER_SITES, "int8")
+    assert found.quality["max-error"] < 0.5
+    # Rows of 16 take 20 bytes instead of 64, and weights a quarter.
+    assert [(d.bytes, d.lowered_bytes) for d in found.decisions[2:]] == [(19200, 6000), (32000, 10000)]
+
+
+def test_nothing_goes_down_where_the_budget_is_nothing() -> None:
+    found = searched(Ranker(), ranker_inputs, "int8", "max-error=0")
+    assert {d.format for d in found.decisions} == {"fp32"} and found.quality == {"max-error": 0.0}
+    assert all(d.reason and d.reason.startswith(("int8: max-error", "bf16: max-error")) for d in found.decisions)
+    assert found.decisions[0].reason.endswith("of max-error=0")
+
+
+def test_int4_is_for_tables_and_a_table_that_it_ruins_takes_more_bits() -> None:
+    wide = searched(Ranker(), ranker_inputs, "int4", "max-error=0.5")
+    assert [d.format for d in wide.decisions] == ["int8", "int8", "int4", "int4"]
+    narrow = searched(Ranker(), ranker_inputs, "int4", "max-error=0.004")
+    assert all(d.format != "int4" for d in narrow.decisions)
+    assert any(d.format in ("int8", "fp16", "bf16") for d in narrow.decisions)
+    assert narrow.quality["max-error"] <= 0.8 * 0.004
+
+
+def test_bf16_is_never_gone_below() -> None:
+    found = searched(Ranker(), ranker_inputs, "bf16", "max-error=0.5")
+    assert {d.format for d in found.decisions} == {"bf16"}
+
+
+def test_a_head_that_fewer_bits_ruin_stays_in_fp32_and_says_why() -> None:
+    found = searched(Fragile(), fragile_inputs, "int8", "max-error=0.02")
+    body, head = found.decisions
+    assert (body.name, body.format) == ("body.weight", "int8")
+    assert (head.name, head.format) == ("head.weight", "fp32")
+    assert head.reason is not None and head.reason.startswith("int8: max-error")
+    assert head.loss is not None and head.loss > 2
+    assert found.quality["max-error"] <= 0.02
+
+
+def test_the_frontier_runs_from_nothing_to_everything() -> None:
+    points = searched(Ranker(), ranker_inputs, "int8", "max-error=0.5").frontier
+    assert [p.bytes for p in points] == sorted((p.bytes for p in points), reverse=True)
+    assert points[0].quality == {"max-error": 0.0} and points[0].work == 1.0
+    assert [p.chosen for p in points].count(True) == 1 and points[-1].chosen
+
+
+def test_the_same_data_give_the_same_outcome() -> None:
+    a, b = (searched(Ranker(), ranker_inputs, "int8", "max-error=0.01").json() for _ in range(2))
+    assert a == b
+
+
+def test_labels_judge_where_the_budget_asks_for_them() -> None:
+    source, _ = captured(Ranker(), ranker_inputs)
+    batches = [source.inputs(64), source.inputs(65)]
+    labels = [torch.randint(0, 2, (64,)), torch.randint(0, 2, (65,))]
+    data = Calibration(batches, labels, "test", True)
+    found = searched(Ranker(), ranker_inputs, "int8", "auc-drop=0.05", calibration=data)
+    assert abs(found.quality["auc-drop"]) <= 0.05 and set(found.quality) == {"auc-drop"}
+
+
+@pytest.mark.parametrize("form", ["int8", "bf16"])
+def test_trials_of_layers_answer_as_the_packed_graph_does(form: str) -> None:
+    source, graph = captured(Ranker(), ranker_inputs)
+    sites = find_sites(graph)
+    formats = {"deep.weight": form, "head.weight": form}
+    packed = pack_linears(graph, cpp.target_isa(), formats)
+    for batch in (1, 37):
+        inputs = source.inputs(batch)
+        trial = Trial(graph, sites, formats, Rounded(graph)).answers(inputs)
+        assert torch.allclose(trial[0], packed(*inputs)[0], atol=1e-5)
+
+
+FORMATS = ("fp32", "fp16", "bf16", "int8", "int4")
+
+
+@pytest.mark.parametrize("shift", range(len(FORMATS)))
+def test_trials_of_tables_answer_as_the_graph_of_bytes_does(shift: int, tmp_path) -> None:
+    source, graph = captured(Ranker(), ranker_inputs)
+    sites = find_sites(graph)
+    formats = {"users.weight": FORMATS[shift], "items.weight": FORMATS[(shift + 1) % len(FORMATS)]}
+    formats = {name: form for name, form in formats.items() if form != "fp32"}
+    lowered = with_tables(graph, sites, formats, tmp_path)
+    assert "uint8" in str({n.meta["val"].dtype for n in lowered.graph.nodes if n.op == "get_attr"})
+    for batch in (1, 37):
+        inputs = source.inputs(batch)
+        trial = Trial(graph, sites, formats, Rounded(graph)).answers(inputs)
+        assert torch.allclose(trial[0], lowered(*inputs)[0], atol=1e-5)
+
+
+class Bags(nn.Module):
+    """Jagged bags over a table with a padding row, a table of offsets under a factorisation machine, a bare embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(40, 8, mode="mean", padding_idx=3)
+        self.table, self.linear = nn.Embedding(60, 8), nn.Embedding(60, 1)
+        self.deep, self.history = nn.Linear(24, 1), nn.Embedding(20, 4)
+        self.register_buffer("offsets", torch.tensor([0, 20, 40]))
+
+    def forward(self, values: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
+        rows = self.table(ids + self.offsets)
+        fm = 0.5 * (rows.sum(1).pow(2) - rows.pow(2).sum(1)).sum(1)
+        first = self.linear(ids + self.offsets).sum((1, 2))
+        deep = self.deep(rows.flatten(1)).squeeze(1) + self.history(ids).amax((1, 2))
+        return self.bag(values, offsets).sum(1) + fm + first + deep
+
+
+def bag_inputs(batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    make = torch.Generator().manual_seed(batch)
+    lengths = torch.randint(0, 4, (batch,), generator=make)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)[:-1]])
+    values = torch.randint(40, (int(lengths.sum()),), generator=make)
+    return values, offsets, torch.randint(20, (batch, 3), generator=make)
+
+
+def test_tables_of_bags_and_of_offsets(tmp_path) -> None:
+    source, graph = captured(Bags(), bag_inputs)
+    sites = find_sites(graph)
+    tables = [site for site in sites if site.kind == "table"]
+    assert [len(site.features) for site in tables if site.elements == 60 * 8] == [3]  # one table, not three
+    assert "history.weight" in [site.name for site in tables]
+    formats = {site.name: "int8" for site in tables}
+    lowered = with_tables(graph, sites, formats, tmp_path)
+    for batch in (3, 20):
+        inputs = source.inputs(batch)
+        trial = Trial(graph, sites, formats, Rounded(graph)).answers(inputs)
+        assert torch.allclose(trial[0], lowered(*inputs)[0], atol=1e-5)
+        assert not torch.equal(trial[0], graph(*inputs)[0])
+
+
+def test_calibration_names_an_id_that_its_table_lacks() -> None:
+    source, graph = captured(Ranker(), ranker_inputs)
+    batch = source.inputs(5)
+    batch[1][2, 0] = 300
+    with pytest.raises(Exception, match="id 300 of feature 0"):
+        Trial(graph, find_sites(graph), {"users.weight": "int8"}, Rounded(graph)).answers(batch)
+
+
+def test_random_inputs_are_told_to_say_little() -> None:
+    source, _ = captured(Ranker(), ranker_inputs)
+    (note,) = calibration_of(source, None).notes
+    assert note.startswith("calibrated on what get_inputs draws: if its ids and values are random, they say little")
