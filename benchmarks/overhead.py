@@ -24,9 +24,9 @@ from torch import nn
 
 import grc
 from grc.bench.host import machine, versions
-from grc.bench.timing import Turn, interleave, summarise
 from grc.graph.capture import flat_tensors
 from grc.graph.model_file import load_model
+from grc.lowering.timing import Turn, interleave, summarise
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "overhead.jsonl"

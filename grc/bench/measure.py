@@ -20,12 +20,12 @@ from grc.bench.quality import Quality, fault, judge
 from grc.bench.requests import Request, draws, pool
 from grc.bench.rows import Row, check
 from grc.bench.subject import BenchError, Subject
-from grc.bench.timing import Timing, Turn, interleave, summarise
 from grc.compiler import compile
 from grc.graph.capture import Source, capture
 from grc.graph.model_file import load_model
 from grc.graph.oracle import run_fp64
 from grc.lowering.move import moved
+from grc.lowering.timing import Timing, Turn, interleave, summarise
 from grc.options import Options
 from grc.runtime.artifact import Artifact
 from grc.runtime.device import DeviceWeights
@@ -49,6 +49,8 @@ class Settings:
     artifact: Path | None = None
     engine: str = "auto"
     ids: Sequence[str] = ("uniform", "zipf")
+    precision: str = "fp32"
+    budget: tuple[str, ...] = ()
     command: str = ""
 
 
@@ -83,7 +85,7 @@ def measure(settings: Settings, progress: Callable[[str], None] = lambda text: N
     An engine that fails or answers wrongly has a row without a time, and with the reason. Raises GrcError when the
     model can't be compiled, a peer is unknown, or a batch size is refused by the model.
     """
-    names = known(settings.against)
+    names = known(settings.against, settings.precision)
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise BenchError("this host has no usable GPU", "measure with --device cpu")
     threads = settings.threads or torch.get_num_threads()
@@ -96,7 +98,7 @@ def measure(settings: Settings, progress: Callable[[str], None] = lambda text: N
         source = placed(capture(model), settings.device)
         batches = usable_batches(settings.batches, source)
         program, build_s, load_s = artifact_of(settings, batches, folder, progress)
-        subject = Subject(source, settings.device, threads, folder)
+        subject = Subject(source, settings.device, threads, folder, settings.precision)
         run = Run(settings, subject, program, build_s, load_s, progress, common(settings, source))
         rows: list[Row] = []
         for batch in batches:
@@ -149,14 +151,30 @@ def artifact_of(
         clock = Stopwatch()
         path = folder / "model.grc"
         largest = max(*batches, Options.max_batch)
-        options = Options(path, settings.device, settings.engine, batches=tuple(batches), max_batch=largest)
+        options = Options(
+            path,
+            settings.device,
+            settings.engine,
+            batches=tuple(batches),
+            max_batch=largest,
+            precision=settings.precision,
+            budget=settings.budget,
+        )
         compile(settings.model, options=options)
         build_s = clock.read()
     elif Artifact.open(path).manifest["target"]["device"] != settings.device:
         raise BenchError(f"{path.name} was not built for {settings.device}", "measure with the artifact's own --device")
+    elif precision_of(Artifact.open(path)) != settings.precision:
+        own = precision_of(Artifact.open(path))
+        raise BenchError(f"{path.name} was built with --precision {own}", f"measure with --precision {own}")
     clock = Stopwatch()
     program = load(path)
     return program, build_s, clock.read()
+
+
+def precision_of(artifact: Artifact) -> str:
+    entry = artifact.manifest["precision"]
+    return "fp32" if entry is None else entry["asked"]
 
 
 def pool_bytes() -> int:
@@ -165,10 +183,11 @@ def pool_bytes() -> int:
 
 def common(settings: Settings, source: Source) -> Row:
     floats = [p.dtype for p in source.model.module.parameters() if p.is_floating_point()]
+    own = PRECISIONS.get(floats[0], str(floats[0])[6:]) if floats else "fp32"
     return {
         "model": source.model.name,
         "device": settings.device,
-        "precision": PRECISIONS.get(floats[0], str(floats[0])[6:]) if floats else "fp32",
+        "precision": own if settings.precision == "fp32" else settings.precision,
         "allocator": host.allocator(),
         "machine": host.machine(settings.device),
         "versions": host.versions(),
@@ -221,7 +240,7 @@ def prove(run: Run, contenders: Sequence[Contender], request: Request) -> list[T
         trial = Trial(contender)
         try:
             trial.quality = judge(contender.answer(request), truth)
-            trial.refused = fault(trial.quality, baseline)
+            trial.refused = fault(trial.quality, baseline, run.settings.precision)
         except Exception as error:  # as above
             trial.refused = first_line(error)
         trials.append(trial)

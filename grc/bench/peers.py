@@ -21,9 +21,16 @@ PEERS: dict[str, Build] = {
 }
 
 
-def known(names: Sequence[str]) -> list[str]:
-    """The names, in the order of PEERS. Raises BenchError for one that is no peer."""
+LOWERED = ("onnxruntime",)  # peers that quantise a model by themselves
+
+
+def known(names: Sequence[str], precision: str = "fp32") -> list[str]:
+    """The names, in the order of PEERS. Raises BenchError for one that is no peer, or has no form of a precision."""
     for name in names:
         if name not in PEERS:
             raise BenchError(f"there is no peer {name}", f"choose from {', '.join(PEERS)}")
+        if precision != "fp32" and name not in LOWERED:
+            raise BenchError(
+                f"{name} has no form of precision {precision}", f"compare with --against {','.join(LOWERED)}"
+            )
     return [name for name in PEERS if name in names]

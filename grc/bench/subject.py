@@ -25,4 +25,5 @@ class Subject:
     device: str
     threads: int
     folder: Path
+    precision: str = "fp32"
     built: dict[str, Any] = field(default_factory=dict)

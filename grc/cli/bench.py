@@ -37,6 +37,8 @@ def command(
         Path | None, typer.Option(metavar="PATH", help="Measure this artifact instead of compiling the model.")
     ] = None,
     engine: Annotated[str, typer.Option(metavar="NAME", help="The engine to compile with.")] = "auto",
+    precision: p.Precision = "fp32",
+    budget: p.Budget = None,
     ids: Annotated[
         str, typer.Option(metavar="KIND,…", help="How ids are drawn, where the model file offers both.")
     ] = "uniform,zipf",
@@ -49,6 +51,8 @@ def command(
 ) -> None:
     """Compile a model and measure it beside its peers: same inputs, same threads, in turns.
 
+    With --precision, peers are those that quantise a model by themselves.
+
     Every time stands beside its error against the fp64 oracle and the overlap of the best 100 ids; an engine that
     answers wrongly has no time. The process starts over once, with malloc tuned for all engines alike.
     """
@@ -56,12 +60,14 @@ def command(
     from grc.bench import rows as table_rows
     from grc.bench.host import allocator, restart_tuned
     from grc.bench.measure import Settings, measure
-    from grc.bench.peers import known
+    from grc.bench.peers import LOWERED, known
     from grc.bench.plot import drawing, plot_times
     from grc.bench.subject import BenchError
     from grc.bench.table import text_table
 
-    names = known([name for name in against.split(",") if name])
+    if precision != "fp32" and against == PEERS:
+        against = ",".join(LOWERED)
+    names = known([name for name in against.split(",") if name], precision)
     kinds = ids.split(",")
     if not set(kinds) <= {"uniform", "zipf"}:
         raise BenchError(f"ids are drawn uniform or zipf, not {ids}", "use --ids uniform,zipf")
@@ -83,9 +89,22 @@ def command(
     said += ["--threads", str(threads)] if threads is not None else []
     said += ["--device", device] if device != "cpu" else []
     said += ["--engine", engine] if engine != "auto" else []
+    said += ["--precision", precision] if precision != "fp32" else []
+    said += ["--budget", ",".join(p.limits(budget))] if budget else []
     said += ["--artifact", artifact.name] if artifact is not None else []
     settings = Settings(
-        model, names, sizes, threads, device, seconds, artifact, engine, tuple(kinds), command=shlex.join(said)
+        model,
+        names,
+        sizes,
+        threads,
+        device,
+        seconds,
+        artifact,
+        engine,
+        tuple(kinds),
+        precision,
+        p.limits(budget),
+        shlex.join(said),
     )
     rows = measure(settings, lambda text: say(f"  {text}"))
     if output is not None:

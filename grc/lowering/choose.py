@@ -20,6 +20,7 @@ from grc.lowering.engine import Built, Engine, Lowerable, Target
 from grc.lowering.inductor import Inductor
 from grc.lowering.onnx_int8 import OnnxRuntimeInt8
 from grc.lowering.onnxruntime import OnnxRuntime
+from grc.lowering.timing import Turn, interleave
 from grc.runtime.engines import Run, load_part
 from grc.runtime.golden import QUALITY, largest_error, within
 from grc.runtime.plan import Plan
@@ -166,41 +167,21 @@ def measure(
     gc.collect()
     for batch, inputs in requests.timed.items():
         progress(f"batch {batch}")
-        runs: list[tuple[Callable[[], Any], list[float]]] = []
+        turns: list[Turn] = []
         for candidate in candidates:
             if candidate.built.bucket in (None, batch):
-                candidate.times[batch] = []
                 timed = getattr(candidate.run, "seconds", candidate.run)
-                runs.append((partial(call_fresh, timed, inputs), candidate.times[batch]))
-        own: list[float] = []
-        runs.append((partial(eager, batch), own))
-        for call, _ in runs:
-            call()
-            call()
-        interleave(runs, SECONDS * len(runs))
-        eager_times[batch] = statistics.median(own)
+                turns.append(Turn(partial(call_fresh, timed, inputs)))
+                candidate.times[batch] = turns[-1].seconds
+        own = Turn(lambda index, batch=batch: eager(batch))  # type: ignore[misc]
+        interleave([*turns, own], 1, SECONDS)
+        eager_times[batch] = statistics.median(own.seconds)
     return eager_times
 
 
-def call_fresh(run: Run, inputs: Sequence[torch.Tensor]) -> Any:
+def call_fresh(run: Run, inputs: Sequence[torch.Tensor], index: int) -> Any:
     """AOTInductor empties the list it is given."""
     return run(list(inputs))
-
-
-def interleave(runs: Sequence[tuple[Callable[[], Any], list[float]]], seconds: float) -> None:
-    """Take turns until the time is spent, at least five turns, so that noise falls on all alike.
-
-    A call that answers with a float has measured its own seconds.
-    """
-    end = time.perf_counter() + seconds
-    turns = 0
-    while turns < 5 or (time.perf_counter() < end and turns < 2000):
-        for call, times in runs:
-            start = time.perf_counter()
-            answer = call()
-            seconds_taken = time.perf_counter() - start
-            times.append(answer if isinstance(answer, float) else seconds_taken)
-        turns += 1
 
 
 def choose(candidates: list[Candidate], rejected: dict[str, str], eager_times: dict[int, float]) -> Choice:

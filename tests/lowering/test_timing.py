@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grc.bench.timing import FEWEST, Turn, interleave, quantile, summarise
+from grc.lowering.timing import FEWEST, Turn, interleave, quantile, summarise
 
 
 def test_a_summary_is_in_microseconds():
@@ -46,7 +46,7 @@ def test_engines_take_turns_and_start_apart():
     seen: list[tuple[str, int]] = []
     first = Turn(lambda index: seen.append(("a", index)))
     second = Turn(lambda index: seen.append(("b", index)))
-    interleave([first, second], 8, 0.02, burst=0.002, lead_in=0.0)
+    interleave([first, second], 8, 0.02, burst=0.002, lead_in=0.0, settle=0.0)
     names = [name for name, _ in seen]
     switches = sum(a != b for a, b in pairwise(names))
     assert switches >= 4
@@ -58,7 +58,7 @@ def test_engines_take_turns_and_start_apart():
 def test_calls_of_the_lead_in_are_not_recorded():
     calls: list[int] = []
     turn = Turn(calls.append)
-    interleave([turn], 3, 0.001, burst=0.001, lead_in=0.005)
+    interleave([turn], 3, 0.001, burst=0.001, lead_in=0.005, settle=0.0)
     assert len(turn.seconds) < len(calls)
 
 
@@ -77,7 +77,7 @@ def test_a_slow_engine_is_called_often_enough_and_inside_its_scope():
         time.sleep(0.002)
 
     turn = Turn(call, scope)
-    interleave([turn], 2, 0.0, burst=0.0, lead_in=0.0)
+    interleave([turn], 2, 0.0, burst=0.0, lead_in=0.0, settle=0.0)
     assert len(turn.seconds) >= FEWEST
     assert min(turn.seconds) >= 0.002
     assert depth == 0
@@ -85,6 +85,6 @@ def test_a_slow_engine_is_called_often_enough_and_inside_its_scope():
 
 def test_a_device_keeps_its_own_clock():
     turn = Turn(lambda index: None, device=lambda index: 0.5)
-    interleave([turn], 2, 0.1, burst=0.0, lead_in=0.0)
+    interleave([turn], 2, 0.1, burst=0.0, lead_in=0.0, settle=0.0)
     assert set(turn.device_seconds) == {0.5}
     assert len(turn.device_seconds) == len(turn.seconds)

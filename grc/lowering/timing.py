@@ -10,10 +10,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-BURST = 0.03  # seconds: long beside a call, short beside the drift of a shared machine
-# Threads of the engine before (OpenMP's, ONNX Runtime's) spin for some milliseconds after their last call and would be
-# charged to this one; its own weights also come back to the caches meanwhile.
-LEAD_IN = 0.005
+BURST = 0.1  # seconds: long beside a call, short beside the drift of a shared machine
+# Threads of the engine before spin on after their last call and would be charged to this one: after ONNX Runtime's, a
+# 6-layer Transformer on two cores took twice its time for up to 40 ms (seen on Zen 4).
+SETTLE = 0.06
+LEAD_IN = 0.005  # the engine's own weights come back to the caches meanwhile
 FEWEST = 5
 
 
@@ -48,6 +49,8 @@ def quantile(ordered: Sequence[float], share: float) -> float:
 class Turn:
     """One engine of a run: a call on the request of a given index, and the times it recorded, in seconds.
 
+    A call that answers with a float has measured its own seconds.
+
     `device` times the same call by the device's own clock; it runs after the wall clock has stopped.
     """
 
@@ -64,7 +67,8 @@ class Turn:
     def spent(self) -> float:
         return sum(self.seconds) + sum(self.device_seconds)
 
-    def burst(self, pool: int, burst: float, lead_in: float) -> None:
+    def burst(self, pool: int, burst: float, lead_in: float, settle: float) -> None:
+        time.sleep(settle)
         with self.scope():
             begin = time.perf_counter()
             while True:
@@ -77,8 +81,9 @@ class Turn:
                     return
                 index = self.advance(pool)
                 start = time.perf_counter()
-                self.call(index)
-                self.seconds.append(time.perf_counter() - start)
+                answer = self.call(index)
+                seconds = time.perf_counter() - start
+                self.seconds.append(answer if isinstance(answer, float) else seconds)
                 if self.device is not None:
                     self.device_seconds.append(self.device(index))
 
@@ -88,7 +93,12 @@ class Turn:
 
 
 def interleave(
-    turns: Sequence[Turn], pool: int, seconds: float, burst: float = BURST, lead_in: float = LEAD_IN
+    turns: Sequence[Turn],
+    pool: int,
+    seconds: float,
+    burst: float = BURST,
+    lead_in: float = LEAD_IN,
+    settle: float = SETTLE,
 ) -> None:
     """Give every engine `seconds` of recorded calls, and five calls at least, burst by burst in turns.
 
@@ -103,7 +113,7 @@ def interleave(
         waiting = list(turns)
         while waiting:
             for turn in waiting:
-                turn.burst(pool, burst, lead_in)
+                turn.burst(pool, burst, lead_in, settle)
             waiting = [turn for turn in waiting if len(turn.seconds) < FEWEST or turn.spent() < seconds]
     finally:
         if enabled:
