@@ -32,7 +32,8 @@ def reference(
     With int8, W[n] is scale[n] times integers of -127..127, and q(x) rounds each row of x to 256 steps between its least
     and its largest value, zero among them (dynamic quantisation, a scale a token: Yao et al. 2022, ZeroQuant, section
     4.1); the sums are exact. With bfloat16, q(x) rounds to bfloat16 and sums are float32. mul and add have the result's
-    shape; the kernel's GELU is within 9.2e-5. A row that holds NaN or infinity gives NaN. Raises LoweringError for an activation that is not 0 to 6.
+    shape; the kernel's GELU is within 9.2e-5. A row that holds NaN or infinity gives NaN. Raises LoweringError for an
+    activation that is not 0 to 6.
     """
     if not 0 <= activation < len(ACTIVATIONS):
         raise LoweringError(f"quantised_linear has no activation {activation}", f"choose 0 to {len(ACTIVATIONS) - 1}")
