@@ -83,7 +83,10 @@ class Program:
         return self.chosen[bisect.bisect_left(self.limits, batch)] if self.limits else self.chosen[0]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        answers = self.run_flat(self.leaves(args, kwargs))
+        return self.built(self.run_flat(self.leaves(args, kwargs)))
+
+    def built(self, answers: Sequence[torch.Tensor]) -> Any:
+        """The model's own structure around the flat answers."""
         return answers[0] if self.single else self.build(answers)
 
     @cached_property
