@@ -44,6 +44,9 @@ def command(
         float, typer.Option(metavar="S", min=0.001, help="Seconds for a request that names no time of its own.")
     ] = 10.0,
     max_body: Annotated[int, typer.Option(metavar="MB", min=1, help="Size of a request.")] = 64,
+    body_timeout: Annotated[
+        float, typer.Option(metavar="S", min=0.1, help="Seconds in which a request must have come.")
+    ] = 10.0,
     feature_cache: Annotated[
         int, typer.Option(metavar="MB", min=0, help="Keep users' features, for requests that name user and version.")
     ] = 0,
@@ -90,6 +93,7 @@ def command(
         max_queue=max_queue,
         timeout=timeout,
         max_body=max_body * MB,
+        body_timeout=body_timeout,
         feature_cache=feature_cache * MB,
         feature_ttl=feature_ttl,
         answer_cache=answer_cache * MB,

@@ -219,7 +219,9 @@ def test_openapi_names_every_path_and_an_example_that_works(server: Running) -> 
     recommend = document["paths"]["/v2/models/tiny/recommend"]["post"]
     assert recommend["description"] == "One user and one item, with three numbers."
     assert "/v2/models/bags/recommend" not in document["paths"]
-    example = document["paths"]["/v2/models/tiny/infer"]["post"]["requestBody"]["content"]["application/json"]["example"]
+    example = document["paths"]["/v2/models/tiny/infer"]["post"]["requestBody"]["content"]["application/json"][
+        "example"
+    ]
     assert server.ask("/v2/models/tiny/infer", json.dumps(example).encode())[0] == 200
     for path, methods in document["paths"].items():
         if "get" in methods:

@@ -52,12 +52,15 @@ def from_list(name: str, data: Any, shape: list[int], dtype: Any) -> torch.Tenso
     else:
         fits = kind in (NUMBERS if dtype.is_floating_point else INTEGERS)
     if found.size and not fits:
+        # Integers that no integer dtype holds arrive as floats too.
+        whole = kind == "f" and not dtype.is_floating_point and not bool((found % 1).any())
         what = "numbers with a fraction" if kind == "f" else "values that are no numbers of its type"
+        what = "a value that is too large" if whole and abs(found).max() >= 2.0**63 else what
         raise invalid(f'input "{name}" has {what}; the model takes {NAMES[dtype]}')
     if not dtype.is_floating_point and dtype is not torch.bool and found.size:
         limits = np.iinfo(ARRAYS[dtype])
         if found.min() < limits.min or found.max() > limits.max:
-            raise invalid(f'input "{name}" has a value outside of {NAMES[dtype]}')
+            raise invalid(f'input "{name}" has a value that is too large; the model takes {NAMES[dtype]}')
     if dtype is torch.bfloat16:
         return torch.from_numpy(found.astype(np.float32).reshape(shape)).to(dtype)
     return torch.from_numpy(found.astype(ARRAYS[dtype]).reshape(shape))
