@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -78,6 +79,8 @@ def compiled(models: Path) -> Callable[..., Path]:
 
     def build(output: Path, edit: Callable[[str], str] = lambda text: text, **options: object) -> Path:
         (models / "tiny.py").write_text(edit(MODEL))
+        for name in ("tiny", "words"):  # or an earlier text would be compiled again
+            sys.modules.pop(name, None)
         try:
             chosen = {"engine": "eager", "batches": (4,), "force": True, **options}
             grc.compile(str(models / "served.py"), None, grc.Options(output=output, **chosen))  # type: ignore[arg-type]

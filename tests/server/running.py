@@ -47,6 +47,11 @@ class Running:
             assert self.process.poll() is None, self.said()
         raise AssertionError
 
+    def wait_for_end(self) -> list[str]:
+        """The events of its whole log, once it has ended."""
+        self.process.wait(PATIENCE)
+        return [event["event"] for event in self.events()]
+
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(PATIENCE)
