@@ -11,9 +11,15 @@ import numpy as np
 import torch
 
 from grc.errors import InputError
+from grc.runtime import structure
 
 FORMATS = ("json", "jsonl", "npz", "parquet")
 BINARY = ("npz", "parquet")
+
+
+def output_names(manifest: dict[str, Any]) -> list[str]:
+    """What each output is called in a file."""
+    return structure.output_names(manifest["structure"]["outputs"])
 
 
 def format_of(name: str, given: str | None) -> str:

@@ -32,7 +32,7 @@ class Health:
         call = Call(f"canary-{request_id()}", "canary", self.timeout)
         reason = None
         try:
-            answer = await self.service.compute(call, version, version.canary[0])
+            answer = await self.service.compute(call, version, version.canary.inputs)
             if not version.answers_rightly(answer):
                 reason = "it answers wrongly"
         except Exception as error:  # whatever it is, it would have hit a user's request as well

@@ -121,7 +121,7 @@ class Merge:
         """Find out how jagged inputs hang together. What stays unclear is a reason to run requests alone."""
         if self.reason is not None or not self.free:
             return
-        requests = [inputs for inputs, _ in golden]
+        requests = [r.inputs for r in golden]
         for name in dict.fromkeys(size for i, dim, size in self.free if self.batch_dims[i] is None):
             values = tuple(i for i, dim, size in self.free if size == name and dim == 0)
             found = find_lengths(values, requests, [rows_of(r) for r in requests])

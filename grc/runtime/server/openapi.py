@@ -90,7 +90,7 @@ def infer(version: Version) -> dict[str, Any]:
     example = {
         "inputs": [
             {"name": e["name"], "datatype": describe.datatype(e), "shape": list(t.shape), "data": t.flatten().tolist()}
-            for e, t in zip(inputs, version.canary[0], strict=True)
+            for e, t in zip(inputs, version.canary.inputs, strict=True)
             if t.numel() <= 64  # of a larger tensor nobody reads an example
         ]
     }

@@ -12,7 +12,8 @@ import torch
 
 from grc.errors import ArtifactError, GrcError
 from grc.runtime.artifact import Artifact
-from grc.runtime.golden import Golden, budget, check_golden, golden_requests, largest_error
+from grc.runtime.closeness import QUALITY, largest_error
+from grc.runtime.golden import Golden, read_golden
 from grc.runtime.processing import Processing
 from grc.runtime.program import Program
 from grc.runtime.server.estimate import Estimate
@@ -45,24 +46,36 @@ class Version:
         self.inputs = self.manifest["inputs"]
         self.input_index = {entry["name"]: i for i, entry in enumerate(self.inputs)}
         self.dtypes = self.program.check.dtypes
-        self.output_names = output_names(self.manifest)
+        self.output_names = output_names(self.manifest["structure"]["outputs"])
         self.output_index = {name: i for i, name in enumerate(self.output_names)}
         self.output_dtypes = [getattr(torch, entry["dtype"]) for entry in self.manifest["outputs"]]
         self.estimate = Estimate(self.manifest)
         self.statistics = Statistics()
-        golden = golden_requests(artifact)
-        check_golden(artifact, self.program.run_flat, golden)
+        golden = read_golden(artifact)
         self.canary: Golden = golden[0]
-        self.allowed_error = budget(artifact)
+        # Twice what the worst part had when it was built, as for any rewrite of the model.
+        quality = self.manifest["quality"]
+        self.allowed_error = max(2 * max(quality[part["engine"]] for part in self.manifest["parts"]), QUALITY)
+        self.prove(golden)
         self.merge = Merge(self.manifest)
         self.prove_merging(golden)
         self.load_seconds = time.perf_counter() - start
+
+    def prove(self, golden: list[Golden]) -> None:
+        """Each golden request alone."""
+        for request in golden:
+            error = largest_error(list(self.program.run_flat(request.inputs)), request.outputs)
+            if not error <= self.allowed_error:
+                raise ArtifactError(
+                    f"{self.program.artifact.path.name} answers a golden request {error:.1e} away from the model",
+                    f"rebuild it here: {self.manifest['command']}",
+                )
 
     def prove_merging(self, golden: list[Golden]) -> None:
         """Merged golden requests must be answered as the model answered each, or requests run alone."""
         merge = self.merge
         merge.prepare(golden, lambda inputs: self.program.check.batch(inputs))
-        rows = [self.program.check.batch(inputs) for inputs, _ in golden]
+        rows = [self.program.check.batch(r.inputs) for r in golden]
         while sum(rows) > merge.max_batch:
             rows.pop()
         if merge.reason is not None:
@@ -72,9 +85,9 @@ class Version:
             return
         try:
             for own in groups(golden[: len(rows)], rows, merge):
-                answers = self.program.run_flat(merge.join([inputs for inputs, _ in own]))
-                parts = merge.cut(answers, [self.program.check.batch(inputs) for inputs, _ in own])
-                error = max(largest_error(part, expected) for part, (_, expected) in zip(parts, own, strict=True))
+                answers = self.program.run_flat(merge.join([r.inputs for r in own]))
+                parts = merge.cut(answers, [self.program.check.batch(r.inputs) for r in own])
+                error = max(largest_error(part, r.outputs) for part, r in zip(parts, own, strict=True))
                 if not error <= self.allowed_error:
                     merge.reason = f"merged golden requests are answered {error:.1e} away from the model"
         except GrcError as error:
@@ -85,7 +98,7 @@ class Version:
         return self.merge.max_batch
 
     def answers_rightly(self, answer: Tensors) -> bool:
-        return largest_error(answer, self.canary[1]) <= self.allowed_error
+        return largest_error(answer, self.canary.outputs) <= self.allowed_error
 
     def engines(self) -> str:
         """The engines inside, with the batches that each answers: `onnxruntime to batch 16, then inductor`."""
@@ -111,5 +124,5 @@ def groups(golden: list[Golden], rows: list[int], merge: Merge) -> list[list[Gol
         return [golden]
     found: dict[tuple[int, ...], list[Golden]] = {}
     for request, count in zip(golden, rows, strict=True):
-        found.setdefault(merge.key(request[0], count), []).append(request)
+        found.setdefault(merge.key(request.inputs, count), []).append(request)
     return list(found.values())
