@@ -64,6 +64,12 @@ def bags_inputs(batch: int, seed: int = 0, longest: int = 5) -> tuple[Tensor, Te
     return torch.randn(batch, 3, generator=make), values, lengths
 
 
+def forget_model_files() -> None:
+    """Or another text of the same name would not be read, here and in other tests."""
+    for name in ("tiny", "words"):
+        sys.modules.pop(name, None)
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served")
@@ -79,13 +85,13 @@ def compiled(models: Path) -> Callable[..., Path]:
 
     def build(output: Path, edit: Callable[[str], str] = lambda text: text, **options: object) -> Path:
         (models / "tiny.py").write_text(edit(MODEL))
-        for name in ("tiny", "words"):  # or an earlier text would be compiled again
-            sys.modules.pop(name, None)
+        forget_model_files()
         try:
             chosen = {"engine": "eager", "batches": (4,), "force": True, **options}
             grc.compile(str(models / "served.py"), None, grc.Options(output=output, **chosen))  # type: ignore[arg-type]
         finally:
             (models / "tiny.py").write_text(MODEL)
+            forget_model_files()
         return output
 
     return build
