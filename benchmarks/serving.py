@@ -111,7 +111,7 @@ def exported(layout: str, artifact: Path, folder: Path) -> Iterator[Target]:
 
     made = export(artifact, folder / layout, Settings(layout=layout))
     with serving(made.path) as server:
-        yield Target(layout, f"http://127.0.0.1:{server.http}/v2/models/{made.entry}/infer", server.process.pid)
+        yield Target(layout, f"http://{server.http}/v2/models/{made.entry}/infer", server.process.pid)
 
 
 @contextlib.contextmanager

@@ -44,6 +44,9 @@ def command(
         float, typer.Option(metavar="S", min=0.001, help="Seconds for a request that names no time of its own.")
     ] = 10.0,
     max_body: Annotated[int, typer.Option(metavar="MB", min=1, help="Size of a request.")] = 64,
+    max_depth: Annotated[
+        int, typer.Option(metavar="N", min=1, help="How deep the JSON of a request for recommendations may nest.")
+    ] = 32,
     body_timeout: Annotated[
         float, typer.Option(metavar="S", min=0.1, help="Seconds in which a request must have come.")
     ] = 10.0,
@@ -72,15 +75,13 @@ def command(
     Each artifact's checksums and golden requests are checked before it takes traffic, and a new version that appears on
     disk replaces the one before it in the same way, with no request lost. SIGTERM ends the server when all are answered.
     """
-    from grc.cli.triton_server import choose
+    from grc.cli.triton_server import choose, run
 
-    chosen, why = choose(server)
+    given = {"--engine": engine, "--feature-cache": feature_cache, "--answer-cache": answer_cache}
+    chosen, why = choose(server, [flag for flag, value in given.items() if value])
     say(f"server: {chosen}, {why}")
     if chosen == "triton":
-        from grc.cli.triton_server import run
-
-        run(artifacts, host, port, grpc_port)
-        return
+        run(artifacts, host, port, grpc_port if grpc else None, drain)
     sleeping_threads()
     serving = serving_part()
     settings = serving.Settings(
@@ -93,6 +94,7 @@ def command(
         max_queue=max_queue,
         timeout=timeout,
         max_body=max_body * MB,
+        max_depth=max_depth,
         body_timeout=body_timeout,
         feature_cache=feature_cache * MB,
         feature_ttl=feature_ttl,

@@ -2,63 +2,89 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-BUNDLED = Path("/opt/tritonserver/bin/tritonserver")
+from grc.errors import GrcError
+
+IMAGE = Path("/opt/tritonserver/bin/tritonserver")  # where the tritonserver image has it
 EXPORT = "grc.runtime.triton_repository"
+HINT = "run grc serve inside of a tritonserver image, or with --server own"
 
 
-def find_tritonserver() -> Path | None:
+def system_server() -> Path | None:
     found = shutil.which("tritonserver")
-    return Path(found) if found else BUNDLED if BUNDLED.is_file() else None
+    return Path(found) if found else IMAGE if os.access(IMAGE, os.X_OK) else None
 
 
 def can_export() -> bool:
     return importlib.util.find_spec(EXPORT) is not None
 
 
-def choose(wanted: str) -> tuple[str, str]:
-    """`own` or `triton`, and the reason in words. Raises GrcError where triton was asked for and can't be had."""
-    from grc import GrcError
+def choose(wanted: str, own_only: Sequence[str] = ()) -> tuple[str, str]:
+    """`own` or `triton`, and the reason in words. `own_only` are flags that were given and only grc's own server knows.
 
+    Raises GrcError where triton was asked for and can't be had.
+    """
     if wanted == "own":
         return "own", "as asked"
-    found = find_tritonserver()
-    if found is not None and can_export():
-        return "triton", f"found at {found}" if wanted == "auto" else f"as asked, at {found}"
-    if found is None:
-        reason = "there is no tritonserver on PATH or in /opt/tritonserver"
-    else:
-        reason = f"there is a tritonserver at {found}, but this grc has no export for it"
+    if wanted == "triton" and own_only:
+        raise GrcError(f"tritonserver knows no {own_only[0]}", "leave it out, or choose --server own")
     if wanted == "triton":
-        raise GrcError(reason, "run grc serve inside of a tritonserver image, or with --server own")
-    return "own", f"because {reason}"
+        if not can_export():
+            raise GrcError("this grc can't export a repository for tritonserver", "choose --server own")
+        reason = importlib.import_module(f"{EXPORT}.launcher").missing()
+        if reason:
+            raise GrcError(reason, HINT)
+        return "triton", "as asked"
+    found = system_server()
+    if found is None:
+        return "own", f"because there is no tritonserver on PATH or at {IMAGE}"
+    if not can_export():
+        return "own", f"because this grc can't export a repository for {found}"
+    if own_only:
+        return "own", f"because {found} knows no {own_only[0]}"
+    return "triton", f"because {found} is there"
 
 
-def run(artifacts: list[str], host: str, port: int, grpc_port: int) -> None:
-    """Export every artifact into one repository and become tritonserver on it. Raises GrcError before that."""
-    from grc.cli.serve import serving_part
+def run(artifacts: list[str], host: str, port: int, grpc_port: int | None, drain: float) -> None:
+    """Export every artifact into a repository of its own, and become tritonserver on all of them.
 
-    binary = find_tritonserver()
-    assert binary is not None
-    module: Any = importlib.import_module(EXPORT)
-    repository = Path(tempfile.mkdtemp(prefix="grc-triton-"))
-    for source in serving_part().sources(artifacts):
+    Raises GrcError before that, where a port is in use or an artifact can't be exported.
+    """
+    from grc.runtime.server.ports import free_port
+    from grc.runtime.server.source import sources
+
+    launcher: Any = importlib.import_module(f"{EXPORT}.launcher")
+    export: Any = importlib.import_module(f"{EXPORT}.export").export
+    settings: Any = importlib.import_module(f"{EXPORT}.settings").Settings
+    found = launcher.find()
+    http = free_port(host, port, "--port")
+    grpc = None if grpc_port is None else free_port(host, grpc_port, "--grpc-port")
+    work = Path(tempfile.mkdtemp(prefix="grc-triton-"))
+    repositories = []
+    for source in sources(artifacts):
         newest = source.newest()
-        module.export(newest.path, repository)
+        assert newest is not None  # sources() has just seen it
+        export(newest.path, work / source.name, settings(name=source.name))
+        repositories.append(work / source.name)
     words = [
-        str(binary),
-        f"--model-repository={repository}",
-        f"--http-address={host}",
-        f"--http-port={port}",
-        f"--grpc-address={host}",
-        f"--grpc-port={grpc_port}",
-        f"--metrics-address={host}",
+        str(found.binary),
+        *(f"--model-repository={repository}" for repository in repositories),
+        f"--backend-directory={launcher.backends(found, work)}",
+        f"--cache-directory={found.caches}",
         "--disable-auto-complete-config",
+        f"--http-address={host}",
+        f"--http-port={http}",
+        *((f"--grpc-address={host}", f"--grpc-port={grpc}") if grpc is not None else ("--allow-grpc=false",)),
+        f"--metrics-address={host}",
+        f"--metrics-port={free_port(host, 0, '--port')}",
+        f"--exit-timeout-secs={round(drain)}",
     ]
-    os.execv(binary, words)
+    os.execve(found.binary, words, launcher.environment(found, None))
