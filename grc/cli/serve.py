@@ -38,6 +38,9 @@ def command(
     ] = "auto",
     engine: Annotated[str | None, typer.Option(metavar="NAME", help="Answer with one of the artifact's parts.")] = None,
     workers: Annotated[int, typer.Option(metavar="N", min=1, help="Batches that are computed at once.")] = 1,
+    threads: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Threads that compute a batch; 0 takes all cores but one.")
+    ] = 0,
     max_rows: Annotated[int, typer.Option(metavar="N", min=1, help="Rows of a merged batch.")] = 256,
     max_queue: Annotated[int, typer.Option(metavar="N", min=1, help="Requests of a model that may wait.")] = 1024,
     timeout: Annotated[
@@ -90,6 +93,7 @@ def command(
         grpc_port=grpc_port if grpc else None,
         engine=engine,
         workers=workers,
+        threads=threads,
         max_rows=max_rows,
         max_queue=max_queue,
         timeout=timeout,

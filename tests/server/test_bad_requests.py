@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.server.running import Running, running
 
@@ -235,7 +237,8 @@ def test_unknown_model_and_version_over_grpc(server: Running) -> None:
             assert (caught.value.status(), caught.value.message()) == ("StatusCode.NOT_FOUND", told)
         with pytest.raises(grpc.InferenceServerException) as caught:
             client.load_model("tiny")
-        assert caught.value.status() == "StatusCode.UNIMPLEMENTED"
+        told = "models are those that the server was started with; new versions of them are found on disk"
+        assert (caught.value.status(), caught.value.message()) == ("StatusCode.UNIMPLEMENTED", told)
 
 
 ROW = {"dense": [0.5, -1.0, 2.0], "user": 3, "item": 7}
@@ -326,6 +329,25 @@ def test_a_body_cut_short_harms_nobody(server: Running) -> None:
 
 def test_what_is_no_http_is_refused(server: Running) -> None:
     assert raw(server, b"hello\r\n\r\n").startswith(b"HTTP/1.1 400 Bad Request")
+    (told, *_) = [event for event in server.events() if event.get("logger") == "uvicorn.error"]
+    assert (told["level"], told["message"]) == ("warning", "Invalid HTTP request received.")
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_spoilt_bodies_are_the_clients_fault(server: Running, data: st.DataObject) -> None:
+    """Whatever is sent is answered or refused by name: never a 500, and never a closed door."""
+    body, header = bytearray(json.dumps(GOOD).encode()), None
+    if data.draw(st.booleans()):
+        sent, header = binary(struct.pack("<3f", 1, 2, 3))
+        body = bytearray(sent)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(body)))
+        body[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    path = data.draw(st.sampled_from([INFER, RECOMMEND]))
+    headers = {"Inference_Header_Content_Length": header} if header else {}
+    status, text, _ = server.ask(path, bytes(body), **headers)
+    assert status in (200, 400), text
 
 
 def test_a_packed_body_that_is_none(server: Running) -> None:

@@ -131,11 +131,13 @@ def load(server: Running, clients: int = 4) -> Iterator[list[tuple[float, str, f
             future.result()
 
 
+@pytest.mark.parametrize("cache", [0, 1])
 def test_an_artifact_that_is_replaced_is_served_with_no_request_lost(
-    tmp_path: Path, compiled: Callable[..., Path]
+    tmp_path: Path, compiled: Callable[..., Path], cache: int
 ) -> None:
+    """Nor is an answer of the old version given again by the new one."""
     path = compiled(tmp_path / "model.grc")
-    with running(tmp_path, path, "--watch", 0.1) as server, load(server) as found:
+    with running(tmp_path, path, "--watch", 0.1, "--answer-cache", cache) as server, load(server) as found:
         _, old = answer(server)
         compiled(path, edit=OTHER)
         event = server.wait_for("version")

@@ -41,7 +41,7 @@ CONTENTS = {
 
 
 class Grpc(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """What is not here (shared memory, traces, loading by clients) answers UNIMPLEMENTED by itself."""
+    """What is not here (shared memory, traces) answers UNIMPLEMENTED by itself."""
 
     def __init__(self, service: Service, models: Models, health: Health, settings: Settings):
         self.service, self.models, self.health, self.settings = service, models, health, settings
@@ -110,6 +110,12 @@ class Grpc(service_pb2_grpc.GRPCInferenceServiceServicer):
         ready = {model.name: self.health.model_ready(model.name) for model in self.models.all.values()}
         found = describe.index(list(self.models.versions()), ready)
         return ParseDict({"models": found}, pb.RepositoryIndexResponse())
+
+    async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
+        told = "models are those that the server was started with; new versions of them are found on disk"
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, told)
+
+    RepositoryModelUnload = RepositoryModelLoad
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:
         call = self.call(context)

@@ -6,6 +6,7 @@ import asyncio
 
 from grc.runtime.server.logs import request_id
 from grc.runtime.server.models import Model, Models
+from grc.runtime.server.refusal import Refused
 from grc.runtime.server.service import Call, Service
 
 
@@ -27,14 +28,21 @@ class Health:
             await asyncio.sleep(seconds)
 
     async def probe(self, model: Model) -> None:
-        """One golden request, answered as any other would be. A queue that is full is busy, not ill."""
+        """One golden request, answered as any other would be. A server that is too busy for it is busy, not ill."""
         version = model.version
         call = Call(f"canary-{request_id()}", "canary", self.timeout)
         reason = None
         try:
-            answer = await self.service.compute(call, version, version.canary.inputs)
+            async with asyncio.timeout(self.timeout):
+                answer = await self.service.compute(call, version, version.canary.inputs)
             if not version.answers_rightly(answer):
                 reason = "it answers wrongly"
+        except TimeoutError:
+            reason = f"it did not answer within {self.timeout:g} s"
+        except Refused as refused:
+            if refused.status == 503:
+                return
+            reason = refused.message
         except Exception as error:  # whatever it is, it would have hit a user's request as well
             reason = str(error)
         if model.version is not version:  # replaced meanwhile: the next canary asks the new one

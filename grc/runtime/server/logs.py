@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import sys
 from typing import Any, TextIO
@@ -19,6 +20,26 @@ class Log:
         line = orjson.dumps({"time": now, "level": level, "event": event, **fields}, default=str)
         self.stream.write(line.decode() + "\n")
         self.stream.flush()
+
+
+class Forwarded(logging.Handler):
+    """What the libraries below say by Python's logging, in the same form."""
+
+    def __init__(self, log: Log):
+        super().__init__(logging.WARNING)
+        self.log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        more = {"error": f"{type(error).__name__}: {error}"} if error is not None else {}
+        self.log(record.levelname.lower(), "library", logger=record.name, message=record.getMessage(), **more)
+
+
+def forward(log: Log) -> None:
+    for name in ("uvicorn", "grpc", "asyncio"):
+        logger = logging.getLogger(name)
+        logger.handlers = [Forwarded(log)]
+        logger.propagate = False
 
 
 def request_id() -> str:

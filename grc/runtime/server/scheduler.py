@@ -163,6 +163,7 @@ class Scheduler:
 
     def work(self) -> None:
         me = threading.get_ident()
+        torch.set_num_threads(torch.get_num_threads())  # OpenMP keeps this number for each thread
         while True:
             with self.changed:
                 while not self.active:

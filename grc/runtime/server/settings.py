@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 
@@ -19,6 +20,8 @@ class Settings:
     """One of the artifact's parts, instead of the artifact's own choice."""
     workers: int = 1
     """Batches that are computed at once, over all models."""
+    threads: int = 0
+    """Threads that compute a batch; 0 shares all cores but one, which the event loop needs, among the workers."""
     max_rows: int = 256
     """Rows of a merged batch; a single request may have as many as its artifact takes."""
     max_queue: int = 1024
@@ -47,3 +50,6 @@ class Settings:
     """Seconds that requests in flight get to finish after SIGTERM."""
     access_log: bool = False
     """A line of log for each request, not only for those that fail."""
+
+    def threads_of_a_batch(self) -> int:
+        return self.threads or max(1, (len(os.sched_getaffinity(0)) - 1) // self.workers)

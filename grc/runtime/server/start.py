@@ -11,12 +11,13 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 import uvicorn
 import uvloop
 
 from grc.runtime.server.health import Health
 from grc.runtime.server.http_app import Http
-from grc.runtime.server.logs import Log
+from grc.runtime.server.logs import Log, forward
 from grc.runtime.server.models import Models
 from grc.runtime.server.ports import free_port, listen
 from grc.runtime.server.service import Service
@@ -55,8 +56,11 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT. Raises PortError or ArtifactError before anything listens."""
     log = log or Log()
+    forward(log)
     http = listen(settings.host, settings.port, "--port")
     grpc_port = None if settings.grpc_port is None else free_port(settings.host, settings.grpc_port, "--grpc-port")
+    # Engines read this when they are loaded. With a thread for every core, the loop and the clients wait for those that spin.
+    torch.set_num_threads(settings.threads_of_a_batch())
     models = Models(settings.engine, log)
     for source in sources:
         loaded(models.open(source).version)
@@ -89,7 +93,7 @@ async def run(
         ws="none",
         lifespan="off",
         log_config=None,
-        log_level="error",
+        log_level="warning",
         access_log=False,
         server_header=False,
         proxy_headers=False,
