@@ -273,6 +273,18 @@ def test_recommendations_that_fail(server: Running, body: bytes, status: int, me
     assert server.ask(RECOMMEND, json.dumps(ROW).encode())[0] == 200
 
 
+def test_an_id_can_not_write_headers_or_lines_of_log(server: Running) -> None:
+    body = json.dumps({**GOOD, "id": "a\r\nset-cookie: b\u2028ü"}).encode()
+    status, text, headers = server.ask(INFER, body)
+    assert (status, headers["x-request-id"]) == (200, "a__set-cookie:_b__")
+    assert "set-cookie" not in headers
+    assert json.loads(text)["id"] == "a\r\nset-cookie: b\u2028ü", "the protocol's own id comes back as it was"
+    with grpc.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client:
+        with pytest.raises(grpc.InferenceServerException) as caught:
+            client.infer("tiny", [], request_id="a\r\nb")
+        assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+
+
 def test_headers_that_do_not_fit(server: Running) -> None:
     body = json.dumps(ROW).encode()
     for headers, told in (

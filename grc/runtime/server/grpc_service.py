@@ -14,7 +14,7 @@ from tritonclient.grpc import service_pb2_grpc
 from grc.runtime.server import describe
 from grc.runtime.server.datatypes import NAMES, from_bytes, from_list, to_bytes
 from grc.runtime.server.health import Health
-from grc.runtime.server.logs import request_id
+from grc.runtime.server.logs import clean_id, request_id
 from grc.runtime.server.messages import REFUSED, checked_dtype
 from grc.runtime.server.models import Models
 from grc.runtime.server.refusal import invalid
@@ -135,7 +135,7 @@ class Grpc(service_pb2_grpc.GRPCInferenceServiceServicer):
     async def infer(self, call: Call, request: Any) -> Any:
         call.model = request.model_name
         if request.id:
-            call.id = request.id
+            call.id = clean_id(request.id)
         version = call.version = self.models.find(request.model_name, request.model_version or None)
         refuse_unknown(request.parameters)
         timeout = request.parameters.get("timeout")

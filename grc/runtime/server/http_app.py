@@ -11,7 +11,7 @@ from grc.runtime.server import describe, messages, openapi
 from grc.runtime.server.body import Gone, check_depth, read_body
 from grc.runtime.server.features import User
 from grc.runtime.server.health import Health
-from grc.runtime.server.logs import request_id
+from grc.runtime.server.logs import clean_id, request_id
 from grc.runtime.server.models import Models
 from grc.runtime.server.refusal import Refused, invalid
 from grc.runtime.server.service import Call, Service, listed
@@ -27,7 +27,6 @@ JSON, BYTES, TEXT, PAGE = (
 HEADER_LENGTH = b"inference-header-content-length"
 Headers = dict[bytes, bytes]
 Answer = tuple[int, bytes, bytes, list[tuple[bytes, bytes]]]  # status, kind, body, further headers
-LONGEST_ID = 128  # characters of a client's request id that are kept
 
 
 class Http:
@@ -47,7 +46,7 @@ class Http:
         if scope["type"] != "http":
             return
         headers: Headers = dict(scope["headers"])
-        given = headers.get(b"x-request-id", b"").decode("latin-1")[:LONGEST_ID]
+        given = clean_id(headers.get(b"x-request-id", b"").decode("latin-1"))
         call = Call(given or request_id(), "http", self.settings.timeout)
         try:
             status, kind, body, more = await self.answer(call, scope, headers, receive)
@@ -59,7 +58,7 @@ class Http:
         head = [
             (b"content-type", kind),
             (b"content-length", str(len(body)).encode()),
-            (b"x-request-id", call.id.encode("latin-1", "replace")),
+            (b"x-request-id", call.id.encode()),
             *more,
         ]
         await send({"type": "http.response.start", "status": status, "headers": head})
@@ -129,7 +128,7 @@ class Http:
         given = headers.get(HEADER_LENGTH)
         asked = messages.read(body, None if given is None else length(given), version)
         if asked.id and b"x-request-id" not in headers:
-            call.id = asked.id[:LONGEST_ID]
+            call.id = clean_id(asked.id)
         if asked.seconds is not None:
             call.due(asked.seconds)
         answer = await self.service.infer(call, version, asked.inputs)

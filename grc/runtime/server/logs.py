@@ -5,10 +5,14 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import re
 import sys
 from typing import Any, TextIO
 
 import orjson
+
+LONGEST_ID = 128  # characters of a client's request id that are kept
+UNSAFE = re.compile(r"[^!-~]")
 
 
 class Log:
@@ -44,3 +48,8 @@ def forward(log: Log) -> None:
 
 def request_id() -> str:
     return os.urandom(8).hex()
+
+
+def clean_id(text: str) -> str:
+    """A client's own id as it may stand in a header and in a line of log: a line break in it would begin another one."""
+    return UNSAFE.sub("_", text[:LONGEST_ID])

@@ -97,6 +97,7 @@ async def run(
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        timeout_keep_alive=75,  # longer than the idle times of clients and proxies, so that they close and not this side
         timeout_graceful_shutdown=max(1, round(settings.drain)),
         backlog=2048,
     )
