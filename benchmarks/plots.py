@@ -1,8 +1,8 @@
-"""Draw docs/performance-*.svg and the tables of docs/performance.md from benchmarks/results/*.jsonl.
+"""Draw docs/performance-*.svg and the tables of docs/performance.md and docs/serving.md from benchmarks/results/*.jsonl.
 
     python -m benchmarks.plots [--check]
 
-`--check` writes nothing and fails when the document does not say what the rows say.
+`--check` writes nothing and fails when a document does not say what the rows say.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from grc.bench.table import cells, geometric_mean, markdown_table, time_of
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "performance.md"
+SERVING = ROOT / "docs" / "serving.md"
 NOT_MEASURED = "Not measured yet."
 BLOCK = re.compile(r"(<!-- begin: ([\w-]+) -->\n).*?(<!-- end: \2 -->)", re.S)
 
@@ -28,13 +29,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only compare the document with the rows")
     options = parser.parse_args()
-    text = DOCUMENT.read_text()
-    fresh = filled(text, RESULTS)
+    for document in (DOCUMENT, SERVING):
+        text = document.read_text()
+        fresh = filled(text, RESULTS)
+        if options.check and fresh != text:
+            sys.stderr.write(
+                f"error: docs/{document.name} is not what the rows say\nhint: python -m benchmarks.plots\n"
+            )
+            return 1
+        if not options.check:
+            document.write_text(fresh)
     if options.check:
-        if fresh != text:
-            sys.stderr.write("error: docs/performance.md is not what the rows say\nhint: python -m benchmarks.plots\n")
-        return int(fresh != text)
-    DOCUMENT.write_text(fresh)
+        return 0
     for name in measured(RESULTS):
         draw(name, read(RESULTS / f"{name}.jsonl"))
     return 0
@@ -48,6 +54,8 @@ def filled(text: str, results: Path) -> str:
 def block(name: str, results: Path) -> str:
     if name == "overhead":
         return overhead(results / "overhead.jsonl")
+    if name == "serving":
+        return serving(results / "serving.jsonl")
     if name not in ("cpu", "gpu"):
         raise KeyError(f"docs/performance.md has a marker {name}, which nothing fills")
     rows = read(results / f"{name}.jsonl")
@@ -101,6 +109,35 @@ def overhead(file: Path) -> str:
         ]
         lines.append("| " + " | ".join(cells_) + " |")
     return "\n".join(lines)
+
+
+def serving(file: Path) -> str:
+    """A table for each machine and model: servers beside each other at each encoding and number of clients."""
+    if not file.exists():
+        return NOT_MEASURED
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    parts = []
+    for machine, model in sorted({(row["machine"], row["model"]) for row in rows}):
+        own = [row for row in rows if (row["machine"], row["model"]) == (machine, model)]
+        versions = sorted({f"{k} {v}" for row in own for k, v in row["versions"].items()})
+        dates = " to ".join(sorted({row["date"] for row in own}))
+        lines = [
+            "| encoding | clients | server | p50 | p99 | requests/s | CPU a request | p99, worst / best turn | memory |",
+            "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for row in sorted(own, key=lambda r: (r["encoding"], r["clients"], r["server"] != "own", r["server"])):
+            lines.append(
+                f"| {row['encoding']} | {row['clients']} | {row['server']} | {row['p50_us'] / 1e3:.2f} ms "
+                f"| {row['p99_us'] / 1e3:.2f} ms | {row['requests_s']:.0f} | {row['cpu_us']:.0f} us "
+                f"| {row['spread_p99']:.1f}x | {row['memory_bytes'] / 1e6:.0f} MB |"
+            )
+        commands = "\n".join(sorted({row["command"] for row in own}))
+        parts.append(
+            f"### {model}, {machine}\n\n{dates}; {', '.join(versions)}.\n\n"
+            + "\n".join(lines)
+            + f"\n\n```\n{commands}\n```"
+        )
+    return "\n\n".join(parts)
 
 
 def measured(results: Path) -> list[str]:

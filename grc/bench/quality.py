@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from grc.runtime.golden import QUALITY, largest_error, within
+from grc.graph.oracle import largest_error, within
+from grc.lowering.choose import QUALITY
 
 BEST = 100
 # A swap at the end of the list between two nearly equal scores costs one id in a hundred, in fp32 as in any precision.

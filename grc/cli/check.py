@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grc.cli import parameters as p
 from grc.cli.errors import Traceback
 from grc.cli.summary import put, put_json, table
+
+if TYPE_CHECKING:
+    from grc.runtime.golden import Golden
 
 NAME = "check"
 EXAMPLES = ("grc check model.grc", "grc check model.grc --json")
@@ -21,10 +24,12 @@ def command(artifact: p.ArtifactPath, json: p.Json = False, traceback: Traceback
     """
     from grc import Artifact, Program
     from grc.errors import ArtifactError
-    from grc.runtime.golden import QUALITY, golden_requests, within
+    from grc.graph.oracle import within
+    from grc.lowering.choose import QUALITY
+    from grc.runtime.golden import read_golden
 
     opened = Artifact.open(artifact, verify=True)
-    requests = golden_requests(opened)
+    requests = read_golden(opened)
     rows: list[dict[str, Any]] = []
     recorded = opened.manifest["quality"]
     engines = [part["engine"] for part in opened.manifest["parts"]]
@@ -79,7 +84,7 @@ def remeasure(artifact: Any, engines: list[str]) -> tuple[Any, dict[str, dict[st
     return limits, {e: remeasured(data, Program(artifact, e).run_flat, limits) for e in dict.fromkeys(engines)}
 
 
-def replay(program: Any, requests: list[Any]) -> float:
-    from grc.runtime.golden import largest_error
+def replay(program: Any, requests: list[Golden]) -> float:
+    from grc.graph.oracle import largest_error
 
-    return max((largest_error(list(program.run_flat(inputs)), answers) for inputs, answers in requests), default=0.0)
+    return max((largest_error(list(program.run_flat(r.inputs)), r.outputs) for r in requests), default=0.0)

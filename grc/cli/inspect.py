@@ -144,7 +144,7 @@ def listed(sizes: list[Any]) -> str:
 def named_outputs(manifest: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     from grc.runtime.structure import output_names
 
-    return list(zip(output_names(manifest), manifest["outputs"], strict=True))
+    return list(zip(output_names(manifest["structure"]["outputs"]), manifest["outputs"], strict=True))
 
 
 def engine_rows(manifest: dict[str, Any]) -> list[tuple[str, ...]]:

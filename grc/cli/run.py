@@ -64,7 +64,7 @@ def command(
         return
     kind = values.format_of(source, form)
     inputs = values.decode(read(source), kind, program.artifact.manifest["inputs"])
-    names = output_names(program.artifact.manifest)
+    names = output_names(program.artifact.manifest["structure"]["outputs"])
     answers = dict(zip(names, program.run_flat(inputs), strict=True))
     wanted = target_format(output, form, "json" if kind in values.BINARY and output is None else kind)
     put(values.encode(answers, wanted), output, wanted)
@@ -93,11 +93,12 @@ def recommended(program: Any, text: str) -> bytes:
 def golden_inputs(artifact: Path) -> dict[str, Any]:
     """The second golden request, which has more than one row where the model takes batches."""
     from grc import Artifact
-    from grc.runtime.golden import golden_requests
+    from grc.runtime.weights import read_weights
 
-    opened = Artifact.open(artifact)
-    inputs, _ = golden_requests(opened)[:2][-1]
-    return {spec["name"]: tensor for spec, tensor in zip(opened.manifest["inputs"], inputs, strict=True)}
+    manifest = Artifact.open(artifact).manifest
+    tensors = read_weights(artifact / "golden.safetensors")
+    index = 1 if "1.input.0" in tensors else 0
+    return {spec["name"]: tensors[f"{index}.input.{i}"] for i, spec in enumerate(manifest["inputs"])}
 
 
 def read(source: str) -> bytes:

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from grc.graph.oracle import run_fp64
+from grc.graph.oracle import largest_error, run_fp64
 from grc.graph.sizes import Size
-from grc.runtime.golden import largest_error
 
 if TYPE_CHECKING:
     from grc.graph.capture import Source

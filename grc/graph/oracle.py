@@ -14,6 +14,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from grc.runtime.closeness import largest_error as largest_error
+from grc.runtime.closeness import within as within
+
 aten = torch.ops.aten
 
 GATHERS = {aten.embedding, aten.index_select, aten.index, aten.gather, aten.select, aten.slice}

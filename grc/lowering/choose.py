@@ -15,14 +15,15 @@ from typing import Any
 import torch
 
 from grc.errors import GrcError, LoweringError
+from grc.graph.oracle import largest_error, within
 from grc.lowering.eager import Eager
 from grc.lowering.engine import Built, Engine, Lowerable, Target
 from grc.lowering.inductor import Inductor
 from grc.lowering.onnx_int8 import OnnxRuntimeInt8
 from grc.lowering.onnxruntime import OnnxRuntime
 from grc.lowering.timing import Turn, interleave
+from grc.runtime.closeness import QUALITY as QUALITY
 from grc.runtime.engines import Run, load_part
-from grc.runtime.golden import QUALITY, largest_error, within
 from grc.runtime.plan import Plan
 
 SECONDS = 0.4  # spent on each engine at each batch size, in interleaved rounds

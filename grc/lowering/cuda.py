@@ -14,7 +14,7 @@ from torch import fx
 
 from grc.errors import ArtifactError, LoweringError
 from grc.graph.capture import Source
-from grc.graph.oracle import run_fp64
+from grc.graph.oracle import largest_error, run_fp64
 from grc.kernels import OPS, cpp
 from grc.lowering.eager import Eager
 from grc.lowering.engine import Built, Engine, Lowerable, Target
@@ -24,7 +24,6 @@ from grc.lowering.move import moved
 from grc.lowering.twins import with_twins
 from grc.runtime.device import DeviceWeights
 from grc.runtime.engines import Run, load_on_gpu
-from grc.runtime.golden import largest_error
 from grc.runtime.plan import Plan
 
 

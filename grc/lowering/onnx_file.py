@@ -11,9 +11,10 @@ import torch
 
 from grc.errors import LoweringError
 from grc.graph.capture import EXPORT_BATCH, Size, Source
+from grc.graph.oracle import largest_error, within
+from grc.lowering.choose import QUALITY
 from grc.lowering.engine import Lowerable
 from grc.lowering.onnxruntime import onnx_model
-from grc.runtime.golden import QUALITY, largest_error, within
 from grc.runtime.structure import leaf_names
 from grc.runtime.weights import CHUNK
 

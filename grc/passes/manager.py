@@ -11,10 +11,9 @@ import torch
 from torch import fx
 
 from grc.errors import PassError, SpecError
-from grc.graph.oracle import run_fp64
+from grc.graph.oracle import largest_error, run_fp64, within
 from grc.graph.rewrite import copy_graph
 from grc.graph.spec import verify, widest_float
-from grc.runtime.golden import largest_error, within
 
 
 @dataclass(frozen=True)

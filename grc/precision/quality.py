@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grc.errors import GrcError
-from grc.runtime.golden import largest_error
+from grc.runtime.closeness import largest_error
 from grc.runtime.weights import read_weights
 
 MAX_ERROR, OVERLAP, AUC, NDCG = "max-error", "topk-overlap", "auc-drop", "ndcg-drop"

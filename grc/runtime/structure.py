@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections import OrderedDict, namedtuple
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -160,6 +160,6 @@ def leaf_names(structure: Json, prefix: str = "") -> list[str]:
     ]
 
 
-def output_names(manifest: Mapping[str, Any]) -> list[str]:
+def output_names(structure: Json) -> list[str]:
     """`output` where there is one, else the keys of the model's own dict, else `output[0]`, `output[1]`, …"""
-    return [name.removeprefix("output.") for name in leaf_names(manifest["structure"]["outputs"], "output")]
+    return [name.removeprefix("output.") for name in leaf_names(structure, "output")]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from benchmarks.cpu import GOALS, against_goals
-from benchmarks.plots import DOCUMENT, NOT_MEASURED, RESULTS, filled
+from benchmarks.plots import DOCUMENT, NOT_MEASURED, RESULTS, SERVING, filled
 from grc.bench.rows import write
 from grc.bench.table import cells
 
@@ -35,8 +36,27 @@ def test_zipf_ids_are_held_to_the_floor_only():
     assert any("dlrm zipf at batch 64: 0.90 of 1.0" in line for line in against_goals(cells(slow)))
 
 
-def test_the_page_says_what_the_committed_rows_say():
-    assert DOCUMENT.read_text() == filled(DOCUMENT.read_text(), RESULTS)
+@pytest.mark.parametrize("document", [DOCUMENT, SERVING], ids=lambda document: document.name)
+def test_a_page_says_what_the_committed_rows_say(document: Path):
+    assert document.read_text() == filled(document.read_text(), RESULTS)
+
+
+def test_the_table_of_servers_puts_them_beside_each_other(tmp_path: Path):
+    text = "<!-- begin: serving -->\n<!-- end: serving -->\n"
+    assert NOT_MEASURED in filled(text, tmp_path)
+    about = {"model": "dlrm", "machine": "CPU", "versions": {"grc": "1"}, "date": "2026-01-01", "command": "run"}
+    figures = {"p50_us": 1500, "p99_us": 2500, "requests_s": 900.4, "cpu_us": 450.0, "spread_p99": 1.25}
+    rows = [
+        {"server": server, "encoding": "json", "clients": 8, "errors": 0, "memory_bytes": 2e8, **figures, **about}
+        for server in ("fused", "own")
+    ]
+    (tmp_path / "serving.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = filled(text, tmp_path).splitlines()
+    assert "### dlrm, CPU" in lines and "2026-01-01; grc 1." in lines
+    assert lines[-7:-5] == [
+        "| json | 8 | own | 1.50 ms | 2.50 ms | 900 | 450 us | 1.2x | 200 MB |",
+        "| json | 8 | fused | 1.50 ms | 2.50 ms | 900 | 450 us | 1.2x | 200 MB |",
+    ]
 
 
 def test_the_page_is_filled_between_its_markers_only(tmp_path: Path):

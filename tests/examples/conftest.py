@@ -10,10 +10,12 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 
-from movielens import data
+from movielens import data, train
 from movielens.corpus import DAY, Corpus
 
 NINETIES = 870_000_000
+TINY = {"width": 16, "heads": 2, "ffn": 32, "layers": 1}
+QUICK = train.Recipe(epochs=2, ahead=2, batch=32, rate=1e-2, dropout=0.1, decay=0.1)
 
 
 def sample(films: int = 30, users: int = 12, ratings: int = 15) -> tuple[list, list, list]:
@@ -65,3 +67,11 @@ def write() -> Callable[..., None]:
 def corpus(tmp_path: Path) -> Corpus:
     write_atomic(tmp_path, *sample())
     return Corpus(data.load(tmp_path))
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: Corpus) -> Path:
+    folder = tmp_path / "checkpoint"
+    train.save(train.train(corpus, TINY, QUICK, quiet=True), corpus, TINY, {}, folder)
+    monkeypatch.setenv("GRC_MOVIELENS_CHECKPOINT", str(folder))
+    return folder

@@ -12,9 +12,9 @@ import torch
 from movielens import data, model, train
 from movielens.corpus import DAY, TASKS, Corpus
 
+from tests.examples.conftest import QUICK, TINY
+
 NINETIES = 870_000_000
-TINY = {"width": 16, "heads": 2, "ffn": 32, "layers": 1}
-QUICK = train.Recipe(epochs=2, ahead=2, batch=32, rate=1e-2, dropout=0.1, decay=0.1)
 
 
 # Corpus
@@ -94,14 +94,6 @@ def test_constant_scores_earn_nothing(corpus: Corpus) -> None:
 def test_area_under_the_curve() -> None:
     scores = np.array([0.1, 0.4, 0.4, 0.9], dtype=np.float32)
     assert train.area(scores, np.array([0, 0, 1, 1], dtype=np.float32)) == pytest.approx(3.5 / 4)
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: Corpus) -> Path:
-    folder = tmp_path / "checkpoint"
-    train.save(train.train(corpus, TINY, QUICK, quiet=True), corpus, TINY, {}, folder)
-    monkeypatch.setenv("GRC_MOVIELENS_CHECKPOINT", str(folder))
-    return folder
 
 
 def test_model_file_serves_a_request_end_to_end(checkpoint: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from grc.graph.capture import Source, capture
 from grc.graph.model_file import from_module
-from grc.runtime.golden import largest_error
+from grc.graph.oracle import largest_error
 from grc.runtime.structure import builder
 from tests.graph.filecheck import check
 

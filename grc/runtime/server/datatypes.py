@@ -1,0 +1,88 @@
+"""The protocol's names for dtypes, and tensors from its bytes and its JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from grc.runtime.server.refusal import invalid
+
+NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "UINT8",
+    torch.int8: "INT8",
+    torch.int16: "INT16",
+    torch.int32: "INT32",
+    torch.int64: "INT64",
+    torch.float16: "FP16",
+    torch.bfloat16: "BF16",
+    torch.float32: "FP32",
+    torch.float64: "FP64",
+}
+# numpy has no bfloat16: its bits travel as int16.
+ARRAYS = {dtype: np.dtype(np.int16 if dtype is torch.bfloat16 else str(dtype)[6:]) for dtype in NAMES}
+INTEGERS, NUMBERS = "iu", "iuf"
+
+
+def from_bytes(
+    name: str, data: bytes | memoryview, start: int, size: int, shape: list[int], dtype: Any
+) -> torch.Tensor:
+    """A tensor of its own from little-endian bytes: compiled code wants it aligned, which a body's middle is not."""
+    array = ARRAYS[dtype]
+    count = elements(shape)
+    if size != count * array.itemsize:
+        raise invalid(f'input "{name}" has {size} bytes; shape {shape} of {NAMES[dtype]} has {count * array.itemsize}')
+    tensor = torch.from_numpy(np.frombuffer(data, array, count, start).reshape(shape).copy())
+    return tensor.view(torch.bfloat16) if dtype is torch.bfloat16 else tensor
+
+
+def from_list(name: str, data: Any, shape: list[int], dtype: Any) -> torch.Tensor:
+    """A tensor from numbers as they stand in JSON, flat or nested. Raises a refusal where they don't fit."""
+    try:
+        found = np.asarray(data)
+    except ValueError:
+        raise invalid(f'input "{name}" has rows of different lengths') from None
+    if found.size != elements(shape):
+        raise invalid(f'input "{name}" has {found.size} values; shape {shape} has {elements(shape)}')
+    kind = found.dtype.kind
+    if dtype is torch.bool:
+        fits = kind == "b" or (kind in INTEGERS and bool(((found == 0) | (found == 1)).all()))
+    else:
+        fits = kind in (NUMBERS if dtype.is_floating_point else INTEGERS)
+    if found.size and not fits:
+        # Integers that no integer dtype holds arrive as floats too.
+        whole = kind == "f" and not dtype.is_floating_point and not bool((found % 1).any())
+        what = "numbers with a fraction" if kind == "f" else "values that are no numbers of its type"
+        what = "a value that is too large" if whole and abs(found).max() >= 2.0**63 else what
+        raise invalid(f'input "{name}" has {what}; the model takes {NAMES[dtype]}')
+    if not dtype.is_floating_point and dtype is not torch.bool and found.size:
+        limits = np.iinfo(ARRAYS[dtype])
+        if found.min() < limits.min or found.max() > limits.max:
+            raise invalid(f'input "{name}" has a value that is too large; the model takes {NAMES[dtype]}')
+    if dtype is torch.bfloat16:
+        return torch.from_numpy(found.astype(np.float32).reshape(shape)).to(dtype)
+    return torch.from_numpy(found.astype(ARRAYS[dtype]).reshape(shape))
+
+
+def elements(shape: list[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def to_bytes(tensor: torch.Tensor) -> bytes:
+    return array_of(tensor).tobytes()
+
+
+def array_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """Contiguous, and bfloat16 by its bits."""
+    tensor = tensor.detach().contiguous()
+    return tensor.view(torch.int16).numpy() if tensor.dtype is torch.bfloat16 else tensor.numpy()
+
+
+def plain_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """Flat, as orjson writes it: the shortest digits that give the same number back."""
+    return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).detach().contiguous().reshape(-1).numpy()

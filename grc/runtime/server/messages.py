@@ -1,0 +1,186 @@
+"""The protocol's JSON, with binary tensors behind it: a request read, an answer written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+import torch
+
+from grc.runtime.server.datatypes import NAMES, from_bytes, from_list, plain_array, to_bytes
+from grc.runtime.server.refusal import invalid
+from grc.runtime.server.version import Version
+
+Tensors = list[torch.Tensor]
+# What a client may ask for beyond the protocol, and this server does not do: silence would be a wrong answer.
+REFUSED = {
+    "shared_memory_region": "shared memory",
+    "classification": "classification",
+    "sequence_id": "sequences",
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request: inputs in the model's order, and the outputs that are wanted, each as bytes or as JSON."""
+
+    id: str
+    inputs: Tensors
+    outputs: list[tuple[int, bool]]
+    seconds: float | None
+
+
+def read_json(data: bytes | memoryview) -> dict[str, Any]:
+    try:
+        value = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise invalid(f"the request is no JSON: {error}", "json") from None
+    if type(value) is not dict:
+        raise invalid(f"the request is a JSON {json_type(value)}, not an object", "json")
+    return value
+
+
+def json_type(value: Any) -> str:
+    names = {list: "array", str: "string", bool: "boolean", int: "number", float: "number", dict: "object"}
+    return names.get(type(value), "null")
+
+
+def read(body: bytes, header: int | None, version: Version) -> Asked:
+    """The request in a body; `header` is where the JSON ends and binary tensors begin."""
+    if header is None:
+        request = read_json(body)
+        header = len(body)
+    elif header > len(body):
+        raise invalid(f"the body has {len(body)} bytes; its JSON alone should have {header}", "truncated")
+    else:
+        request = read_json(memoryview(body)[:header])
+    parameters = object_at(request, "parameters")
+    refuse_unknown(parameters)
+    inputs = read_inputs(request, body, header, version)
+    binary = bool(parameters.get("binary_data_output", False))
+    outputs = read_outputs(request, binary, version)
+    id = request.get("id", "")
+    if type(id) is not str:
+        raise invalid(f"id is a JSON {json_type(id)}, not a string")
+    return Asked(id, inputs, outputs, timeout(parameters))
+
+
+def object_at(entry: dict[str, Any], key: str) -> dict[str, Any]:
+    found = entry.get(key)
+    if found is None:
+        return {}
+    if type(found) is not dict:
+        raise invalid(f"{key} is a JSON {json_type(found)}, not an object")
+    return found
+
+
+def refuse_unknown(parameters: dict[str, Any]) -> None:
+    for name, what in REFUSED.items():
+        if parameters.get(name):
+            raise invalid(f"this server knows no {what}", "unsupported")
+
+
+def timeout(parameters: dict[str, Any]) -> float | None:
+    """Seconds; the protocol's extension counts microseconds, and 0 is no limit."""
+    found = parameters.get("timeout")
+    if not found:
+        return None
+    if type(found) is not int or found < 0:
+        raise invalid(f"timeout must be a number of microseconds, not {found!r}")
+    return found / 1e6
+
+
+def read_inputs(request: dict[str, Any], body: bytes, at: int, version: Version) -> Tensors:
+    given = request.get("inputs")
+    if type(given) is not list:
+        raise invalid("the request has no list of inputs")
+    found: dict[int, torch.Tensor] = {}
+    for entry in given:
+        if type(entry) is not dict or type(entry.get("name")) is not str:
+            raise invalid("an input has no name")
+        name = entry["name"]
+        index = version.input_index.get(name)
+        if index is None:
+            raise invalid(f"the request has an unknown input {name}; the inputs are {', '.join(version.input_index)}")
+        if index in found:
+            raise invalid(f'input "{name}" is given twice')
+        dtype = checked_dtype(name, entry.get("datatype"), version.dtypes[index])
+        shape = checked_shape(name, entry.get("shape"))
+        parameters = object_at(entry, "parameters")
+        refuse_unknown(parameters)
+        size = parameters.get("binary_data_size")
+        if size is None:
+            if "data" not in entry:
+                raise invalid(f'input "{name}" has neither data nor binary_data_size')
+            found[index] = from_list(name, entry["data"], shape, dtype)
+            continue
+        if type(size) is not int or size < 0:
+            raise invalid(f'input "{name}" has a binary_data_size that is no size: {size!r}')
+        if at + size > len(body):
+            raise invalid(
+                f'the body ends inside of input "{name}": {len(body) - at} of its {size} bytes are there', "truncated"
+            )
+        found[index] = from_bytes(name, body, at, size, shape, dtype)
+        at += size
+    if at < len(body):
+        raise invalid(f"the body has {len(body) - at} bytes that belong to no input")
+    for name, index in version.input_index.items():
+        if index not in found:
+            raise invalid(f"the request misses input {name}; the inputs are {', '.join(version.input_index)}")
+    return [found[i] for i in range(len(found))]
+
+
+def checked_dtype(name: str, given: Any, dtype: torch.dtype) -> torch.dtype:
+    if given != NAMES[dtype]:
+        raise invalid(f'input "{name}" is {given}; the model takes {NAMES[dtype]}')
+    return dtype
+
+
+def checked_shape(name: str, shape: Any) -> list[int]:
+    if type(shape) is not list or not all(type(size) is int and 0 <= size < 1 << 48 for size in shape):
+        raise invalid(f'input "{name}" has no shape: {shape!r}')
+    return shape
+
+
+def read_outputs(request: dict[str, Any], binary: bool, version: Version) -> list[tuple[int, bool]]:
+    given = request.get("outputs")
+    if not given:
+        return [(index, binary) for index in range(len(version.output_names))]
+    if type(given) is not list:
+        raise invalid("outputs is no list")
+    wanted = []
+    for entry in given:
+        name = entry.get("name") if type(entry) is dict else None
+        index = version.output_index.get(name) if type(name) is str else None
+        if index is None:
+            raise invalid(f"there is no output {name}; the outputs are {', '.join(version.output_index)}")
+        parameters = object_at(entry, "parameters")
+        refuse_unknown(parameters)
+        wanted.append((index, bool(parameters.get("binary_data", binary))))
+    return wanted
+
+
+def write(asked: Asked, answer: Tensors, version: Version) -> tuple[bytes, int | None]:
+    """The body of an answer, and how long its JSON is where binary tensors follow."""
+    outputs: list[dict[str, Any]] = []
+    tail: list[bytes] = []
+    for index, binary in asked.outputs:
+        tensor = answer[index]
+        entry: dict[str, Any] = {
+            "name": version.output_names[index],
+            "datatype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+        }
+        if binary:
+            data = to_bytes(tensor)
+            entry["parameters"] = {"binary_data_size": len(data)}
+            tail.append(data)
+        else:
+            entry["data"] = plain_array(tensor)
+        outputs.append(entry)
+    head: dict[str, Any] = {"model_name": version.name, "model_version": version.number, "outputs": outputs}
+    if asked.id:
+        head["id"] = asked.id
+    text = orjson.dumps(head, option=orjson.OPT_SERIALIZE_NUMPY)
+    return (b"".join([text, *tail]), len(text)) if tail else (text, None)

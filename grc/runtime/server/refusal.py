@@ -1,0 +1,34 @@
+"""Refusals: a request that is not answered, as the protocol's error."""
+
+from __future__ import annotations
+
+import math
+
+from grc.errors import ArtifactError, EngineError, GrcError
+
+
+class Refused(Exception):
+    """The status and message that a client gets; `reason` is the label under which it is counted."""
+
+    def __init__(self, status: int, message: str, reason: str, retry_after: float | None = None):
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.reason = reason
+        # HTTP knows whole seconds only, and 0 would invite the client back at once.
+        self.retry_after = None if retry_after is None else max(1, math.ceil(retry_after))
+
+
+def invalid(message: str, reason: str = "invalid") -> Refused:
+    return Refused(400, message, reason)
+
+
+def refusal(error: Exception) -> Refused:
+    """What a client is told of an error: its own fault is a 400, the server's a 500."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, (EngineError, ArtifactError)):
+        return Refused(500, error.message, "failed")
+    if isinstance(error, GrcError):
+        return invalid(error.message)
+    return Refused(500, f"the server failed: {type(error).__name__}: {error}", "failed")

@@ -1,0 +1,217 @@
+"""The scheduler: what waits is merged by rows, the most urgent first; models share the workers fairly.
+
+A request is refused at once when it can't make its deadline behind those that wait, so that no work is spent on answers
+that come too late. Fairness between models is start-time fair queueing (Goyal et al. 1996): the model that used the least
+time goes next, and one that slept does not save up time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from grc.runtime.server.execute import execute
+from grc.runtime.server.refusal import Refused
+from grc.runtime.server.version import Version
+
+Tensors = list[torch.Tensor]
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """A request that waits for its answer, or has it."""
+
+    version: Version
+    inputs: Tensors
+    rows: int
+    deadline: float
+    future: asyncio.Future[Tensors]
+    queued: float
+    started: float = 0.0
+    ended: float = 0.0
+    batch: int = 0
+    answer: Tensors | Exception | None = None
+
+    def settle(self) -> None:
+        if self.future.done():  # the client went away
+            return
+        if isinstance(self.answer, Exception):
+            self.future.set_exception(self.answer)
+        else:
+            assert self.answer is not None
+            self.future.set_result(self.answer)
+
+
+@dataclass(eq=False)
+class Line:
+    """The requests of one version that wait, by the key under which they can be merged."""
+
+    version: Version
+    used: float = 0.0
+    count: int = 0
+    rows: int = 0
+    groups: dict[tuple[int, ...], list[tuple[float, int, Work]]] = field(default_factory=dict)
+
+    def add(self, work: Work, ticket: int) -> None:
+        merge = self.version.merge
+        alone = merge.reason is not None or not merge.fits(work.inputs)
+        key = (-1, ticket) if alone else merge.key(work.inputs, work.rows)
+        heapq.heappush(self.groups.setdefault(key, []), (work.deadline, ticket, work))
+        self.count += 1
+        self.rows += work.rows
+
+    def take(self, max_rows: int) -> list[Work]:
+        """The most urgent request, and those of its key that fit beside it without making it late."""
+        key = min(self.groups, key=lambda k: self.groups[k][0])
+        heap = self.groups[key]
+        limit = min(max_rows, self.version.max_rows)
+        batch: list[Work] = []
+        rows, due, now = 0, heap[0][0], time.monotonic()
+        while heap:
+            more = heap[0][2].rows
+            if batch and (rows + more > limit or now + self.version.estimate.seconds(rows + more) > due):
+                break
+            work = heapq.heappop(heap)[2]
+            batch.append(work)
+            rows += work.rows
+        if not heap:
+            del self.groups[key]
+        self.count -= len(batch)
+        self.rows -= rows
+        return batch
+
+    def seconds(self, rows: int, max_rows: int) -> float:
+        """Time to answer `rows` that wait, in batches as they would be merged."""
+        estimate = self.version.estimate
+        if self.version.merge.reason is not None:
+            return self.count * estimate.seconds(max(1, rows // max(self.count, 1)))
+        full, rest = divmod(rows, min(max_rows, self.version.max_rows))
+        return full * estimate.seconds(max_rows) + (estimate.seconds(rest) if rest else 0.0)
+
+
+class Scheduler:
+    """Lines of waiting requests and the threads that answer them."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        workers: int,
+        max_rows: int,
+        max_queue: int,
+        finished: Callable[[list[Work]], None],
+    ):
+        self.loop, self.max_rows, self.max_queue, self.finished = loop, max_rows, max_queue, finished
+        self.changed = threading.Condition()
+        self.lines: dict[Version, Line] = {}
+        self.active: dict[Version, Line] = {}  # those with requests that wait
+        self.tickets = itertools.count()
+        self.clock = 0.0  # the time used by the line that was served last
+        self.running: dict[int, float] = {}  # when each busy worker should be free again
+        self.closed = False
+        self.threads = [
+            threading.Thread(target=self.work, name=f"grc-compute-{i}", daemon=True) for i in range(workers)
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    def submit(self, work: Work) -> None:
+        """Let a request wait. Raises Refused when too many do, or when it would be answered too late."""
+        with self.changed:
+            line = self.lines.get(work.version)
+            if line is None:
+                line = self.lines[work.version] = Line(work.version)
+            if line.count >= self.max_queue:
+                wait = line.seconds(line.rows, self.max_rows)
+                raise Refused(503, f"model {work.version.name} is busy: {line.count} requests wait", "queue_full", wait)
+            wait = self.wait(line, work.rows)
+            left = work.deadline - work.queued
+            if wait > left:
+                told = f"within {left * 1e3:.0f} ms: it would take about {wait * 1e3:.0f} ms"
+                raise Refused(503, f"model {work.version.name} can't answer {told}", "deadline", wait - left)
+            if line.count == 0:
+                line.used = max(line.used, self.clock)
+                self.active[work.version] = line
+            line.add(work, next(self.tickets))
+            self.changed.notify()
+
+    def wait(self, line: Line, rows: int) -> float:
+        """Seconds until a request that comes now is answered: what runs, its own line, and as much of the others."""
+        now = time.monotonic()
+        workers = len(self.threads)
+        free = min(self.running.values(), default=now) if len(self.running) == workers else now
+        own = line.seconds(line.rows + rows, self.max_rows)
+        others = sum(
+            min(other.seconds(other.rows, self.max_rows), own) for other in self.active.values() if other is not line
+        )
+        return max(0.0, free - now) + (own + others) / workers
+
+    def forget(self, version: Version) -> None:
+        """No more requests will come for a version; those that wait are still answered."""
+        with self.changed:
+            self.lines.pop(version, None)
+
+    def waiting(self, version: Version) -> int:
+        line = self.lines.get(version)
+        return line.count if line else 0
+
+    def work(self) -> None:
+        me = threading.get_ident()
+        torch.set_num_threads(torch.get_num_threads())  # OpenMP keeps this number for each thread
+        while True:
+            with self.changed:
+                while not self.active:
+                    if self.closed:
+                        return
+                    self.changed.wait()
+                line = min(self.active.values(), key=lambda candidate: candidate.used)
+                batch = line.take(self.max_rows)
+                rows = sum(work.rows for work in batch)
+                now = time.monotonic()
+                predicted = line.version.estimate.seconds(rows)
+                self.clock = line.used
+                line.used += predicted
+                self.running[me] = now + predicted
+                if line.count == 0:
+                    del self.active[line.version]
+            late = [work for work in batch if work.deadline < now or work.future.cancelled()]
+            for work in late:
+                work.answer = Refused(
+                    503, f"model {work.version.name} was too busy: the request's time ran out", "deadline", predicted
+                )
+            ready = [work for work in batch if work not in late] if late else batch
+            try:
+                execute(ready)
+            except Exception as error:  # a worker outlives whatever a batch does to it
+                for work in ready:
+                    work.answer = work.answer or error
+            done = time.monotonic()
+            with self.changed:
+                self.running.pop(me, None)
+                if ready:
+                    line.used += done - now - predicted
+            for work in batch:
+                work.started, work.ended, work.batch = now, done, rows
+            self.loop.call_soon_threadsafe(self.settle, batch, ready, done - now)
+
+    def settle(self, batch: list[Work], ready: list[Work], seconds: float) -> None:
+        """On the event loop: hand out the answers, and learn from the time they took."""
+        if ready:
+            ready[0].version.estimate.learn(sum(work.rows for work in ready), seconds)
+            self.finished(ready)
+        for work in batch:
+            work.settle()
+
+    def close(self) -> None:
+        """Answer what waits, then end the threads."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+        for thread in self.threads:
+            thread.join()

@@ -1,0 +1,213 @@
+"""The service: a request to a version, by whatever protocol it came, through caches and scheduler to its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import orjson
+import torch
+
+from grc.runtime.server.cache import Cache
+from grc.runtime.server.features import Features, User
+from grc.runtime.server.logs import Log
+from grc.runtime.server.metrics import Metrics
+from grc.runtime.server.refusal import Refused, refusal
+from grc.runtime.server.scheduler import Scheduler, Work
+from grc.runtime.server.settings import Settings
+from grc.runtime.server.version import Version
+
+Tensors = list[torch.Tensor]
+# Each stage as metrics name it, and as the protocol's statistics do.
+STAGES = (
+    ("preprocess", "compute_input"),
+    ("queue", "queue"),
+    ("compute", "compute_infer"),
+    ("postprocess", "compute_output"),
+)
+PROCESSING = 2  # threads for the users' own functions: they hold the interpreter's lock, more would only take turns
+
+
+class Call:
+    """One request on its way: who asks for what, since when, until when, and how long each stage took."""
+
+    __slots__ = ("arrived", "deadline", "id", "model", "preprocess", "protocol", "stages", "version")
+
+    def __init__(self, id: str, protocol: str, timeout: float):
+        self.arrived = time.monotonic()
+        self.deadline = self.arrived + timeout
+        self.id, self.protocol = id, protocol
+        self.version: Version | None = None
+        self.model = ""
+        self.preprocess = 0.0
+        self.stages: tuple[float, float] | None = None
+
+    def due(self, seconds: float) -> None:
+        """A client may shorten the time that a request may take."""
+        self.deadline = min(self.deadline, self.arrived + seconds)
+
+
+class Service:
+    def __init__(self, settings: Settings, log: Log, loop: asyncio.AbstractEventLoop):
+        self.settings, self.log, self.loop = settings, log, loop
+        self.metrics = Metrics()
+        self.features = Features(Cache(settings.feature_cache, settings.feature_ttl))
+        self.answers = Cache(settings.answer_cache, settings.answer_ttl)
+        self.scheduler = Scheduler(loop, settings.workers, settings.max_rows, settings.max_queue, self.computed)
+        self.processing = ThreadPoolExecutor(PROCESSING, thread_name_prefix="grc-processing")
+
+    async def infer(self, call: Call, version: Version, inputs: Tensors) -> Tensors:
+        """The outputs for one request's inputs. Raises what `refusal` makes an answer of."""
+        key = None
+        if self.answers.on:
+            key = digest(version, inputs)
+            found = self.answers.get(key)
+            self.looked_up(version, found)
+            if found is not None:
+                return found
+        answer = await self.compute(call, version, inputs)
+        if key is not None:
+            own = [tensor.clone() for tensor in answer]  # an answer is a view of its whole batch
+            self.answers.put(key, own, sum(tensor.nbytes for tensor in own))
+        return answer
+
+    async def compute(self, call: Call, version: Version, inputs: Tensors) -> Tensors:
+        rows = version.program.check.batch(inputs)
+        if rows == 0:
+            return version.program.empty()
+        now = time.monotonic()
+        call.preprocess = now - call.arrived
+        work = Work(version, inputs, rows, call.deadline, self.loop.create_future(), now)
+        self.scheduler.submit(work)
+        try:
+            return await work.future
+        finally:
+            if work.ended:
+                call.stages = work.started - work.queued, work.ended - work.started
+
+    async def recommend(self, call: Call, version: Version, request: dict[str, Any], user: User | None) -> Any:
+        """From a request in its users' words to its answer, through the artifact's own functions."""
+        processing = version.processing()
+        key = None
+        if self.answers.on and user is None:  # a user's features may change while the request stays the same
+            key = request_digest(version, request)
+            found = self.answers.get(key)
+            self.looked_up(version, found)
+            if found is not None:
+                return orjson.loads(found)
+        inputs = await self.prepared(version, request, user)
+        answer = await self.compute(call, version, inputs)
+
+        def post() -> Any:
+            return processing.postprocess(version.program.built(answer), request)
+
+        found = await self.loop.run_in_executor(self.processing, guarded("postprocess", post))
+        if key is not None:
+            kept = orjson.dumps(found, default=listed, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
+            self.answers.put(key, kept, len(kept))
+        return found
+
+    async def prepared(self, version: Version, request: dict[str, Any], user: User | None) -> Tensors:
+        """The request's features: made by preprocess, or those of the user."""
+        if user is None or not self.features.cache.on:
+            return await self.loop.run_in_executor(self.processing, preprocess, version, request)
+        found = self.features.get(version.name, version.number, user)
+        if found is not None:
+            return found
+        making = self.features.begin(version.name, version.number, user)
+        made = None
+        try:
+            made = await self.loop.run_in_executor(self.processing, preprocess, version, request)
+        finally:
+            self.features.end(making, made)
+        return made
+
+    def looked_up(self, version: Version, found: object) -> None:
+        version.statistics.by_stage["cache_miss" if found is None else "cache_hit"].add(0.0)
+
+    def computed(self, batch: list[Work]) -> None:
+        """A batch has been computed: rows and times of all that it answered."""
+        version, rows = batch[0].version, sum(work.rows for work in batch)
+        version.statistics.batch(rows, batch[0].ended - batch[0].started)
+        metrics = self.metrics.of(version.name)
+        metrics.rows.observe(rows)
+        metrics.merged.observe(len(batch))
+
+    def succeeded(self, call: Call) -> None:
+        """The answer is written: count its stages."""
+        version = call.version
+        assert version is not None
+        total = time.monotonic() - call.arrived
+        metrics, statistics = self.metrics.of(version.name), version.statistics
+        if call.stages is not None:
+            queue, compute = call.stages
+            after = total - call.preprocess - queue - compute
+            for (stage, name), seconds in zip(STAGES, (call.preprocess, queue, compute, after), strict=True):
+                metrics.stages[stage].observe(seconds)
+                statistics.by_stage[name].add(seconds)
+        metrics.request.observe(total)
+        statistics.succeed(total)
+        self.metrics.requests.labels(version.name, call.protocol, "200").inc()
+        if self.settings.access_log:
+            self.log("info", "request", id=call.id, model=version.name, status=200, ms=round(total * 1e3, 3))
+
+    def failed(self, call: Call, error: Exception) -> Refused:
+        """Count and log a request that gets no answer, and say what its client is told."""
+        told = refusal(error)
+        total = time.monotonic() - call.arrived
+        if call.version is not None:
+            call.version.statistics.by_stage["fail"].add(total)
+        # Only names of models that are there become labels: a client must not fill the memory with made-up ones.
+        model = call.version.name if call.version is not None else ""
+        self.metrics.requests.labels(model, call.protocol, str(told.status)).inc()
+        self.metrics.refusals.labels(model, told.reason).inc()
+        level = "error" if told.status == 500 else "warning"
+        self.log(
+            level, "refused", id=call.id, model=call.model, status=told.status, reason=told.reason, message=told.message
+        )
+        return told
+
+    def close(self) -> None:
+        self.scheduler.close()
+        self.processing.shutdown()
+
+
+def preprocess(version: Version, request: dict[str, Any]) -> Tensors:
+    args, kwargs = version.processing().preprocess(request)
+    return version.program.leaves(args, kwargs)
+
+
+def guarded(what: str, function: Callable[[], Any]) -> Callable[[], Any]:
+    """The artifact's own function may raise anything; its words are for the log and the client."""
+
+    def call() -> Any:
+        try:
+            return function()
+        except Exception as error:
+            raise Refused(500, f"{what}: {error}", what) from error
+
+    return call
+
+
+def digest(version: Version, inputs: Tensors) -> bytes:
+    found = hashlib.blake2b(f"{version.name}/{version.number}".encode(), digest_size=16)
+    for tensor in inputs:
+        found.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
+        found.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return found.digest()
+
+
+def request_digest(version: Version, request: dict[str, Any]) -> bytes:
+    text = orjson.dumps(request, option=orjson.OPT_SORT_KEYS)
+    return hashlib.blake2b(f"{version.name}/{version.number}/".encode() + text, digest_size=16).digest()
+
+
+def listed(value: Any) -> Any:
+    """Tensors in a recommendation become lists; anything else that is no JSON is a fault of postprocess."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    raise TypeError(f"postprocess returns a {type(value).__name__}, which is no JSON")

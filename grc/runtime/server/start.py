@@ -1,0 +1,133 @@
+"""Start: load and prove the models, listen, and end when told to, with every request answered."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import uvicorn
+import uvloop
+
+from grc.runtime.server.health import Health
+from grc.runtime.server.http_app import Http
+from grc.runtime.server.logs import Log, forward
+from grc.runtime.server.models import Models
+from grc.runtime.server.ports import free_port, listen
+from grc.runtime.server.service import Service
+from grc.runtime.server.settings import Settings
+from grc.runtime.server.source import Source
+from grc.runtime.server.version import Version
+
+# Seconds that a thread may keep the interpreter while another waits for it. The default of 5 ms is what a request would
+# wait when the thread that computes comes back to a busy event loop.
+SWITCH = 2e-4
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Where the server can be reached, once it can."""
+
+    host: str
+    http: int
+    grpc: int | None
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn without its signal handlers: this server drains before it stops."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def serve(
+    sources: list[Source],
+    settings: Settings,
+    loaded: Callable[[Version], None] = lambda version: None,
+    listening: Callable[[Listening], None] = lambda where: None,
+    log: Log | None = None,
+) -> None:
+    """Serve until SIGTERM or SIGINT. Raises PortError or ArtifactError before anything listens."""
+    log = log or Log()
+    forward(log)
+    http = listen(settings.host, settings.port, "--port")
+    grpc_port = None if settings.grpc_port is None else free_port(settings.host, settings.grpc_port, "--grpc-port")
+    # Engines read this when they are loaded. With a thread for every core, the loop and the clients wait for those that spin.
+    torch.set_num_threads(settings.threads_of_a_batch())
+    models = Models(settings.engine, log)
+    for source in sources:
+        loaded(models.open(source).version)
+    sys.setswitchinterval(SWITCH)
+    # What is loaded stays: a full collection that looks at all of torch's objects would stop every request for 100 ms.
+    gc.collect()
+    gc.freeze()
+    uvloop.run(run(models, settings, http, grpc_port, log, listening))
+
+
+async def run(
+    models: Models,
+    settings: Settings,
+    sock: socket.socket,
+    grpc_port: int | None,
+    log: Log,
+    listening: Callable[[Listening], None],
+) -> None:
+    loop = asyncio.get_running_loop()
+    service = Service(settings, log, loop)
+    service.metrics.collect_from(
+        models.versions, {"features": service.features.cache, "answers": service.answers}, service.scheduler.waiting
+    )
+    models.replaced = service.scheduler.forget
+    models.loaded = lambda name, ok: service.metrics.reloads.labels(name, "ok" if ok else "refused").inc()
+    health = Health(service, models, settings.timeout)
+    config = uvicorn.Config(
+        Http(service, models, health, settings),
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=75,  # longer than the idle times of clients and proxies, so that they close and not this side
+        timeout_graceful_shutdown=max(1, round(settings.drain)),
+        backlog=2048,
+    )
+    server = HttpServer(config)
+    told = asyncio.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, told.set)
+    for model in models.all.values():
+        await health.probe(model)
+    grpc_server, bound = None, None
+    if grpc_port is not None:
+        from grc.runtime.server import grpc_service
+
+        answering = grpc_service.Grpc(service, models, health, settings)
+        grpc_server, bound = await grpc_service.start(answering, settings.host, grpc_port, settings.max_body)
+    tasks = [asyncio.create_task(health.watch(settings.canary))]
+    if settings.watch:
+        tasks.append(asyncio.create_task(models.watch(settings.watch)))
+    serving = asyncio.create_task(server.serve(sockets=[sock]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.005)
+    listening(Listening(settings.host, sock.getsockname()[1], bound))
+    await told.wait()
+    log("info", "draining", seconds=settings.drain)
+    health.draining = True
+    server.should_exit = True
+    if grpc_server is not None:
+        await grpc_server.stop(settings.drain)
+    await serving
+    for task in tasks:
+        task.cancel()
+    await loop.run_in_executor(None, service.close)
+    log("info", "stopped")
