@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grc.cli import parameters as p
 from grc.cli.errors import Traceback
 from grc.cli.summary import put, put_json, table
+
+if TYPE_CHECKING:
+    from grc.runtime.golden import Golden
 
 NAME = "check"
 EXAMPLES = ("grc check model.grc", "grc check model.grc --json")
@@ -22,10 +25,10 @@ def command(artifact: p.ArtifactPath, json: p.Json = False, traceback: Traceback
     from grc.errors import ArtifactError
     from grc.graph.oracle import within
     from grc.lowering.choose import QUALITY
-    from grc.runtime.weights import read_weights
+    from grc.runtime.golden import read_golden
 
     opened = Artifact.open(artifact, verify=True)
-    requests = golden(read_weights(artifact / "golden.safetensors"))
+    requests = read_golden(opened)
     rows: list[dict[str, Any]] = []
     recorded = opened.manifest["quality"]
     engines = [part["engine"] for part in opened.manifest["parts"]]
@@ -49,16 +52,7 @@ def command(artifact: p.ArtifactPath, json: p.Json = False, traceback: Traceback
         )
 
 
-def golden(tensors: dict[str, Any]) -> list[tuple[list[Any], list[Any]]]:
-    """Requests and the model's own answers, from `0.input.0`, `0.output.0`, …"""
-    found: dict[int, tuple[dict[int, Any], dict[int, Any]]] = {}
-    for key, tensor in tensors.items():
-        request, kind, index = key.split(".")
-        found.setdefault(int(request), ({}, {}))[kind == "output"][int(index)] = tensor
-    return [([i[k] for k in sorted(i)], [o[k] for k in sorted(o)]) for _, (i, o) in sorted(found.items())]
-
-
-def replay(program: Any, requests: list[tuple[list[Any], list[Any]]]) -> float:
+def replay(program: Any, requests: list[Golden]) -> float:
     from grc.graph.oracle import largest_error
 
-    return max((largest_error(list(program.run_flat(inputs)), answers) for inputs, answers in requests), default=0.0)
+    return max((largest_error(list(program.run_flat(r.inputs)), r.outputs) for r in requests), default=0.0)

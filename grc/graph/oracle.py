@@ -14,6 +14,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from grc.runtime.closeness import largest_error as largest_error
+from grc.runtime.closeness import within as within
+
 aten = torch.ops.aten
 
 GATHERS = {aten.embedding, aten.index_select, aten.index, aten.gather, aten.select, aten.slice}
@@ -99,37 +102,3 @@ def run_fp64(function: Callable[..., Any], *inputs: torch.Tensor, **kwargs: Any)
     """Call `function` in double precision. Integer inputs and every integer result keep their dtype."""
     with Alike(), Fp64():
         return function(*inputs, **kwargs)
-
-
-SWAPPED = 0.01  # 1% of ids in other places, as near-ties of a top-100 may be, weighs as an error of 1e-4
-
-
-def largest_error(answer: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> float:
-    """The largest difference from the oracle over all outputs.
-
-    Floats: max |a - t| / max(1, max |t|) of the output. Integers and booleans: SWAPPED times the share of positions that
-    differ, so that a top-k with a swapped tie is a small error and wrong ids are a large one. NaN and inf must be in the
-    same places.
-    """
-    worst = 0.0
-    for a, t in zip(answer, truth, strict=True):
-        if a.shape != t.shape:
-            return float("inf")
-        if a.numel() == 0:
-            continue
-        if not t.is_floating_point() or not a.is_floating_point():
-            worst = max(worst, SWAPPED * (a != t).double().mean().item())
-            continue
-        a, t = a.double(), t.double()
-        finite = torch.isfinite(t)
-        if not torch.equal(finite, torch.isfinite(a)):
-            return float("inf")
-        if finite.any():
-            scale = max(1.0, t[finite].abs().max().item())
-            worst = max(worst, (a - t)[finite].abs().max().item() / scale)
-    return worst
-
-
-def within(error: float, baseline: float, floor: float = 1e-5) -> bool:
-    """A rewritten graph may be at most twice as far from the oracle as the model itself, above a floor of rounding."""
-    return error <= max(2 * baseline, floor)

@@ -20,11 +20,11 @@ from grc.lowering.eager import Eager
 from grc.lowering.engine import Built, Engine, Lowerable, Target
 from grc.lowering.inductor import Inductor
 from grc.lowering.onnxruntime import OnnxRuntime
+from grc.runtime.closeness import QUALITY as QUALITY
 from grc.runtime.engines import Run, load_part
 from grc.runtime.plan import Plan
 
 SECONDS = 0.4  # spent on each engine at each batch size, in interleaved rounds
-QUALITY = 1e-4  # largest error of a float32 engine relative to the largest answer; rounding of a deep model is 1e-6
 
 
 @dataclass

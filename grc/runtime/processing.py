@@ -76,7 +76,7 @@ def read_request(text: str) -> dict[str, Any]:
     """A request as JSON text. Raises InputError when it is no JSON object."""
     try:
         request = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"the request is no JSON: {error}", "send one JSON object") from error
     if not isinstance(request, dict):
         raise InputError(f"the request is a JSON {type(request).__name__}, not an object", "send one JSON object")

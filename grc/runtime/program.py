@@ -17,7 +17,8 @@ from grc.runtime.engines import Run, part_loader
 from grc.runtime.inputs import InputCheck
 from grc.runtime.pages import map_ahead
 from grc.runtime.processing import Processing
-from grc.runtime.structure import builder, flatten
+from grc.runtime.signature import Signature
+from grc.runtime.structure import builder
 
 
 def load(path: str | os.PathLike[str], *, verify: bool = False, engine: str | None = None) -> Program:
@@ -54,13 +55,7 @@ class Program:
         self.chosen = [forced] if forced is not None else [c["part"] for c in manifest["choice"]]
         self.check = InputCheck(manifest)
         self.min_batch = manifest["batch"]["min"]
-        self.structure = manifest["structure"]["inputs"]
-        args, kwargs = self.structure["tuple"]
-        self.keywords = list(kwargs["dict"])
-        simple = [*args["tuple"], *kwargs["dict"].values()]
-        self.flat_call = all("leaf" in part for part in simple)
-        self.positional = len(args["tuple"])
-        self.parameters = manifest["structure"]["parameters"]
+        self.leaves = Signature(manifest).leaves
         self.single = manifest["structure"]["outputs"] == {"leaf": 0}
         self.build = builder(manifest["structure"]["outputs"])
         self.outputs = manifest["outputs"]
@@ -95,40 +90,6 @@ class Program:
         """From a request as the model's users write it to an answer as they read it: preprocess, run, postprocess."""
         args, kwargs = self.processing.preprocess(request)
         return self.processing.postprocess(self(*args, **kwargs), request)
-
-    def leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-        """The request's tensors, in the order of the graph's inputs."""
-        if self.flat_call:
-            if not kwargs and len(args) == self.positional and not self.keywords:
-                return list(args)
-            return self.bind(args, kwargs)
-        leaves: list[torch.Tensor] = []
-        structure = flatten((args, self.ordered(kwargs)), leaves)
-        if not same_structure(structure, self.structure):
-            raise InputError(
-                f"{self.name} takes inputs structured as in the model's get_inputs: {', '.join(self.check.names)}",
-                "see grc inspect",
-            )
-        return leaves
-
-    def ordered(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        return {key: kwargs[key] for key in self.keywords if key in kwargs} | kwargs
-
-    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-        names = self.parameters
-        given = dict(zip(names, args, strict=False)) | kwargs
-        missing = [n for n in names if n not in given]
-        extra = [n for n in given if n not in names]
-        if len(args) > len(names) or missing or extra:
-            what = (
-                f"misses input {missing[0]}"
-                if missing
-                else f"has an unknown input {extra[0]}"
-                if extra
-                else "has too many inputs"
-            )
-            raise InputError(f"the request {what}; {self.name} takes {', '.join(names)}", "see grc inspect")
-        return [given[n] for n in names]
 
     def run_flat(self, inputs: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Answer a flat request: check it, run the part that is fastest at its batch, check the answer for NaN."""
@@ -178,15 +139,6 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.requires_grad:
         tensor = tensor.detach()
     return tensor if tensor.is_contiguous() else tensor.contiguous()
-
-
-def same_structure(a: Any, b: Any) -> bool:
-    """Equal but for the contexts of registered nodes (a KeyedJaggedTensor's keys are checked by torch)."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(k == "spec" or same_structure(a[k], b[k]) for k in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(same_structure, a, b))
-    return a == b
 
 
 def bound(refs: dict[str, Any], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,69 @@
+"""The model's signature: positional and keyword arguments, nested as the model takes them, to the graph's flat inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from grc.errors import InputError
+from grc.runtime.structure import flatten
+
+
+class Signature:
+    """How one model is called, prepared once from its manifest."""
+
+    def __init__(self, manifest: Mapping[str, Any]):
+        self.name = manifest["name"]
+        self.inputs = [spec["name"] for spec in manifest["inputs"]]
+        self.structure = manifest["structure"]["inputs"]
+        args, kwargs = self.structure["tuple"]
+        self.keywords = list(kwargs["dict"])
+        simple = [*args["tuple"], *kwargs["dict"].values()]
+        self.flat_call = all("leaf" in part for part in simple)
+        self.positional = len(args["tuple"])
+        self.parameters = manifest["structure"]["parameters"]
+
+    def leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+        """The request's tensors, in the order of the graph's inputs. Raises InputError where it has another structure."""
+        if self.flat_call:
+            if not kwargs and len(args) == self.positional and not self.keywords:
+                return list(args)
+            return self.bind(args, kwargs)
+        leaves: list[torch.Tensor] = []
+        structure = flatten((args, self.ordered(kwargs)), leaves)
+        if not same_structure(structure, self.structure):
+            raise InputError(
+                f"{self.name} takes inputs structured as in the model's get_inputs: {', '.join(self.inputs)}",
+                "see grc inspect",
+            )
+        return leaves
+
+    def ordered(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {key: kwargs[key] for key in self.keywords if key in kwargs} | kwargs
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+        names = self.parameters
+        given = dict(zip(names, args, strict=False)) | kwargs
+        missing = [n for n in names if n not in given]
+        extra = [n for n in given if n not in names]
+        if len(args) > len(names) or missing or extra:
+            what = (
+                f"misses input {missing[0]}"
+                if missing
+                else f"has an unknown input {extra[0]}"
+                if extra
+                else "has too many inputs"
+            )
+            raise InputError(f"the request {what}; {self.name} takes {', '.join(names)}", "see grc inspect")
+        return [given[n] for n in names]
+
+
+def same_structure(a: Any, b: Any) -> bool:
+    """Equal but for the contexts of registered nodes (a KeyedJaggedTensor's keys are checked by torch)."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(k == "spec" or same_structure(a[k], b[k]) for k in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same_structure, a, b))
+    return a == b

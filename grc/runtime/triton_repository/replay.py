@@ -1,0 +1,211 @@
+"""Replay golden requests against a real server: over HTTP and gRPC, one at a time and many at once, which Triton merges."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grc.errors import ArtifactError, InputError
+from grc.runtime.artifact import read_manifest
+from grc.runtime.closeness import QUALITY, largest_error, within
+from grc.runtime.golden import Golden, read_golden
+from grc.runtime.program import Program, load
+from grc.runtime.triton_repository.client import PROTOCOLS, Client
+from grc.runtime.triton_repository.export import ENSEMBLE, POSTPROCESS, PREPROCESS, Repository, server_options
+from grc.runtime.triton_repository.launcher import Server, serving
+from grc.runtime.triton_repository.requests import answer_text, tensor_of
+from grc.runtime.triton_repository.tensors import Interface, Tensor, interface
+
+AT_ONCE = 16  # clients
+ROUNDS = 5  # of all requests at once, until the server was seen to merge some
+REQUEST = Tensor("request", "uint8", (-1,), ("n",))
+ANSWER = Tensor("answer", "uint8", (-1,), ("n",))
+
+
+@dataclass
+class Replayed:
+    """What was asked and how the answers were."""
+
+    tensors: int = 0
+    requests: int = 0
+    merged: int = 0
+    error: float = 0.0
+    server: str = ""
+    ready_seconds: float = 0.0
+
+
+def verify(repository: Repository, artifact_path: str | os.PathLike[str], requests: Sequence[Any] = ()) -> Replayed:
+    """Start the real server on a repository and replay the artifact's golden requests, and `requests` as JSON.
+
+    Raises ArtifactError for an answer that is not the model's, GrcError where no server is found or it does not start.
+    """
+    program = load(artifact_path)
+    with serving(repository.path, *server_options(repository)) as server:
+        return Replay(repository, program, server).run(list(requests))
+
+
+def read_requests(path: Path | None) -> list[Any]:
+    """A JSON list, or a JSON request a line. Raises InputError where it is neither."""
+    if path is None:
+        return []
+    try:
+        text = path.read_text()
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} holds no JSON requests: {error}", "write a JSON list, or one request a line"
+        ) from error
+
+
+class Replay:
+    """One repository, behind one server."""
+
+    def __init__(self, repository: Repository, program: Program, server: Server):
+        self.repository = repository
+        self.program = program
+        self.server = server
+        self.whole = interface(program.artifact.manifest)
+        self.budget = max(program.artifact.manifest["quality"].values(), default=0.0)
+        self.stages = [
+            (name, interface(read_manifest(repository.path / name / str(repository.version) / "artifact.grc")))
+            for name in repository.models
+            if name not in (PREPROCESS, POSTPROCESS, ENSEMBLE)
+        ]
+        self.done = Replayed(ready_seconds=server.seconds)
+
+    def run(self, requests: list[Any]) -> Replayed:
+        golden = read_golden(self.program.artifact)
+        for protocol in PROTOCOLS:
+            client = Client(protocol, getattr(self.server, protocol))
+            try:
+                self.done.server = server_version(client)
+                for index, request in enumerate(golden):
+                    self.tensors(client, f"golden request {index}", request)
+                    self.done.tensors += 1
+                self.at_once(client, [row for request in golden for row in self.rows(request)])
+                if PREPROCESS in self.repository.models:
+                    self.texts(client, requests)
+            finally:
+                client.close()
+        return self.done
+
+    # Requests as tensors
+
+    def tensors(self, client: Client, what: str, request: Golden) -> None:
+        """Ask the ensemble where it takes tensors, and else each program in turn."""
+        answers = self.ask(client, request.inputs)
+        error = largest_error(answers, request.outputs)
+        self.done.error = max(self.done.error, error)
+        if not within(error, self.budget, QUALITY):
+            raise ArtifactError(
+                f"{self.asked()} answers {what} over {client.protocol} {error:.1e} away from the model",
+                "the repository was not written; check the artifact with grc check",
+            )
+
+    def ask(self, client: Client, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        if self.repository.entry == self.asked():
+            return call(client, self.repository.entry, self.whole, inputs)
+        values = {entry.name: tensor for entry, tensor in zip(self.whole.inputs, inputs, strict=True)}
+        for name, shapes in self.stages:
+            made = call(client, name, shapes, [values[entry.name] for entry in shapes.inputs])
+            values |= {entry.name: tensor for entry, tensor in zip(shapes.outputs, made, strict=True)}
+        return [values[entry.name] for entry in self.whole.outputs]
+
+    def asked(self) -> str:
+        takes_tensors = PREPROCESS not in self.repository.models
+        return self.repository.entry if takes_tensors else " and ".join(name for name, _ in self.stages)
+
+    def rows(self, request: Golden) -> Iterator[Golden]:
+        """Each row as a request of its own, where rows can be told apart."""
+        if not self.whole.merges:
+            yield request
+            return
+        inputs = [e.to_rows(t) for e, t in zip(self.whole.inputs, request.inputs, strict=True)]
+        outputs = [e.to_rows(t) for e, t in zip(self.whole.outputs, request.outputs, strict=True)]
+        for i in range(inputs[0].shape[0]):
+            yield Golden(
+                [e.to_model(t[i : i + 1]) for e, t in zip(self.whole.inputs, inputs, strict=True)],
+                [e.to_model(t[i : i + 1]) for e, t in zip(self.whole.outputs, outputs, strict=True)],
+            )
+
+    def at_once(self, client: Client, requests: list[Golden]) -> None:
+        """All requests from many clients, again until the server has merged some of them."""
+        first = self.stages[0][0]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for _ in range(ROUNDS):
+                before = client.statistics(first)
+                asked = [pool.submit(self.tensors, client, "a row of a golden request", r) for r in requests * 2]
+                for each in asked:
+                    each.result()
+                after = client.statistics(first)
+                self.done.tensors += len(asked)
+                merged = (after[0] - before[0]) - (after[1] - before[1])
+                self.done.merged += merged
+                if merged or not self.whole.merges:
+                    break
+
+    # Requests as text
+
+    def texts(self, client: Client, requests: list[Any]) -> None:
+        """The artifact's own answers to the same JSON; a request that preprocess refuses must be refused in its words."""
+        for request in [*requests, {}]:
+            found = expected = None
+            try:
+                expected = self.program.recommend(request)
+            except InputError as error:
+                refusal = error.message
+            try:
+                found = self.answer(client, request)
+            except InputError as error:
+                if expected is None and refusal in error.message:
+                    continue
+                raise
+            if expected is None:
+                raise ArtifactError(f"{ENSEMBLE} answers a request over {client.protocol} that preprocess refuses")
+            if not alike(found, json.loads(answer_text(expected)), max(2 * self.budget, QUALITY)):
+                raise ArtifactError(
+                    f"{ENSEMBLE} answers a request over {client.protocol} otherwise than the artifact does",
+                    "the repository was not written; compare with grc run ARTIFACT --request",
+                )
+            self.done.requests += 1
+
+    def answer(self, client: Client, request: Any) -> Any:
+        given = [(REQUEST, tensor_of(json.dumps(request)))]
+        if POSTPROCESS in self.repository.models:
+            return json.loads(bytes(client.infer(ENSEMBLE, given, [ANSWER])[0].tolist()))
+        outputs = client.infer(ENSEMBLE, given, self.whole.outputs)
+        answers = [entry.to_model(tensor) for entry, tensor in zip(self.whole.outputs, outputs, strict=True)]
+        build = self.program.build
+        return json.loads(answer_text(answers[0] if self.program.single else build(answers)))
+
+
+def call(client: Client, model: str, shapes: Interface, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """One request in the model's shapes."""
+    given = [(entry, entry.to_rows(tensor)) for entry, tensor in zip(shapes.inputs, inputs, strict=True)]
+    made = client.infer(model, given, shapes.outputs)
+    return [entry.to_model(tensor) for entry, tensor in zip(shapes.outputs, made, strict=True)]
+
+
+def server_version(client: Client) -> str:
+    found = client.connection.get_server_metadata()
+    return found["version"] if client.protocol == "http" else found.version
+
+
+def alike(a: Any, b: Any, tolerance: float) -> bool:
+    """Equal JSON, with numbers within a relative tolerance."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(alike(a[key], b[key], tolerance) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(alike(x, y, tolerance) for x, y in zip(a, b, strict=True))
+    if isinstance(a, (int, float)) and isinstance(b, (int, float)) and isinstance(a, bool) is isinstance(b, bool):
+        return abs(a - b) <= tolerance * max(1.0, abs(b))
+    return a == b
