@@ -32,6 +32,8 @@ class Options:
     """On a GPU: also build for each of `batches` alone, max-autotuned; minutes of build, kept only where faster."""
     on_bad_id: BadIdPolicy = "error"
     """An id outside its table: refuse the request, read zeros, clamp to the table, or hash into it."""
+    stages: bool = False
+    """Also build the model in stages, cut at its tables and its interaction, for `grc export-triton --layout stages`."""
     disable: tuple[str, ...] = ()
     """Passes to leave out."""
     bisect_limit: int | None = None

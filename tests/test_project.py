@@ -21,7 +21,7 @@ SOURCE = {".py", ".cpp", ".h", ".j2"}
 SKIPPED = {".git", ".venv", "build", "dist", "__pycache__"}
 
 # A module whose distribution has another name.
-DISTRIBUTION = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
+DISTRIBUTION = {"google": "protobuf", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 # What a GPU host brings with its torch and driver, used only where it is found: never installed by grc.
 FROM_THE_HOST = {"cuda", "tensorrt", "tensorrt_rtx", "torch_tensorrt", "triton", "triton_python_backend_utils"}
 
@@ -127,7 +127,7 @@ def test_every_data_file_is_declared_as_package_data():
 
 
 def test_every_import_of_grc_is_a_declared_dependency():
-    known = declared("onnxruntime", "parquet", "plot", "thirdparty") | {"torchrec"} | FROM_THE_HOST
+    known = declared("onnxruntime", "parquet", "plot", "thirdparty", "triton") | {"torchrec"} | FROM_THE_HOST
     undeclared = {
         f"{file.relative_to(ROOT)}: {name}"
         for file in files(ROOT / "grc")

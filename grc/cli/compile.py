@@ -41,6 +41,9 @@ def command(
     static_buckets: Annotated[
         bool, typer.Option("--static-buckets", help="On a GPU: also build for each of --batches alone, autotuned.")
     ] = False,
+    stages: Annotated[
+        bool, typer.Option("--stages", help="Also build the stages for grc export-triton --layout stages.")
+    ] = False,
     on_bad_id: p.OnBadId = "error",
     disable: p.Disable = None,
     bisect_limit: p.BisectLimit = None,
@@ -71,6 +74,7 @@ def command(
         buckets=p.batch_sizes(buckets) if buckets else (),
         streams=streams,
         static_buckets=static_buckets,
+        stages=stages,
         on_bad_id=on_bad_id,
         disable=tuple(disable or ()),
         bisect_limit=bisect_limit,

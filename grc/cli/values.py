@@ -11,15 +11,15 @@ import numpy as np
 import torch
 
 from grc.errors import InputError
-from grc.runtime.structure import leaf_names
+from grc.runtime import structure
 
 FORMATS = ("json", "jsonl", "npz", "parquet")
 BINARY = ("npz", "parquet")
 
 
 def output_names(manifest: dict[str, Any]) -> list[str]:
-    """`output` where there is one, else the keys of the model's own dict, else `output[0]`, `output[1]`, …"""
-    return [name.removeprefix("output.") for name in leaf_names(manifest["structure"]["outputs"], "output")]
+    """What each output is called in a file."""
+    return structure.output_names(manifest["structure"]["outputs"])
 
 
 def format_of(name: str, given: str | None) -> str:

@@ -158,3 +158,8 @@ def leaf_names(structure: Json, prefix: str = "") -> list[str]:
     return [
         n for key, s in zip(fields, items, strict=False) for n in leaf_names(s, f"{prefix}.{key}" if prefix else key)
     ]
+
+
+def output_names(structure: Json) -> list[str]:
+    """`output` where there is one, else the keys of the model's own dict, else `output[0]`, `output[1]`, …"""
+    return [name.removeprefix("output.") for name in leaf_names(structure, "output")]

@@ -182,7 +182,8 @@ class Exporter:
         inputs = [config.REQUEST] if self.processed else config.ports(self.interface.inputs, batched=batched)
         outputs = config.ports(self.interface.outputs, batched=batched)
         if self.steps[-1].model == POSTPROCESS:
-            outputs.append(config.ANSWER)
+            # The answer alone: Triton drops a step whose outputs no caller asked for, though a later step reads them.
+            outputs = [config.ANSWER]
         self.version(ENSEMBLE).mkdir(parents=True)
         built = config.ensemble(
             ENSEMBLE, inputs, outputs, self.steps, self.settings, self.interface.max_batch if batched else 0

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from grc.runtime.structure import leaf_names
+from grc.runtime.structure import output_names
 
 TYPES = {
     "bool": "BOOL", "uint8": "UINT8", "int8": "INT8", "int16": "INT16", "int32": "INT32", "int64": "INT64",
@@ -78,7 +78,7 @@ class Interface:
 
 def interface(manifest: Mapping[str, Any], max_batch: int | None = None) -> Interface:
     """From an artifact's manifest. `max_batch` lowers the artifact's own."""
-    names = output_names(manifest)
+    names = output_names(manifest["structure"]["outputs"])
     taken = [(entry["name"], entry) for entry in manifest["inputs"]]
     given = list(zip(names, manifest["outputs"], strict=True))
     rows = all(scale_of(entry["sizes"]) for _, entry in [*taken, *given])
@@ -88,11 +88,6 @@ def interface(manifest: Mapping[str, Any], max_batch: int | None = None) -> Inte
         tuple(tensor(name, entry, rows) for name, entry in given),
         largest if rows else 0,
     )
-
-
-def output_names(manifest: Mapping[str, Any]) -> list[str]:
-    """`output` where there is one, else the keys of the model's own dict, else `output[0]`, `output[1]`, …"""
-    return [name.removeprefix("output.") for name in leaf_names(manifest["structure"]["outputs"], "output")]
 
 
 def scale_of(sizes: Sequence[Any]) -> int:

@@ -19,6 +19,8 @@ from grc.runtime.triton_repository.tensors import interface  # noqa: E402
 
 class TritonPythonModel:
     def initialize(self, args):
+        if args["model_instance_kind"] == "GPU":
+            torch.cuda.set_device(int(args["model_instance_device_id"]))
         self.program = load(HERE / "artifact.grc")
         self.interface = interface(self.program.artifact.manifest)
 
