@@ -81,10 +81,11 @@ def cut(graph: fx.GraphModule, inputs: Sequence[str], outputs: Sequence[str]) ->
 
 
 def assign(graph: fx.GraphModule) -> dict[fx.Node, int]:
-    """The stage of every value that depends on the request."""
+    """The stage of every value that depends on the request by more than its sizes."""
     nodes = list(graph.graph.nodes)
     crosses = crossing(graph)
-    live = below(n for n in nodes if n.op == "placeholder")
+    inputs = (n for n in nodes if n.op == "placeholder")
+    live = reached(inputs, lambda node: () if is_op(node, aten.sym_size) else node.users)
     ordered = [n for n in nodes if n in live and n.op == "call_function"]
     dense = {n for n in ordered if is_op(n, *DENSE) and any(constant(a, live) for a in n.all_input_nodes)}
     after = below(user for n in dense for user in n.users)
@@ -122,7 +123,8 @@ def extract(
         else:
             needed.add(node)
             waiting += node.all_input_nodes
-    piece, copies = fx.Graph(), {}
+    piece = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
     nodes = [n for n in graph.graph.nodes if n in needed or n in entering]
     for node in sorted(nodes, key=lambda n: n not in entering):  # a stable sort: inputs first, each in its old order
         copies[node] = copy(piece, node, copies, node in entering)
