@@ -28,6 +28,9 @@ def command(
         typer.Option(help="One model, or embedding_service, interaction_python and gr_trt (grc compile --stages)."),
     ] = "fused",
     name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the fused model.")] = None,
+    prefix: Annotated[
+        str, typer.Option(metavar="TEXT", help="Put before every model's name, for a server of several repositories.")
+    ] = "",
     version: Annotated[int, typer.Option(metavar="N", min=1, help="Version folder to write.")] = 1,
     instances: Annotated[int, typer.Option(metavar="N", min=1, help="Processes that run each model.")] = 1,
     max_batch: Annotated[
@@ -65,14 +68,16 @@ def command(
 
     With --verify the golden requests go through the real server, over HTTP and gRPC, one at a time and merged.
     """
-    from grc.runtime.triton_repository.export import Repository, export
+    from grc.runtime.triton_repository.export import export
     from grc.runtime.triton_repository.replay import Replayed, read_requests
     from grc.runtime.triton_repository.replay import verify as replay
+    from grc.runtime.triton_repository.repository import Repository
     from grc.runtime.triton_repository.settings import Settings
 
     settings = Settings(
         layout=layout,
         name=name,
+        prefix=prefix,
         version=version,
         instances=instances,
         max_batch=max_batch,

@@ -12,7 +12,7 @@ import torch
 
 from grc.errors import GrcError
 from grc.runtime.triton_repository import launcher, wheel
-from grc.runtime.triton_repository.export import Repository
+from grc.runtime.triton_repository.repository import Repository
 from tests.cli.conftest import grc as grc  # the command line as a function
 from tests.cli.session import Grc, edit_manifest, refused
 

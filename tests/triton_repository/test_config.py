@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from grc.runtime.artifact import Artifact
+import grc
+from grc.runtime.artifact import Artifact, read_manifest
 from grc.runtime.golden import read_golden
 from grc.runtime.triton_repository import launcher
-from grc.runtime.triton_repository.export import Repository, export
+from grc.runtime.triton_repository.export import export
+from grc.runtime.triton_repository.repository import Repository
 from grc.runtime.triton_repository.settings import Settings
 from grc.runtime.triton_repository.tensors import interface
 
@@ -210,3 +213,34 @@ def test_the_record_says_what_was_exported(dlrm: Path, tmp_path: Path) -> None:
     record = json.loads((made.path / "repository.json").read_text())
     assert record["engines"] == ["eager"] and record["settings"]["layout"] == "stages"
     assert Repository.open(made.path) == made
+
+
+class InBatch(nn.Module):
+    """Scores each row against the whole batch, as a two-tower model is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.users = nn.Embedding(20, 8)
+
+    def forward(self, user: Tensor) -> Tensor:
+        return self.users(user).softmax(0)
+
+
+def test_rows_that_read_each_other_are_not_merged(tmp_path: Path) -> None:
+    path = tmp_path / "inbatch.grc"
+    options = grc.Options(output=path, engine="eager", batches=(4,))
+    grc.compile(InBatch().eval(), lambda batch: (torch.arange(batch) % 20,), options)
+    made = export(path, tmp_path / "repo")
+    found = config(made, "inbatch")
+    assert found.max_batch_size == 0 and not found.HasField("dynamic_batching")
+    assert ports(found.output) == [("output", "TYPE_FP32", [-1, 8])]
+    assert not interface(read_manifest(made.place("inbatch"))).merges
+    Artifact.open(made.place("inbatch"), verify=True)
+
+
+def test_a_prefix_keeps_two_repositories_apart(films: Path, tmp_path: Path) -> None:
+    made = export(films, tmp_path / "repo", name="ranker", prefix="films.")
+    assert made.models == ["films.preprocess_py", "films.ranker", "films.postprocess_py", "films.ensemble_model"]
+    assert folders(made.path) == sorted(made.models)
+    steps = config(made, made.entry).ensemble_scheduling.step
+    assert [step.model_name for step in steps] == made.models[:-1]

@@ -17,9 +17,10 @@ from grc.errors import ArtifactError, GrcError, InputError
 from grc.runtime.artifact import Artifact, read_manifest, write_manifest
 from grc.runtime.golden import read_golden
 from grc.runtime.triton_repository.client import PROTOCOLS, Client
-from grc.runtime.triton_repository.export import Repository, export
+from grc.runtime.triton_repository.export import export
 from grc.runtime.triton_repository.launcher import Server, serving
 from grc.runtime.triton_repository.replay import Replayed, call, verify
+from grc.runtime.triton_repository.repository import Repository
 from grc.runtime.triton_repository.settings import Settings
 from grc.runtime.triton_repository.tensors import Interface, interface
 from grc.runtime.weights import read_weights, write_weights
@@ -75,7 +76,7 @@ def server(repository: Repository) -> Iterator[Server]:
 
 @pytest.fixture(params=PROTOCOLS)
 def client(request: pytest.FixtureRequest, server: Server) -> Iterator[Client]:
-    client = Client(request.param, getattr(server, request.param))
+    client = Client(request.param, server.at(request.param))
     yield client
     client.close()
 
@@ -150,7 +151,7 @@ def test_a_copied_model_folder_serves_alone_and_caches(dlrm: Path, tmp_path: Pat
     shutil.copytree(made.path / "dlrm", tmp_path / "alone" / "dlrm")
     inputs, outputs = golden(dlrm, 2)
     with serving(tmp_path / "alone", "--cache-config=local,size=1048576") as server:
-        client = Client("grpc", server.grpc)
+        client = Client("grpc", server.at("grpc"))
         before = client.statistics("dlrm")[1]
         answers = [call(client, "dlrm", shapes(dlrm), inputs)[0] for _ in range(5)]
         executed = client.statistics("dlrm")[1] - before

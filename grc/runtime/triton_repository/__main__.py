@@ -1,4 +1,4 @@
-"""python -m grc.runtime.triton_repository REPOSITORY [option …]: run the tritonserver that is found until it is told to stop."""
+"""python -m grc.runtime.triton_repository REPOSITORY [option …]: run the tritonserver that is found, until told to stop."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import signal
 import sys
 
 from grc.errors import GrcError
-from grc.runtime.triton_repository.export import Repository, server_options
 from grc.runtime.triton_repository.launcher import serving
+from grc.runtime.triton_repository.repository import Repository, server_options
 
 
 def main(words: list[str]) -> int:

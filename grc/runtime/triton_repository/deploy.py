@@ -8,15 +8,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from grc.runtime.triton_repository.repository import Repository
+
 TEMPLATES = Path(__file__).parent / "deploy"
 IMAGE = "nvcr.io/nvidia/tritonserver:25.05-py3"
 PACKAGES = ("numpy", "safetensors")
 KSERVE = "kserve.yaml"
 
 
-def write(folder: Path, record: Mapping[str, Any], options: list[str]) -> None:
+def write(repository: Repository, options: list[str]) -> None:
     """Fill the templates for one repository. The shell script is made executable."""
-    words = values(record, options)
+    folder, words = repository.path, values(repository.record, options)
     for template in sorted(TEMPLATES.iterdir()):
         if template.name == KSERVE and not words["storage"]:
             continue

@@ -91,14 +91,18 @@ def library_folder() -> Path | None:
 
 @dataclass
 class Server:
-    """A running tritonserver: `host:port` of each of its services, its process and its log."""
+    """A running tritonserver: the port of each of its services on loopback, its process and its log."""
 
-    http: str
-    grpc: str
-    metrics: str
+    http: int
+    grpc: int
+    metrics: int
     process: subprocess.Popen[bytes]
     log: Path
     seconds: float = 0.0
+
+    def at(self, service: str) -> str:
+        """`host:port` of "http", "grpc" or "metrics"."""
+        return f"127.0.0.1:{getattr(self, service)}"
 
     def stop(self) -> None:
         """Let requests in flight finish; kill what then still runs."""
@@ -119,9 +123,9 @@ class Server:
         return "\n".join((errors or text)[-lines:])
 
 
-def region(http: str) -> str:
+def region(port: int) -> str:
     """The prefix of the shared memory of one server."""
-    return f"grc_{os.getpid()}_{http.rpartition(':')[2]}_"
+    return f"grc_{os.getpid()}_{port}_"
 
 
 @contextlib.contextmanager
@@ -159,7 +163,7 @@ def start(
     timeout: float,
 ) -> Server:
     for _ in range(3):  # a port can be lost between picking and binding it, and the server refuses port 0
-        ports = free_ports(3)
+        ports = free_ports()
         command = command_line(found, backends(found, work), repository, ports)
         began = time.monotonic()
         with open(work / "server.log", "wb") as log:
@@ -170,8 +174,7 @@ def start(
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        http, grpc, metrics = (f"127.0.0.1:{port}" for port in ports)
-        server = Server(http, grpc, metrics, process, work / "server.log")
+        server = Server(*ports, process, work / "server.log")
         try:
             if ready(server, began + timeout):
                 server.seconds = time.monotonic() - began
@@ -190,7 +193,7 @@ def start(
 def ready(server: Server, deadline: float) -> bool:
     while time.monotonic() < deadline and server.process.poll() is None:
         try:
-            with urllib.request.urlopen(f"http://{server.http}/v2/health/ready", timeout=2) as answer:
+            with urllib.request.urlopen(f"http://{server.at('http')}/v2/health/ready", timeout=2) as answer:
                 if answer.status == 200:
                     return True
         except OSError:
@@ -198,12 +201,11 @@ def ready(server: Server, deadline: float) -> bool:
     return False
 
 
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
+def free_ports() -> tuple[int, int, int]:
+    with socket.socket() as a, socket.socket() as b, socket.socket() as c:
+        for each in (a, b, c):
             each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        return a.getsockname()[1], b.getsockname()[1], c.getsockname()[1]
 
 
 def backends(found: Installation, work: Path) -> Path:
@@ -242,5 +244,5 @@ def command_line(found: Installation, folder: Path, repository: Path, ports: Seq
         *(f"--{name}-address=127.0.0.1" for name in names),
         *(f"--{name}-port={port}" for name, port in zip(names, ports, strict=True)),
         f"--exit-timeout-secs={EXIT_SECONDS}",
-        f"--backend-config=python,shm-region-prefix-name={region(f':{ports[0]}')}",
+        f"--backend-config=python,shm-region-prefix-name={region(ports[0])}",
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,10 @@ from grc.runtime.closeness import QUALITY, largest_error, within
 from grc.runtime.golden import Golden, read_golden
 from grc.runtime.program import Program, load
 from grc.runtime.triton_repository.client import PROTOCOLS, Client
-from grc.runtime.triton_repository.export import ENSEMBLE, POSTPROCESS, PREPROCESS, Repository, server_options
 from grc.runtime.triton_repository.launcher import Server, serving
+from grc.runtime.triton_repository.repository import Repository, server_options
 from grc.runtime.triton_repository.requests import answer_text, tensor_of
+from grc.runtime.triton_repository.rows import single_rows
 from grc.runtime.triton_repository.tensors import Interface, Tensor, interface
 
 AT_ONCE = 16  # clients
@@ -73,26 +74,23 @@ class Replay:
         self.repository = repository
         self.program = program
         self.server = server
-        self.whole = interface(program.artifact.manifest)
+        self.whole = interface({**program.artifact.manifest, "rows": repository.record["rows"]})
         self.budget = max(program.artifact.manifest["quality"].values(), default=0.0)
-        self.stages = [
-            (name, interface(read_manifest(repository.path / name / str(repository.version) / "artifact.grc")))
-            for name in repository.models
-            if name not in (PREPROCESS, POSTPROCESS, ENSEMBLE)
-        ]
+        self.stages = [(name, interface(read_manifest(repository.place(name)))) for name in repository.programs]
+        self.entry = repository.entry
         self.done = Replayed(ready_seconds=server.seconds)
 
     def run(self, requests: list[Any]) -> Replayed:
         golden = read_golden(self.program.artifact)
         for protocol in PROTOCOLS:
-            client = Client(protocol, getattr(self.server, protocol))
+            client = Client(protocol, self.server.at(protocol))
             try:
                 self.done.server = server_version(client)
                 for index, request in enumerate(golden):
                     self.tensors(client, f"golden request {index}", request)
                     self.done.tensors += 1
                 self.at_once(client, [row for request in golden for row in self.rows(request)])
-                if PREPROCESS in self.repository.models:
+                if self.repository.preprocesses:
                     self.texts(client, requests)
             finally:
                 client.close()
@@ -112,8 +110,8 @@ class Replay:
             )
 
     def ask(self, client: Client, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        if self.repository.entry == self.asked():
-            return call(client, self.repository.entry, self.whole, inputs)
+        if not self.repository.preprocesses:
+            return call(client, self.entry, self.whole, inputs)
         values = {entry.name: tensor for entry, tensor in zip(self.whole.inputs, inputs, strict=True)}
         for name, shapes in self.stages:
             made = call(client, name, shapes, [values[entry.name] for entry in shapes.inputs])
@@ -121,21 +119,11 @@ class Replay:
         return [values[entry.name] for entry in self.whole.outputs]
 
     def asked(self) -> str:
-        takes_tensors = PREPROCESS not in self.repository.models
-        return self.repository.entry if takes_tensors else " and ".join(name for name, _ in self.stages)
+        return " and ".join(self.repository.programs) if self.repository.preprocesses else self.entry
 
-    def rows(self, request: Golden) -> Iterator[Golden]:
+    def rows(self, request: Golden) -> list[Golden]:
         """Each row as a request of its own, where rows can be told apart."""
-        if not self.whole.merges:
-            yield request
-            return
-        inputs = [e.to_rows(t) for e, t in zip(self.whole.inputs, request.inputs, strict=True)]
-        outputs = [e.to_rows(t) for e, t in zip(self.whole.outputs, request.outputs, strict=True)]
-        for i in range(inputs[0].shape[0]):
-            yield Golden(
-                [e.to_model(t[i : i + 1]) for e, t in zip(self.whole.inputs, inputs, strict=True)],
-                [e.to_model(t[i : i + 1]) for e, t in zip(self.whole.outputs, outputs, strict=True)],
-            )
+        return single_rows(self.whole, request) if self.whole.merges else [request]
 
     def at_once(self, client: Client, requests: list[Golden]) -> None:
         """All requests from many clients, again until the server has merged some of them."""
@@ -170,19 +158,19 @@ class Replay:
                     continue
                 raise
             if expected is None:
-                raise ArtifactError(f"{ENSEMBLE} answers a request over {client.protocol} that preprocess refuses")
+                raise ArtifactError(f"{self.entry} answers a request over {client.protocol} that preprocess refuses")
             if not alike(found, json.loads(answer_text(expected)), max(2 * self.budget, QUALITY)):
                 raise ArtifactError(
-                    f"{ENSEMBLE} answers a request over {client.protocol} otherwise than the artifact does",
+                    f"{self.entry} answers a request over {client.protocol} otherwise than the artifact does",
                     "the repository was not written; compare with grc run ARTIFACT --request",
                 )
             self.done.requests += 1
 
     def answer(self, client: Client, request: Any) -> Any:
         given = [(REQUEST, tensor_of(json.dumps(request)))]
-        if POSTPROCESS in self.repository.models:
-            return json.loads(bytes(client.infer(ENSEMBLE, given, [ANSWER])[0].tolist()))
-        outputs = client.infer(ENSEMBLE, given, self.whole.outputs)
+        if self.repository.postprocesses:
+            return json.loads(bytes(client.infer(self.entry, given, [ANSWER])[0].tolist()))
+        outputs = client.infer(self.entry, given, self.whole.outputs)
         answers = [entry.to_model(tensor) for entry, tensor in zip(self.whole.outputs, outputs, strict=True)]
         build = self.program.build
         return json.loads(answer_text(answers[0] if self.program.single else build(answers)))

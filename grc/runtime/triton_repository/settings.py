@@ -18,6 +18,8 @@ class Settings:
     """`fused` has one model; `stages` cuts it into embedding_service, interaction_python and gr_trt."""
     name: str | None = None
     """Name of the fused model; the artifact's own by default."""
+    prefix: str = ""
+    """Put before the name of every model, so that repositories of several artifacts can be served by one server."""
     version: int = 1
     """Version folder to write."""
     keep_versions: int = 1

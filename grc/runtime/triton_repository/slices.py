@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grc.runtime.artifact import MANIFEST, Artifact, write_manifest
+from grc.runtime.artifact import MANIFEST, Artifact, read_manifest, write_manifest
 from grc.runtime.weights import write_weights
 
 WEIGHTS = "weights.safetensors"
@@ -21,6 +21,11 @@ def copy_whole(artifact: Artifact, folder: Path) -> None:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         link_or_copy(artifact.path / name, target) if name == WEIGHTS else shutil.copyfile(artifact.path / name, target)
+
+
+def forbid_merging(folder: Path) -> None:
+    """Write into a copied artifact that its rows read each other."""
+    write_manifest(folder, read_manifest(folder) | {"rows": False})
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -60,7 +65,9 @@ def write_processing(artifact: Artifact, folder: Path) -> Artifact:
 
 def write(artifact: Artifact, folder: Path, changes: dict[str, Any]) -> Artifact:
     kept = ("format", "grc", "name", "command", "target", "gpu", "inputs", "outputs", "structure", "batch", "ids")
-    manifest = {key: artifact.manifest[key] for key in (*kept, "on_bad_id", "requires") if key in artifact.manifest}
+    manifest = {
+        key: artifact.manifest[key] for key in (*kept, "on_bad_id", "requires", "rows") if key in artifact.manifest
+    }
     manifest |= {"processing": None, "passes": [], "layers": [], "quality": {}, "measured": [], "rejected": {}}
     write_manifest(folder, manifest | changes)
     return Artifact.open(folder)

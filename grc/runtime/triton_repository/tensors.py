@@ -77,11 +77,14 @@ class Interface:
 
 
 def interface(manifest: Mapping[str, Any], max_batch: int | None = None) -> Interface:
-    """From an artifact's manifest. `max_batch` lowers the artifact's own."""
+    """From an artifact's manifest. `max_batch` lowers the artifact's own.
+
+    Requests are merged where every tensor has rows, unless the manifest says that rows read each other ("rows": False).
+    """
     names = output_names(manifest["structure"]["outputs"])
     taken = [(entry["name"], entry) for entry in manifest["inputs"]]
     given = list(zip(names, manifest["outputs"], strict=True))
-    rows = all(scale_of(entry["sizes"]) for _, entry in [*taken, *given])
+    rows = manifest.get("rows", True) and all(scale_of(entry["sizes"]) for _, entry in [*taken, *given])
     largest = min(manifest["batch"]["max"], max_batch or manifest["batch"]["max"])
     return Interface(
         tuple(tensor(name, entry, rows) for name, entry in taken),
