@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from grc.runtime.golden import read_golden
 from grc.runtime.triton_repository.client import PROTOCOLS, Client
 from grc.runtime.triton_repository.export import export
 from grc.runtime.triton_repository.launcher import Server, serving
-from grc.runtime.triton_repository.replay import Replayed, call, verify
+from grc.runtime.triton_repository.replay import Replay, Replayed, call, verify
 from grc.runtime.triton_repository.repository import Repository
 from grc.runtime.triton_repository.settings import Settings
 from grc.runtime.triton_repository.tensors import Interface, interface
@@ -40,15 +43,6 @@ def golden(artifact: Path, index: int) -> tuple[list[Tensor], list[Tensor]]:
 
 
 @pytest.mark.parametrize("layout", ["fused", "stages"])
-def test_dlrm_answers_as_the_model(dlrm: Path, tmp_path: Path, layout: Any) -> None:
-    told: list[Replayed] = []
-    export(dlrm, tmp_path / "repo", Settings(layout=layout), before_done=lambda made: told.append(verify(made, dlrm)))
-    (replayed,) = told
-    assert replayed.tensors >= 2 * (4 + 48) and replayed.merged > 0
-    assert replayed.error < 1e-6
-
-
-@pytest.mark.parametrize("layout", ["fused", "stages"])
 def test_movielens_recommends_the_artifacts_films(
     films: Path, requests: list[dict], tmp_path: Path, layout: Any
 ) -> None:
@@ -62,21 +56,40 @@ def test_movielens_recommends_the_artifacts_films(
     assert told[0].requests == 2 * len(requests) and told[0].error < 1e-5
 
 
-@pytest.fixture(scope="module")
-def repository(dlrm: Path, tmp_path_factory: pytest.TempPathFactory) -> Repository:
-    path = tmp_path_factory.mktemp("served") / "repo"
-    return export(dlrm, path, Settings(max_delay_us=DELAY, max_queue=64, priorities=2, cache=False))
+@dataclass(frozen=True)
+class Served:
+    """A repository behind a running server."""
+
+    repository: Repository
+    server: Server
 
 
 @pytest.fixture(scope="module")
-def server(repository: Repository) -> Iterator[Server]:
-    with serving(repository.path) as server:
-        yield server
+def fused(dlrm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    chosen = Settings(max_delay_us=DELAY, max_queue=64, priorities=2, instances=2)
+    made = export(dlrm, tmp_path_factory.mktemp("fused") / "repo", chosen)
+    with serving(made.path) as server:
+        yield Served(made, server)
+
+
+@pytest.fixture(scope="module")
+def stages(dlrm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    made = export(dlrm, tmp_path_factory.mktemp("stages") / "repo", layout="stages")
+    with serving(made.path) as server:
+        yield Served(made, server)
+
+
+@pytest.mark.parametrize("layout", ["fused", "stages"])
+def test_dlrm_answers_as_the_model(dlrm: Path, layout: str, request: pytest.FixtureRequest) -> None:
+    served = request.getfixturevalue(layout)
+    replayed = Replay(served.repository, grc.load(dlrm), served.server).run([])
+    assert replayed.tensors >= 2 * (4 + 48) and replayed.merged > 0
+    assert replayed.error < 1e-6
 
 
 @pytest.fixture(params=PROTOCOLS)
-def client(request: pytest.FixtureRequest, server: Server) -> Iterator[Client]:
-    client = Client(request.param, server.at(request.param))
+def client(request: pytest.FixtureRequest, fused: Served) -> Iterator[Client]:
+    client = Client(request.param, fused.server.at(request.param))
     yield client
     client.close()
 
@@ -144,6 +157,33 @@ def test_a_request_may_have_a_priority_and_a_deadline(client: Client, dlrm: Path
     given = list(zip(shapes(dlrm).inputs, inputs, strict=True))
     (answer,) = client.infer("dlrm", given, shapes(dlrm).outputs, priority=1)
     torch.testing.assert_close(answer.flatten(), outputs[0])
+
+
+def test_instances_map_one_file_of_weights(fused: Served) -> None:
+    weights = (fused.repository.place("dlrm") / "weights.safetensors").stat()
+    mapped = []
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            inodes = {int(line.split()[4]) for line in maps.read_text().splitlines()}
+            mapped += [maps.parent.name] if weights.st_ino in inodes else []
+    assert len(set(mapped) - {str(os.getpid())}) == 2
+
+
+def test_stages_name_a_bad_id_and_a_nan(stages: Served, dlrm: Path) -> None:
+    client = Client("http", stages.server.at("http"))
+    inputs, outputs = golden(dlrm, 1)
+    bad = inputs[1].clone()
+    bad[1, 3] = -4
+    nan = inputs[0].index_fill(1, torch.tensor([5]), torch.nan)
+    for spoiled, message in (
+        ([inputs[0], bad], 'input "ids" has id -4 at row 1, column 3; table bags.3.weight has 500 rows'),
+        ([nan, inputs[1]], 'input "dense" holds nan at [0, 5]'),
+    ):
+        with pytest.raises(InputError) as caught:
+            call(client, stages.repository.entry, shapes(dlrm), spoiled)
+        assert message in caught.value.message
+    torch.testing.assert_close(call(client, stages.repository.entry, shapes(dlrm), inputs)[0], outputs[0])
+    client.close()
 
 
 def test_a_copied_model_folder_serves_alone_and_caches(dlrm: Path, tmp_path: Path) -> None:
