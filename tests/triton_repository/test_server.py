@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import subprocess
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ import grc
 from grc.errors import ArtifactError, GrcError, InputError
 from grc.runtime.artifact import Artifact, read_manifest, write_manifest
 from grc.runtime.golden import read_golden
+from grc.runtime.triton_repository import launcher
 from grc.runtime.triton_repository.client import PROTOCOLS, Client
 from grc.runtime.triton_repository.export import export
 from grc.runtime.triton_repository.launcher import Server, serving
@@ -199,6 +202,29 @@ def test_a_copied_model_folder_serves_alone_and_caches(dlrm: Path, tmp_path: Pat
     assert executed == 1
     for answer in answers:
         torch.testing.assert_close(answer, outputs[0])
+
+
+def test_run_server_starts_the_repository_and_stops_when_told(dlrm: Path, tmp_path: Path) -> None:
+    made = export(dlrm, tmp_path / "repo", warmup=False)
+    found, ports = launcher.find(), launcher.free_ports()
+    assert found is not None
+    words = [f"--{name}-port={port}" for name, port in zip(("http", "grpc", "metrics"), ports, strict=True)]
+    words.append(f"--backend-directory={launcher.backends(found, tmp_path)}")
+    env = launcher.environment(found, None) | {"TRITONSERVER": str(found.binary)}
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen([made.path / "run_server.sh", *words], env=env, stdout=log, stderr=log)
+    server = Server(*ports, process, tmp_path / "log")
+    try:
+        assert launcher.ready(server, time.monotonic() + launcher.READY_SECONDS), server.last_words()
+        client = Client("grpc", server.at("grpc"))
+        inputs, outputs = golden(dlrm, 1)
+        torch.testing.assert_close(call(client, "dlrm", shapes(dlrm), inputs)[0], outputs[0])
+        client.close()
+        process.terminate()
+        assert process.wait(40) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 class History(nn.Module):
