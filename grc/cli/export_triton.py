@@ -17,6 +17,7 @@ EXAMPLES = (
     "grc export-triton model.grc -o repo --verify",
     "grc export-triton model.grc -o repo --layout stages --instances 2 --cache",
     "grc export-triton model.grc -o repo --requests requests.json --verify --kserve s3://models/repo",
+    "grc export-triton newer.grc -o repo --add --verify             a version more, while the repository is served",
 )
 
 
@@ -31,7 +32,13 @@ def command(
     prefix: Annotated[
         str, typer.Option(metavar="TEXT", help="Put before every model's name, for a server of several repositories.")
     ] = "",
-    version: Annotated[int, typer.Option(metavar="N", min=1, help="Version folder to write.")] = 1,
+    version: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Version folder to write; 1, or the next, by default.")
+    ] = None,
+    keep_versions: Annotated[int, typer.Option(metavar="N", min=1, help="How many of the newest are served.")] = 1,
+    add: Annotated[
+        bool, typer.Option("--add", help="Add a version to the repository that is there, with the settings it has.")
+    ] = False,
     instances: Annotated[int, typer.Option(metavar="N", min=1, help="Processes that run each model.")] = 1,
     max_batch: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Most rows that are merged; the artifact's limit by default.")
@@ -73,12 +80,14 @@ def command(
     from grc.runtime.triton_repository.replay import verify as replay
     from grc.runtime.triton_repository.repository import Repository
     from grc.runtime.triton_repository.settings import Settings
+    from grc.runtime.triton_repository.versions import add_version
 
     settings = Settings(
         layout=layout,
         name=name,
         prefix=prefix,
-        version=version,
+        version=version or 1,
+        keep_versions=keep_versions,
         instances=instances,
         max_batch=max_batch,
         max_delay_us=max_delay,
@@ -102,7 +111,10 @@ def command(
                 told.append(replay(repository, artifact, asked))
                 progress.end(f"tritonserver {told[0].server}, ready after {told[0].ready_seconds:.1f} s")
 
-        written = export(artifact, output, settings, force=force, before_done=finished)
+        if add:
+            written = add_version(artifact, output, version, before_done=finished)
+        else:
+            written = export(artifact, output, settings, force=force, before_done=finished)
     replayed = told[0] if told else None
     if json:
         put_json(

@@ -70,6 +70,23 @@ def test_an_existing_repository_is_kept(grc: Grc, artifact: Path, tmp_path: Path
     assert Repository.open(output).layout == "stages"
 
 
+def test_a_version_is_added_to_a_repository_that_is_there(grc: Grc, artifact: Path, tmp_path: Path) -> None:
+    output = tmp_path / "repo"
+    refused(
+        grc("export-triton", artifact, "-o", output, "--add"),
+        f"error: {output} is no Triton repository of grc: it has no repository.json",
+        "hint: write one with grc export-triton",
+    )
+    assert grc("export-triton", artifact, "-o", output).code == 0
+    assert grc("export-triton", artifact, "-o", output, "--add").code == 0
+    assert (output / "dlrm/2/model.py").is_file() and (output / "dlrm/1/model.py").is_file()
+    refused(
+        grc("export-triton", artifact, "-o", output, "--add", "--version", "2"),
+        f"error: {output} has version 2",
+        "hint: leave out --version, or name a higher one",
+    )
+
+
 def test_force_replaces_only_a_repository(grc: Grc, artifact: Path, tmp_path: Path) -> None:
     output = tmp_path / "photos"
     output.mkdir()

@@ -8,5 +8,6 @@ from __future__ import annotations
 from grc.runtime.triton_repository.export import export
 from grc.runtime.triton_repository.repository import Repository
 from grc.runtime.triton_repository.settings import Settings
+from grc.runtime.triton_repository.versions import add_version
 
-__all__ = ["Repository", "Settings", "export"]
+__all__ = ["Repository", "Settings", "add_version", "export"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from grc.errors import GrcError
@@ -28,6 +29,12 @@ def text(config: Config) -> str:
     from google.protobuf import text_format
 
     return text_format.MessageToString(config)
+
+
+def read(path: Path) -> Config:
+    from google.protobuf import text_format
+
+    return text_format.Parse(path.read_text(), messages().ModelConfig())
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,8 @@ def ensemble(
     add_ports(config, [Port(p.name, p.type, p.dims) for p in inputs], outputs)
     config.version_policy.latest.num_versions = settings.keep_versions
     for step in steps:
-        entry = config.ensemble_scheduling.step.add(model_name=step.model, model_version=-1)
+        # By its number: while a new version is moved in, no request goes through stages of two versions.
+        entry = config.ensemble_scheduling.step.add(model_name=step.model, model_version=settings.version)
         for own, shared in step.reads.items():
             entry.input_map[own] = shared
         for own, shared in step.makes.items():

@@ -69,6 +69,9 @@ class Exporter:
         self.artifact = Artifact(artifact.path, {**artifact.manifest, "rows": rows})
         self.interface = interface(self.artifact.manifest, settings.max_batch)
         self.processed = "preprocess" in (artifact.manifest["processing"] or {})
+        # In an ensemble the version before the newest stays until the ensemble has turned to the new one.
+        joined = self.processed or settings.layout == "stages"
+        self.members = replace(settings, keep_versions=settings.keep_versions + 1) if joined else settings
         self.steps: list[config.Step] = []
         self.programs: list[str] = []
         self.engines: set[str] = set()
@@ -145,7 +148,7 @@ class Exporter:
         self.programs.append(name)
         self.engines |= {part["engine"] for part in manifest["parts"]}
         found = warmups(self.folder / name / "warmup", manifest, shapes, request) if self.settings.warmup else []
-        self.configure(name, config.program(name, shapes, self.settings, manifest["target"]["device"], found))
+        self.configure(name, config.program(name, shapes, self.members, manifest["target"]["device"], found))
         reads = {entry.name: self.between(entry.name) for entry in shapes.inputs}
         self.steps.append(config.Step(name, reads, {entry.name: entry.name for entry in shapes.outputs}))
 
@@ -154,7 +157,7 @@ class Exporter:
         slices.write_processing(self.artifact, self.place(name))
         self.python(name, "preprocess")
         made = config.ports(self.interface.inputs, batched=False)
-        self.configure(name, config.python_model(name, [config.REQUEST], made, self.settings))
+        self.configure(name, config.python_model(name, [config.REQUEST], made, self.members))
         self.steps.append(config.Step(name, {"request": "request"}, {p.name: self.between(p.name) for p in made}))
 
     def postprocess(self) -> None:
@@ -162,7 +165,7 @@ class Exporter:
         slices.write_processing(self.artifact, self.place(name))
         self.python(name, "postprocess")
         taken = [config.REQUEST, *config.ports(self.interface.outputs, batched=False)]
-        self.configure(name, config.python_model(name, taken, [config.ANSWER], self.settings))
+        self.configure(name, config.python_model(name, taken, [config.ANSWER], self.members))
         self.steps.append(config.Step(name, {port.name: port.name for port in taken}, {"answer": "answer"}))
 
     def ensemble(self, postprocessed: bool) -> str:
