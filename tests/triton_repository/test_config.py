@@ -159,6 +159,7 @@ def test_files_that_start_the_server_are_filled_in(dlrm: Path, tmp_path: Path) -
     service = yaml.safe_load((made.path / "compose.yaml").read_text())["services"]["dlrm"]
     assert all(port.startswith("127.0.0.1:") for port in service["ports"])
     runtime, inference = yaml.safe_load_all((made.path / "kserve.yaml").read_text())
+    assert runtime["spec"]["containers"][0]["resources"]["limits"] == {"memory": "2Gi"}
     arguments = runtime["spec"]["containers"][0]["args"]
     assert arguments[-1].startswith("--cache-config=local,size=")
     model = inference["spec"]["predictor"]["model"]

@@ -244,6 +244,17 @@ def histories(batch: int) -> tuple[Tensor]:
     return (torch.randint(50, (batch, length), generator=torch.Generator().manual_seed(batch)),)
 
 
+def test_verify_is_patient_with_a_full_queue_and_small_batches(dlrm: Path, tmp_path: Path) -> None:
+    told: list[Replayed] = []
+    made = export(
+        dlrm,
+        tmp_path / "repo",
+        Settings(max_batch=4, max_queue=2, max_delay_us=20_000),
+        before_done=lambda made: told.append(verify(made, dlrm)),
+    )
+    assert told[0].error < 1e-6 and made.record["settings"]["max_batch"] == 4
+
+
 def test_histories_of_different_lengths_are_served_together(tmp_path: Path) -> None:
     torch.manual_seed(0)
     path = tmp_path / "history.grc"

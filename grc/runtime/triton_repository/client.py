@@ -17,6 +17,10 @@ PROTOCOLS: tuple[Protocol, ...] = ("http", "grpc")
 SECONDS = 60.0
 
 
+class Unavailable(GrcError):
+    """The server has no room for a request, or no time: 503."""
+
+
 class Client:
     """Safe to call from many threads: each has a connection of its own, as tritonclient wants it over HTTP."""
 
@@ -38,7 +42,8 @@ class Client:
     def infer(
         self, model: str, inputs: Sequence[tuple[Tensor, torch.Tensor]], outputs: Sequence[Tensor], **options: Any
     ) -> list[torch.Tensor]:
-        """Raises InputError where the server says that the request is at fault, GrcError for any other failure."""
+        """Raises InputError where the server says that the request is at fault, Unavailable where it has too many, and
+        GrcError for any other failure."""
         from tritonclient.utils import InferenceServerException
 
         limits = {"client_timeout": SECONDS} if self.protocol == "grpc" else {}
@@ -51,8 +56,8 @@ class Client:
                 **options,
             )
         except InferenceServerException as error:
-            bad = str(error.status()) in ("400", "StatusCode.INVALID_ARGUMENT")
-            raise (InputError if bad else GrcError)(f"{model} over {self.protocol}: {error.message()}") from error
+            kind = KINDS.get(str(error.status()), GrcError)
+            raise kind(f"{model} over {self.protocol}: {error.message()}") from error
         return [taken(entry, answer.as_numpy(entry.name)) for entry in outputs]
 
     def given(self, entry: Tensor, tensor: torch.Tensor) -> Any:
@@ -74,6 +79,14 @@ class Client:
         """An open connection would hold the server for the whole of its exit timeout."""
         for connection in self.opened:
             connection.close()
+
+
+KINDS: dict[str, type[GrcError]] = {
+    "400": InputError,
+    "StatusCode.INVALID_ARGUMENT": InputError,
+    "503": Unavailable,
+    "StatusCode.UNAVAILABLE": Unavailable,
+}
 
 
 def taken(entry: Tensor, array: Any) -> torch.Tensor:

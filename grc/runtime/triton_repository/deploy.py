@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +19,7 @@ KSERVE = "kserve.yaml"
 
 def write(repository: Repository, options: list[str]) -> None:
     """Fill the templates for one repository. The shell script is made executable."""
-    folder, words = repository.path, values(repository.record, options)
+    folder, words = repository.path, values(repository, options)
     for template in sorted(TEMPLATES.iterdir()):
         if template.name == KSERVE and not words["storage"]:
             continue
@@ -27,7 +28,8 @@ def write(repository: Repository, options: list[str]) -> None:
     (folder / "run_server.sh").chmod(0o755)
 
 
-def values(record: Mapping[str, Any], options: list[str]) -> dict[str, str]:
+def values(repository: Repository, options: list[str]) -> dict[str, str]:
+    record = repository.record
     target = record["target"]
     gpu = target["device"] == "cuda"
     name = "".join(c if c.isalnum() else "-" for c in record["artifact"].lower()).strip("-") or "model"
@@ -40,10 +42,18 @@ def values(record: Mapping[str, Any], options: list[str]) -> dict[str, str]:
         "index": "https://download.pytorch.org/whl/" + ("cu128" if gpu else "cpu"),
         "options": "".join(f" \\\n  {option}" for option in options),
         "arguments": "".join(f"\n        - {option}" for option in options),
+        "memory": f"{memory(repository)}Gi",
         "storage": record["settings"]["storage"] or "",
         "gpu_limit": '\n          nvidia.com/gpu: "1"' if gpu else "",
         "compose_gpu": COMPOSE_GPU if gpu else "",
     }
+
+
+def memory(repository: Repository) -> int:
+    """GiB for one server: the weights once, and half a GiB for each process with torch and for the server itself."""
+    weights = sum(file.stat().st_size for file in repository.path.glob("*/*/artifact.grc/weights.safetensors"))
+    processes = len(repository.models) * repository.record["settings"]["instances"]
+    return math.ceil(weights / 2**30 + (processes + 1) / 2)
 
 
 COMPOSE_GPU = """
@@ -57,7 +67,8 @@ COMPOSE_GPU = """
 
 
 def needed(record: Mapping[str, Any]) -> list[str]:
-    return ["onnxruntime"] if "onnxruntime" in record["engines"] else []
+    """What the artifact needs beside torch: the engine that won, and packages whose operators it calls."""
+    return [*(["onnxruntime"] if "onnxruntime" in record["engines"] else []), *record["requires"]]
 
 
 def pinned(package: str) -> str:

@@ -99,6 +99,7 @@ class Exporter:
             "postprocesses": postprocessed,
             "rows": self.artifact.manifest["rows"],
             "engines": sorted(self.engines),
+            "requires": sorted({package for package in self.artifact.manifest["requires"].values() if package}),
             "version": self.settings.version,
             "grc": self.artifact.manifest["grc"],
             "target": self.artifact.manifest["target"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from grc.runtime.artifact import read_manifest
 from grc.runtime.closeness import QUALITY, largest_error, within
 from grc.runtime.golden import Golden, read_golden
 from grc.runtime.program import Program, load
-from grc.runtime.triton_repository.client import PROTOCOLS, Client
+from grc.runtime.triton_repository.client import PROTOCOLS, Client, Unavailable
 from grc.runtime.triton_repository.launcher import Server, serving
 from grc.runtime.triton_repository.repository import Repository, server_options
 from grc.runtime.triton_repository.requests import answer_text, tensor_of
@@ -26,6 +27,7 @@ from grc.runtime.triton_repository.tensors import Interface, Tensor, interface
 
 AT_ONCE = 16  # clients
 ROUNDS = 5  # of all requests at once, until the server was seen to merge some
+PATIENCE = 500  # times that a request is sent again after a 503
 REQUEST = Tensor("request", "uint8", (-1,), ("n",))
 ANSWER = Tensor("answer", "uint8", (-1,), ("n",))
 
@@ -74,14 +76,15 @@ class Replay:
         self.repository = repository
         self.program = program
         self.server = server
-        self.whole = interface({**program.artifact.manifest, "rows": repository.record["rows"]})
+        settings = repository.record["settings"]
+        self.whole = interface({**program.artifact.manifest, "rows": repository.record["rows"]}, settings["max_batch"])
         self.budget = max(program.artifact.manifest["quality"].values(), default=0.0)
         self.stages = [(name, interface(read_manifest(repository.place(name)))) for name in repository.programs]
         self.entry = repository.entry
         self.done = Replayed(ready_seconds=server.seconds)
 
     def run(self, requests: list[Any]) -> Replayed:
-        golden = read_golden(self.program.artifact)
+        golden = [part for request in read_golden(self.program.artifact) for part in self.fitting(request)]
         for protocol in PROTOCOLS:
             client = Client(protocol, self.server.at(protocol))
             try:
@@ -110,6 +113,15 @@ class Replay:
             )
 
     def ask(self, client: Client, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Until there is room in the queue and time: a refusal for want of either is no wrong answer."""
+        for _ in range(PATIENCE):
+            try:
+                return self.ask_once(client, inputs)
+            except Unavailable:
+                time.sleep(0.01)
+        return self.ask_once(client, inputs)
+
+    def ask_once(self, client: Client, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         if not self.repository.preprocesses:
             return call(client, self.entry, self.whole, inputs)
         values = {entry.name: tensor for entry, tensor in zip(self.whole.inputs, inputs, strict=True)}
@@ -120,6 +132,11 @@ class Replay:
 
     def asked(self) -> str:
         return " and ".join(self.repository.programs) if self.repository.preprocesses else self.entry
+
+    def fitting(self, request: Golden) -> list[Golden]:
+        """The request, or its rows where Triton would not take so many at once."""
+        too_large = self.whole.merges and len(self.whole.inputs[0].to_rows(request.inputs[0])) > self.whole.max_batch
+        return single_rows(self.whole, request) if too_large else [request]
 
     def rows(self, request: Golden) -> list[Golden]:
         """Each row as a request of its own, where rows can be told apart."""
