@@ -99,6 +99,8 @@ def compile(
     the artifact can't be written; nothing is left behind then.
     """
     options, told = options or Options(), Timed(progress or Silent())
+    if options.stages and options.device != "cpu":
+        raise LoweringError("stages are built for the CPU only", "leave out --stages, or --device cuda")
     target_of(options)  # a GPU that is not there is told before any work is done
     declared = as_model(model, inputs)
     output = options.output or Path(f"{declared.name}.grc")
@@ -106,9 +108,10 @@ def compile(
         source = traced(declared, told)
         plain = source.graph
         optimised = optimise(source, options, told, after=after)
+        line = cut_line(source, optimised) if options.stages else None  # before minutes are spent on building
         choice, target, optimised_seconds = lower(source, plain, optimised, options, folder, told)
         optimised.seconds |= optimised_seconds
-        stages = lower_stages(source, optimised, options, folder, told) if options.stages else []
+        stages = lower_stages(line, options, folder, told) if line else []
         told.begin("write")
         manifest = describe(source, optimised.graph, optimised.records, choice, target, options, folder, stages)
         told.end(size(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())))
@@ -204,13 +207,14 @@ def lower(
     return build_and_choose(offered, target, parts, requests, options, progress, load_built, source.eager_runner())
 
 
-def lower_stages(
-    source: Source, optimised: Optimised, options: Options, folder: Path, progress: Progress
-) -> list[BuiltStage]:
-    """Cut the canonical graph, and build, prove and measure each stage like a model of its own."""
-    if options.device != "cpu":
-        raise LoweringError("stages are built for the CPU only", "leave out --stages, or --device cuda")
-    line = Line(source, cut(optimised.canonical, source.names, output_names(source.out_structure)))
+def cut_line(source: Source, optimised: Optimised) -> Line:
+    """The stages of the canonical graph. Raises LoweringError where it has none."""
+    return Line(source, cut(optimised.canonical, source.names, output_names(source.out_structure)))
+
+
+def lower_stages(line: Line, options: Options, folder: Path, progress: Progress) -> list[BuiltStage]:
+    """Build, prove and measure each stage like a model of its own."""
+    source = line.source
     built = []
     for stage in line.stages:
         progress.begin("stage")

@@ -76,7 +76,7 @@ def cut(graph: fx.GraphModule, inputs: Sequence[str], outputs: Sequence[str]) ->
         if piece is not None
     ]
     if len(stages) < 2:
-        raise LoweringError("the model has no tables and no layers to cut it at", "export it with --layout fused")
+        raise LoweringError("the model has no tables and no layers to cut it at", "leave out --stages")
     return stages
 
 
