@@ -25,15 +25,15 @@ endif
 check = $(if $(filter none,$(VENV)),if $(PY) -c 'import $(1)' 2>/dev/null; then $(2); else echo "skipped: $(PY) has no $(1)"; fi,$(2))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow bench lint format types imports clean toolchain given-python
+.PHONY: help demo test test-slow bench lint format types imports tritonserver clean toolchain given-python
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(READY) ## train a recommender on MovieLens-100K, compile it, recommend ten films to one user
 	$(PY) examples/movielens/demo.py
 
-test: $(READY) lint types imports ## all that CI runs: lint, types, imports, tests, wheel
+test: $(READY) lint types imports tritonserver ## all that CI runs: lint, types, imports, tests, wheel
 	$(PYTEST) $(TESTS)
 
 test-slow: $(READY) ## the tests marked slow
@@ -53,6 +53,9 @@ types: $(READY) ## mypy over grc/
 
 imports: $(READY) ## import-linter: which folder may import which
 	@$(call check,importlinter,$(PY) -c 'from importlinter.cli import lint_imports_command as run; run(["--no-logo"])')
+
+tritonserver: $(READY) ## a real tritonserver for the tests, unpacked into ~/.cache/grc (55 MB, once)
+	@$(if $(filter none,$(VENV)),echo "VENV=none: tritonserver is not fetched",$(PY) -m grc.runtime.triton_repository.wheel)
 
 clean: ## remove .venv, build outputs and caches
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

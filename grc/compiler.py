@@ -7,19 +7,23 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
 
-from grc.errors import GrcError
+from grc.errors import GrcError, LoweringError
 from grc.graph.capture import EXPORT_BATCH, Source, capture
+from grc.graph.cut import Stage, cut
 from grc.graph.model_file import Model, from_module, load_model
 from grc.kernels import FUSIONS, cpp
 from grc.lowering.choose import Choice, Requests, build_all, choose, engines_for, load_built, measure
 from grc.lowering.cuda import Gpu, described, full_precision, gpu_engines, gpu_target, mixed_rows
 from grc.lowering.engine import Built, Engine, Lowerable, Target
+from grc.lowering.export import written_out
+from grc.lowering.stages import BuiltStage, Line
 from grc.manifest import describe
 from grc.options import Options
 from grc.passes.manager import Proof, Record, run_passes
@@ -36,6 +40,7 @@ from grc.runtime.artifact import Artifact, write_manifest, writing
 from grc.runtime.device import DeviceWeights
 from grc.runtime.engines import Run
 from grc.runtime.plan import Plan, bucket_sizes
+from grc.runtime.structure import output_names
 
 
 class Progress(Protocol):
@@ -81,6 +86,8 @@ class Optimised:
     graph: fx.GraphModule
     records: list[Record]
     proof: Proof
+    canonical: fx.GraphModule
+    """As it was before anything fused: what stages are cut from."""
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -99,6 +106,10 @@ def compile(
     the artifact can't be written; nothing is left behind then.
     """
     options, told = options or Options(), Timed(progress or Silent())
+    if options.stages and (options.device != "cpu" or options.precision != "fp32"):
+        raise LoweringError(
+            "stages are built for the CPU in fp32 only", "leave out --stages, or --device cuda and --precision"
+        )
     target_of(options)  # a GPU that is not there, or a precision that has no kernels, is told before any work is done
     check_precision(options.precision, options.device)
     budget(options.budget)
@@ -108,12 +119,16 @@ def compile(
         source = traced(declared, told)
         plain = source.graph
         optimised = optimise(source, options, told, after=after)
+        line = cut_line(source, optimised) if options.stages else None  # before minutes are spent on building
         lowered, graph = lower_precision(source, optimised, options, folder, told)
-        built = Optimised(graph, optimised.records, optimised.proof)
+        built = replace(optimised, graph=graph)
         choice, target, optimised_seconds = lower(source, plain, built, options, folder, told, lowered)
         optimised.seconds |= optimised_seconds
+        stages = lower_stages(line, options, folder, told) if line else []
         told.begin("write")
-        manifest = describe(source, optimised.graph, optimised.records, choice, target, options, folder, lowered)
+        manifest = describe(
+            source, optimised.graph, optimised.records, choice, target, options, folder, lowered, stages
+        )
         shutil.rmtree(folder / SCRATCH, ignore_errors=True)
         told.end(size(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())))
         manifest["stages"] = told.stages
@@ -139,6 +154,7 @@ def traced(model: Model, progress: Progress) -> Source:
 
 
 SCRATCH = "scratch"  # below an unfinished artifact: what is converted before it is stored
+CANONICAL = ("jagged", "normalise", "merge-tables", "simplify")  # passes that leave every layer its own
 QUIET = ("normalise", "simplify")  # too many changes to list, none of them a fusion
 
 
@@ -154,13 +170,21 @@ def optimise(
     start = time.perf_counter()
     proof = Proof([source.inputs(batch) for batch in source.proof_batches()]).prepare(source.graph)
     steps = pipeline(options, FUSIONS) if passes is None else passes
+    canonical = source.graph
+
+    def seen(step: Any, graph: fx.GraphModule) -> None:
+        nonlocal canonical
+        canonical = graph if step.name in CANONICAL else canonical
+        if after:
+            after(step, graph)
+
     graph, records = run_passes(
         source.graph,
         steps,
         proof,
         strict=options.strict,
         limit=options.bisect_limit,
-        after=after,
+        after=seen,
         progress=progress.detail,
     )
     fused: dict[str, int] = {}
@@ -169,7 +193,7 @@ def optimise(
             key = change.what if record.name == "fuse" else record.name
             fused[key] = fused.get(key, 0) + 1
     progress.end(", ".join(f"{k} {v}" for k, v in fused.items()) or "nothing to fuse")
-    return Optimised(graph, records, proof, {"passes": time.perf_counter() - start})
+    return Optimised(graph, records, proof, canonical, {"passes": time.perf_counter() - start})
 
 
 def lower_precision(
@@ -236,6 +260,45 @@ def lower(
     return build_and_choose(offered, target, parts, requests, options, progress, load_built, source.eager_runner())
 
 
+def cut_line(source: Source, optimised: Optimised) -> Line:
+    """The stages of the canonical graph. Raises LoweringError where it has none."""
+    return Line(source, cut(optimised.canonical, source.names, output_names(source.out_structure)))
+
+
+def lower_stages(line: Line, options: Options, folder: Path, progress: Progress) -> list[BuiltStage]:
+    """Build, prove and measure each stage like a model of its own."""
+    source = line.source
+    built = []
+    for stage in line.stages:
+        progress.begin("stage")
+        plain = written_out(stage.graph)  # the oracle widens what operators of torch read, and no arena of ours
+        proof = Proof([line.inputs(stage, batch) for batch in source.proof_batches()]).prepare(plain)
+        graph, _ = run_passes(stage.graph, pipeline(options, FUSIONS), proof, strict=options.strict)
+        single = Proof([line.inputs(stage, 1)] if source.min_batch == 1 else []).prepare(plain)
+        requests = Requests(
+            proof.inputs + single.inputs,
+            proof.truth + single.truth,
+            proof.baseline + single.baseline,
+            {b: line.inputs(stage, b) for b in timed_batches(source, options)},
+        )
+        offered = engines_for(line.lowerable(stage, graph, EXPORT_BATCH), None)
+        parts = folder / "parts" / stage.name
+        parts.mkdir()
+        eager = partial(run_stage, stage, requests)
+        choice, _, _ = build_and_choose(
+            offered, target_of(options), parts, requests, options, Silent(), load_built, eager
+        )
+        built.append(BuiltStage(stage.name, graph, line.described(stage.inputs), line.described(stage.outputs), choice))
+        winners = ", ".join(f"{c.built.engine} at batch {b}" for b, c in choice.winners)
+        progress.end(f"{stage.name}: {winners}")
+    return built
+
+
+@torch.no_grad()
+def run_stage(stage: Stage, requests: Requests, batch: int) -> Any:
+    return stage.graph(*requests.timed[batch])
+
+
 def target_of(options: Options) -> Target:
     """The host that is compiled for: this one. Raises LoweringError for a GPU that is not there."""
     isa, threads = cpp.target_isa(), torch.get_num_threads()
@@ -288,14 +351,14 @@ def make_requests(source: Source, optimised: Optimised, options: Options, bucket
     if source.dynamic and source.min_batch == 1:
         one = Proof([source.inputs(1)]).prepare(source.graph)
         proof, truth, baseline = proof + one.inputs, truth + one.truth, baseline + one.baseline
+    timed = {b: source.inputs(b if source.dynamic else EXPORT_BATCH) for b in timed_batches(source, options, buckets)}
+    return Requests(proof, truth, baseline, timed)
+
+
+def timed_batches(source: Source, options: Options, buckets: Sequence[int] = ()) -> list[int]:
     wanted = buckets or options.batches
     sizes = [b for b in wanted if source.min_batch <= b <= options.max_batch] if source.dynamic else [1]
-    return Requests(
-        proof,
-        truth,
-        baseline,
-        {b: source.inputs(b if source.dynamic else EXPORT_BATCH) for b in sizes or [options.max_batch]},
-    )
+    return sizes or [options.max_batch]
 
 
 def microseconds(seconds: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from grc.graph.show import show
 from grc.lowering.choose import Candidate, Choice, boundaries
 from grc.lowering.cuda import described, part_on_gpu
 from grc.lowering.engine import Target
+from grc.lowering.stages import BuiltStage
 from grc.lowering.store import Store
 from grc.options import Options
 from grc.passes.manager import Record
@@ -39,16 +41,17 @@ def describe(
     options: Options,
     folder: Path,
     lowered: Lowered | None = None,
+    stages: Sequence[BuiltStage] = (),
 ) -> dict[str, Any]:
     """Write weights, golden requests and graph.txt into `folder`, and return the manifest that names them."""
     store = Store()
     parts = [part_entry(candidate, store, graph, target) for candidate in choice.parts]
+    cut = [stage_entry(stage, store, target) for stage in stages]
     store.write(folder / "weights.safetensors")
     write_golden(source, choice, folder)
     if lowered is not None:
         lowered.write(folder / "calibration.safetensors")
     (folder / "graph.txt").write_text(show(graph))
-    limits = boundaries(choice.winners, buckets=choice.plan is not None and bool(choice.plan.buckets))
     inputs, outputs = described(source)
     model = source.model
     command = f"grc compile {model.file or model.name}"
@@ -82,10 +85,7 @@ def describe(
         "precision": None if lowered is None else lowered.json(),
         "requires": required_operators(graph),
         "parts": parts,
-        "choice": [
-            {"up_to": limit, "part": choice.parts.index(candidate)}
-            for limit, (_, candidate) in zip(limits, choice.winners, strict=True)
-        ],
+        "choice": routing(choice),
         "measured": measurements(choice),
         "rejected": choice.rejected,
         "passes": [record_entry(record) for record in records],
@@ -94,6 +94,32 @@ def describe(
         "capture": {"mode": source.mode, "notes": source.notes},
         "layers": [asdict(layer) for layer in layers(source.graph)],
         "processing": bundle(model, folder),
+        **({"cut": cut} if cut else {}),
+    }
+
+
+def routing(choice: Choice) -> list[dict[str, int]]:
+    """Up to which batch each part answers."""
+    limits = boundaries(choice.winners, buckets=choice.plan is not None and bool(choice.plan.buckets))
+    return [
+        {"up_to": limit, "part": choice.parts.index(candidate)}
+        for limit, (_, candidate) in zip(limits, choice.winners, strict=True)
+    ]
+
+
+def stage_entry(stage: BuiltStage, store: Store, target: Target) -> dict[str, Any]:
+    """A stage as the artifact of its own that it becomes when it is exported; its parts lie in a folder of its name."""
+    parts = [part_entry(candidate, store, stage.graph, target) for candidate in stage.choice.parts]
+    return {
+        "name": stage.name,
+        "inputs": stage.inputs,
+        "outputs": stage.outputs,
+        "ids": [asdict(entry) for entry in id_ranges(stage.graph)],
+        "parts": [{**part, "file": f"{stage.name}/{part['file']}"} for part in parts],
+        "choice": routing(stage.choice),
+        "measured": measurements(stage.choice),
+        "rejected": stage.choice.rejected,
+        "quality": {c.built.engine: c.error for c in stage.choice.candidates},
     }
 
 

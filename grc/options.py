@@ -38,6 +38,8 @@ class Options:
     """Limits of what fewer bits may cost, such as `max-error=0.02` or `topk-overlap@100=0.99`; empty: the first of these."""
     calibration: Path | None = None
     """Rows of real requests (npz, jsonl, parquet), with `label` for labels; None: the model file's calibration()."""
+    stages: bool = False
+    """Also build the model in stages, cut at its tables and its interaction, for `grc export-triton --layout stages`."""
     disable: tuple[str, ...] = ()
     """Passes to leave out."""
     bisect_limit: int | None = None

@@ -15,12 +15,18 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(THREADS))
 import pytest
 import torch
 
+from grc.runtime.triton_repository import launcher
+
 torch.set_num_threads(min(THREADS, torch.get_num_threads()))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # The wheel check mostly waits for an install: it goes first, so that the other worker computes meanwhile.
     items.sort(key=lambda item: item.path.name != "test_wheel.py")
+    no_server = launcher.missing()
+    for item in items:
+        if no_server and "triton" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=f"{no_server}: {launcher.HINT}"))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device: torch.cuda.is_available() is False")

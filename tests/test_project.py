@@ -127,7 +127,7 @@ def test_every_data_file_is_declared_as_package_data():
 
 
 def test_every_import_of_grc_is_a_declared_dependency():
-    known = declared("onnxruntime", "parquet", "plot", "serve", "thirdparty") | {"torchrec"} | FROM_THE_HOST
+    known = declared("onnxruntime", "parquet", "plot", "serve", "thirdparty", "triton") | {"torchrec"} | FROM_THE_HOST
     undeclared = {
         f"{file.relative_to(ROOT)}: {name}"
         for file in files(ROOT / "grc")

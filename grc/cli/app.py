@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from grc.cli import bench, check, compile, doctor, explain, export_onnx, inspect, opt, run, serve
+from grc.cli import bench, check, compile, doctor, explain, export_onnx, export_triton, inspect, opt, run, serve
 from grc.cli.errors import Failing
 from grc.runtime.version import VERSION
 
@@ -51,7 +51,7 @@ def grc(
     ctx.meta["traceback"] = traceback or ctx.meta.get("traceback", False)
 
 
-for command in (compile, run, serve, bench, inspect, explain, opt, check, export_onnx, doctor):
+for command in (compile, run, serve, bench, inspect, explain, opt, check, export_onnx, export_triton, doctor):
     app.command(command.NAME, epilog="\n\n".join(["Examples:", *command.EXAMPLES]))(command.command)
 
 

@@ -45,6 +45,9 @@ def command(
     precision: p.Precision = "fp32",
     budget: p.Budget = None,
     calibration: p.Calibration = None,
+    stages: Annotated[
+        bool, typer.Option("--stages", help="Also build the stages for grc export-triton --layout stages.")
+    ] = False,
     on_bad_id: p.OnBadId = "error",
     disable: p.Disable = None,
     bisect_limit: p.BisectLimit = None,
@@ -78,6 +81,7 @@ def command(
         precision=precision,
         budget=p.limits(budget),
         calibration=calibration,
+        stages=stages,
         on_bad_id=on_bad_id,
         disable=tuple(disable or ()),
         bisect_limit=bisect_limit,

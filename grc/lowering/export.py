@@ -16,18 +16,22 @@ from grc.lowering.engine import Lowerable
 
 def export_graph(lowerable: Lowerable, plain: Collection[FusedOp] = ()) -> torch.export.ExportedProgram:
     """Export again; the ops in `plain` are traced through their references."""
-    graph = lowerable.graph
-    if plain:
-        graph = copy_graph(graph)
-        references = {op.overload: op.reference for op in plain}
-        for node in graph.graph.nodes:
-            if node.target in references:
-                node.target = references[node.target]
-        graph.recompile()
+    graph = written_out(lowerable.graph, plain) if plain else lowerable.graph
     with torch.no_grad(), quiet_export():
         return torch.export.export(
             graph, tuple(lowerable.inputs), dynamic_shapes=lowerable.shapes or None, strict=False
         )
+
+
+def written_out(graph: fx.GraphModule, ops: Collection[FusedOp] = OPS) -> fx.GraphModule:
+    """A copy that calls the reference of each of these ops."""
+    copy = copy_graph(graph)
+    references = {op.overload: op.reference for op in ops}
+    for node in copy.graph.nodes:
+        if node.target in references:
+            node.target = references[node.target]
+    copy.recompile()
+    return copy
 
 
 def plain_program(lowerable: Lowerable) -> torch.export.ExportedProgram:

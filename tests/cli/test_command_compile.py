@@ -5,11 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from grc import Artifact, Program
 from grc.passes.pipeline import NAMES
+from grc.runtime.triton_repository.slices import write_stage
 from tests.cli.session import Grc, Ran, refused
 
 QUICK = ("--engine", "eager", "--batches", "4")
@@ -181,3 +185,43 @@ def test_usage_errors_are_exit_code_2(grc: Grc, model: Path, flags: tuple[str, .
     assert ran.code == 2
     assert words in " ".join(ran.err.split())
     assert "Traceback" not in ran.err
+
+
+def test_stages_are_built_beside_the_whole(grc: Grc, model: Path, artifact_path: Path, tmp_path: Path):
+    flags = ("--engine", "eager", "--batches", "4", "--on-bad-id", "clamp", "--stages")
+    ran = grc("compile", model, "-o", artifact_path, *flags)
+    assert ran.code == 0, ran.err
+    artifact = Artifact.open(artifact_path, verify=True)
+    names = [stage["name"] for stage in artifact.manifest["cut"]]
+    assert names == ["embedding_service", "interaction_python", "gr_trt"]
+    told = [line.split() for line in ran.err.splitlines() if line.startswith("  stage")]
+    assert [line[1:4] for line in told] == [[f"{name}:", "eager", "at"] for name in names]
+    stages = []
+    for stage in artifact.manifest["cut"]:
+        (tmp_path / stage["name"]).mkdir()
+        stages.append(Program(write_stage(artifact, stage, tmp_path / stage["name"])))
+    dense, ids = torch.rand(3, 3), torch.tensor([[1, 2], [99, 3], [4, -5]])
+    (embedding,) = stages[0].run_flat([ids])
+    (interaction,) = stages[1].run_flat([dense, embedding])
+    assert torch.equal(stages[2].run_flat([interaction])[0], Program(artifact).run_flat([dense, ids])[0])
+
+
+def test_stages_that_can_not_be_built_are_refused_before_building(
+    grc: Grc, model: Path, model_file: Callable[[str], Path], artifact_path: Path
+):
+    refused(
+        grc("compile", model, "-o", artifact_path, "--stages", "--device", "cuda"),
+        "error: stages are built for the CPU only",
+        "hint: leave out --stages, or --device cuda",
+    )
+    plain = model_file(
+        "import torch\n"
+        "def get_model(): return torch.nn.ReLU().eval()\n"
+        "def get_inputs(batch): return (torch.arange(3.0).repeat(batch, 1),)\n"
+    )
+    ran = grc("compile", plain, "-o", artifact_path, "--stages")
+    assert ran.told == [
+        "error: the model has no tables and no layers to cut it at",
+        "hint: leave out --stages",
+    ]
+    assert "  build" not in ran.err and not artifact_path.exists()

@@ -1,0 +1,136 @@
+"""grc export-triton: an artifact as a Triton model repository, proven on the real server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from grc.cli import parameters as p
+from grc.cli.errors import Traceback
+from grc.cli.progress import Reporting
+from grc.cli.summary import put, put_json
+
+NAME = "export-triton"
+EXAMPLES = (
+    "grc export-triton model.grc -o repo --verify",
+    "grc export-triton model.grc -o repo --layout stages --instances 2 --cache",
+    "grc export-triton model.grc -o repo --requests requests.json --verify --kserve s3://models/repo",
+    "grc export-triton newer.grc -o repo --add --verify             a version more, while the repository is served",
+)
+
+
+def command(
+    artifact: p.ArtifactPath,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The repository to write.")],
+    layout: Annotated[
+        Literal["fused", "stages"],
+        typer.Option(help="One model, or embedding_service, interaction_python and gr_trt (grc compile --stages)."),
+    ] = "fused",
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the fused model.")] = None,
+    prefix: Annotated[
+        str, typer.Option(metavar="TEXT", help="Put before every model's name, for a server of several repositories.")
+    ] = "",
+    version: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Version folder to write; 1, or the next, by default.")
+    ] = None,
+    keep_versions: Annotated[int, typer.Option(metavar="N", min=1, help="How many of the newest are served.")] = 1,
+    add: Annotated[
+        bool, typer.Option("--add", help="Add a version to the repository that is there, with the settings it has.")
+    ] = False,
+    instances: Annotated[int, typer.Option(metavar="N", min=1, help="Processes that run each model.")] = 1,
+    max_batch: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Most rows that are merged; the artifact's limit by default.")
+    ] = None,
+    max_delay: Annotated[
+        int, typer.Option("--max-delay", metavar="US", min=0, help="How long a lone request may wait for others.")
+    ] = 0,
+    max_queue: Annotated[int, typer.Option(metavar="N", min=1, help="Requests that may wait; more get 503.")] = 1024,
+    timeout: Annotated[
+        int,
+        typer.Option("--timeout", metavar="US", min=0, help="How long one may wait before it gets 503; 0: for ever."),
+    ] = 0,
+    priorities: Annotated[int, typer.Option(metavar="N", min=0, help="Levels of priority, 1 the highest.")] = 0,
+    cache: Annotated[bool, typer.Option("--cache", help="Keep answers by their exact inputs.")] = False,
+    warmup: Annotated[bool, typer.Option(help="Answer golden requests before the server is ready.")] = True,
+    python: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Virtual environment of the models (EXECUTION_ENV_PATH).")
+    ] = None,
+    requests: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON requests that --verify also sends: a list, or one a line.")
+    ] = None,
+    kserve: Annotated[
+        str | None, typer.Option(metavar="URI", help="Write KServe manifests for the repository at this storage URI.")
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Start tritonserver, replay golden requests, write only what answers right."),
+    ] = False,
+    force: p.Force = False,
+    json: p.Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """Write a model repository that tritonserver runs: models, scripts to start it, and a proof that it answers right.
+
+    With --verify the golden requests go through the real server, over HTTP and gRPC, one at a time and merged.
+    """
+    from grc.runtime.triton_repository.export import export
+    from grc.runtime.triton_repository.replay import Replayed, read_requests
+    from grc.runtime.triton_repository.replay import verify as replay
+    from grc.runtime.triton_repository.repository import Repository
+    from grc.runtime.triton_repository.settings import Settings
+    from grc.runtime.triton_repository.versions import add_version
+
+    settings = Settings(
+        layout=layout,
+        name=name,
+        prefix=prefix,
+        version=version or 1,
+        keep_versions=keep_versions,
+        instances=instances,
+        max_batch=max_batch,
+        max_delay_us=max_delay,
+        max_queue=max_queue,
+        timeout_us=timeout,
+        priorities=priorities,
+        cache=cache,
+        warmup=warmup,
+        python=python,
+        storage=kserve,
+    )
+    told: list[Replayed] = []
+    asked = read_requests(requests)
+    with Reporting() as progress:
+        progress.begin("export")
+
+        def finished(repository: Repository) -> None:
+            progress.end(", ".join(repository.models))
+            if verify:
+                progress.begin("verify")
+                told.append(replay(repository, artifact, asked))
+                progress.end(f"tritonserver {told[0].server}, ready after {told[0].ready_seconds:.1f} s")
+
+        if add:
+            written = add_version(artifact, output, version, before_done=finished)
+        else:
+            written = export(artifact, output, settings, force=force, before_done=finished)
+    replayed = told[0] if told else None
+    if json:
+        put_json(
+            {"path": str(output), "layout": layout, "models": written.models, "entry": written.entry}
+            | ({"verified": vars(replayed)} if replayed else {})
+        )
+        return
+    put(f"  {output}   clients call {written.entry}   {proven(replayed)}")
+    put(f"  try: {output}/run_server.sh")
+
+
+def proven(replayed: Any) -> str:
+    if replayed is None:
+        return "not verified: --verify replays golden requests on the real server"
+    texts = f" and {replayed.requests} of JSON" if replayed.requests else ""
+    return (
+        f"{replayed.tensors} golden requests{texts} answered over HTTP and gRPC, "
+        f"{replayed.merged} of them in another's call; largest error {replayed.error:.1e}"
+    )

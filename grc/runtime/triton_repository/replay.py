@@ -1,0 +1,216 @@
+"""Replay golden requests against a real server: over HTTP and gRPC, one at a time and many at once, which Triton merges."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grc.errors import ArtifactError, InputError
+from grc.runtime.artifact import read_manifest
+from grc.runtime.closeness import QUALITY, largest_error, within
+from grc.runtime.golden import Golden, read_golden
+from grc.runtime.program import Program, load
+from grc.runtime.triton_repository.client import PROTOCOLS, Client, Unavailable
+from grc.runtime.triton_repository.launcher import Server, serving
+from grc.runtime.triton_repository.repository import Repository, server_options
+from grc.runtime.triton_repository.requests import answer_text, tensor_of
+from grc.runtime.triton_repository.rows import single_rows
+from grc.runtime.triton_repository.tensors import Interface, Tensor, interface
+
+AT_ONCE = 16  # clients
+ROUNDS = 5  # of all requests at once, until the server was seen to merge some
+PATIENCE = 500  # times that a request is sent again after a 503
+REQUEST = Tensor("request", "uint8", (-1,), ("n",))
+ANSWER = Tensor("answer", "uint8", (-1,), ("n",))
+
+
+@dataclass
+class Replayed:
+    """What was asked and how the answers were."""
+
+    tensors: int = 0
+    requests: int = 0
+    merged: int = 0
+    error: float = 0.0
+    server: str = ""
+    ready_seconds: float = 0.0
+
+
+def verify(repository: Repository, artifact_path: str | os.PathLike[str], requests: Sequence[Any] = ()) -> Replayed:
+    """Start the real server on a repository and replay the artifact's golden requests, and `requests` as JSON.
+
+    Raises ArtifactError for an answer that is not the model's, GrcError where no server is found or it does not start.
+    """
+    program = load(artifact_path)
+    with serving(repository.path, *server_options(repository)) as server:
+        return Replay(repository, program, server).run(list(requests))
+
+
+def read_requests(path: Path | None) -> list[Any]:
+    """A JSON list, or a JSON request a line. Raises InputError where it is neither."""
+    if path is None:
+        return []
+    try:
+        text = path.read_text()
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} holds no JSON requests: {error}", "write a JSON list, or one request a line"
+        ) from error
+
+
+class Replay:
+    """One repository, behind one server."""
+
+    def __init__(self, repository: Repository, program: Program, server: Server):
+        self.repository = repository
+        self.program = program
+        self.server = server
+        settings = repository.record["settings"]
+        self.whole = interface({**program.artifact.manifest, "rows": repository.record["rows"]}, settings["max_batch"])
+        self.budget = max(program.artifact.manifest["quality"].values(), default=0.0)
+        self.stages = [(name, interface(read_manifest(repository.place(name)))) for name in repository.programs]
+        self.entry = repository.entry
+        self.done = Replayed(ready_seconds=server.seconds)
+
+    def run(self, requests: list[Any]) -> Replayed:
+        golden = [part for request in read_golden(self.program.artifact) for part in self.fitting(request)]
+        for protocol in PROTOCOLS:
+            client = Client(protocol, self.server.at(protocol))
+            try:
+                self.done.server = server_version(client)
+                for index, request in enumerate(golden):
+                    self.tensors(client, f"golden request {index}", request)
+                    self.done.tensors += 1
+                self.at_once(client, [row for request in golden for row in self.rows(request)])
+                if self.repository.preprocesses:
+                    self.texts(client, requests)
+            finally:
+                client.close()
+        return self.done
+
+    # Requests as tensors
+
+    def tensors(self, client: Client, what: str, request: Golden) -> None:
+        """Ask the ensemble where it takes tensors, and else each program in turn."""
+        answers = self.ask(client, request.inputs)
+        error = largest_error(answers, request.outputs)
+        self.done.error = max(self.done.error, error)
+        if not within(error, self.budget, QUALITY):
+            raise ArtifactError(
+                f"{self.asked()} answers {what} over {client.protocol} {error:.1e} away from the model",
+                "the repository was not written; check the artifact with grc check",
+            )
+
+    def ask(self, client: Client, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Until there is room in the queue and time: a refusal for want of either is no wrong answer."""
+        for _ in range(PATIENCE):
+            try:
+                return self.ask_once(client, inputs)
+            except Unavailable:
+                time.sleep(0.01)
+        return self.ask_once(client, inputs)
+
+    def ask_once(self, client: Client, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        if not self.repository.preprocesses:
+            return call(client, self.entry, self.whole, inputs)
+        values = {entry.name: tensor for entry, tensor in zip(self.whole.inputs, inputs, strict=True)}
+        for name, shapes in self.stages:
+            made = call(client, name, shapes, [values[entry.name] for entry in shapes.inputs])
+            values |= {entry.name: tensor for entry, tensor in zip(shapes.outputs, made, strict=True)}
+        return [values[entry.name] for entry in self.whole.outputs]
+
+    def asked(self) -> str:
+        return " and ".join(self.repository.programs) if self.repository.preprocesses else self.entry
+
+    def fitting(self, request: Golden) -> list[Golden]:
+        """The request, or its rows where Triton would not take so many at once."""
+        too_large = self.whole.merges and len(self.whole.inputs[0].to_rows(request.inputs[0])) > self.whole.max_batch
+        return single_rows(self.whole, request) if too_large else [request]
+
+    def rows(self, request: Golden) -> list[Golden]:
+        """Each row as a request of its own, where rows can be told apart."""
+        return single_rows(self.whole, request) if self.whole.merges else [request]
+
+    def at_once(self, client: Client, requests: list[Golden]) -> None:
+        """All requests from many clients, again until the server has merged some of them."""
+        first = self.stages[0][0]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for _ in range(ROUNDS):
+                before = client.statistics(first)
+                asked = [pool.submit(self.tensors, client, "a row of a golden request", r) for r in requests * 2]
+                for each in asked:
+                    each.result()
+                after = client.statistics(first)
+                self.done.tensors += len(asked)
+                merged = (after[0] - before[0]) - (after[1] - before[1])
+                self.done.merged += merged
+                if merged or not self.whole.merges:
+                    break
+
+    # Requests as text
+
+    def texts(self, client: Client, requests: list[Any]) -> None:
+        """The artifact's own answers to the same JSON; a request that preprocess refuses must be refused in its words."""
+        for request in [*requests, {}]:
+            found = expected = None
+            try:
+                expected = self.program.recommend(request)
+            except InputError as error:
+                refusal = error.message
+            try:
+                found = self.answer(client, request)
+            except InputError as error:
+                if expected is None and refusal in error.message:
+                    continue
+                raise
+            if expected is None:
+                raise ArtifactError(f"{self.entry} answers a request over {client.protocol} that preprocess refuses")
+            if not alike(found, json.loads(answer_text(expected)), max(2 * self.budget, QUALITY)):
+                raise ArtifactError(
+                    f"{self.entry} answers a request over {client.protocol} otherwise than the artifact does",
+                    "the repository was not written; compare with grc run ARTIFACT --request",
+                )
+            self.done.requests += 1
+
+    def answer(self, client: Client, request: Any) -> Any:
+        given = [(REQUEST, tensor_of(json.dumps(request)))]
+        if self.repository.postprocesses:
+            return json.loads(bytes(client.infer(self.entry, given, [ANSWER])[0].tolist()))
+        outputs = client.infer(self.entry, given, self.whole.outputs)
+        answers = [entry.to_model(tensor) for entry, tensor in zip(self.whole.outputs, outputs, strict=True)]
+        build = self.program.build
+        return json.loads(answer_text(answers[0] if self.program.single else build(answers)))
+
+
+def call(client: Client, model: str, shapes: Interface, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """One request in the model's shapes."""
+    given = [(entry, entry.to_rows(tensor)) for entry, tensor in zip(shapes.inputs, inputs, strict=True)]
+    made = client.infer(model, given, shapes.outputs)
+    return [entry.to_model(tensor) for entry, tensor in zip(shapes.outputs, made, strict=True)]
+
+
+def server_version(client: Client) -> str:
+    found = client.connection.get_server_metadata()
+    return found["version"] if client.protocol == "http" else found.version
+
+
+def alike(a: Any, b: Any, tolerance: float) -> bool:
+    """Equal JSON, with numbers within a relative tolerance."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(alike(a[key], b[key], tolerance) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(alike(x, y, tolerance) for x, y in zip(a, b, strict=True))
+    if isinstance(a, (int, float)) and isinstance(b, (int, float)) and isinstance(a, bool) is isinstance(b, bool):
+        return abs(a - b) <= tolerance * max(1.0, abs(b))
+    return a == b

@@ -1,0 +1,46 @@
+"""Settings: how Triton schedules the models of a repository. Every field is also a flag of `grc export-triton`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Layout = Literal["fused", "stages"]
+LAYOUTS: tuple[Layout, ...] = ("fused", "stages")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the artifact does not say about its serving."""
+
+    layout: Layout = "fused"
+    """`fused` has one model; `stages` cuts it into embedding_service, interaction_python and gr_trt."""
+    name: str | None = None
+    """Name of the fused model; the artifact's own by default."""
+    prefix: str = ""
+    """Put before the name of every model, so that repositories of several artifacts can be served by one server."""
+    version: int = 1
+    """Version folder to write."""
+    keep_versions: int = 1
+    """How many of the newest versions are served."""
+    instances: int = 1
+    """Processes that run each model; all map the same weights."""
+    max_batch: int | None = None
+    """Most rows that are merged into one call; the artifact's own limit by default."""
+    max_delay_us: int = 0
+    """How long a lone request may wait for others. 0 merges only what waits anyway."""
+    max_queue: int = 1024
+    """Requests that may wait; more are refused with 503."""
+    timeout_us: int = 0
+    """How long a request may wait before it is refused with 503; a request may ask for less. 0: for ever."""
+    priorities: int = 0
+    """Levels of priority, 1 the highest; a request without one gets the lowest. 0: first come, first served."""
+    cache: bool = False
+    """Keep answers by their exact inputs; the server needs --cache-config, which run_server.sh gives it."""
+    warmup: bool = True
+    """Answer a golden request at every batch size that has a part of its own, before the server is ready."""
+    python: Path | None = None
+    """A virtual environment for the models (EXECUTION_ENV_PATH); by default that of the first python on PATH."""
+    storage: str | None = None
+    """Where the repository will lie for KServe (`s3://…`, `pvc://…`): manifests are written for it."""

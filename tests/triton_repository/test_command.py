@@ -1,0 +1,190 @@
+"""grc export-triton: what it tells, and every way in which it is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from grc.errors import GrcError
+from grc.runtime.triton_repository import launcher, wheel
+from grc.runtime.triton_repository.repository import Repository
+from tests.cli.conftest import grc as grc  # the command line as a function
+from tests.cli.session import Grc, edit_manifest, refused
+
+pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed: pip install 'grc-compiler[triton]'")
+
+
+@pytest.fixture
+def artifact(dlrm: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(dlrm, tmp_path / "dlrm.grc"))
+
+
+@pytest.fixture
+def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A host without tritonserver."""
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("TRITONSERVER", raising=False)
+    monkeypatch.setattr(launcher, "SYSTEM", tmp_path / "opt/tritonserver")
+
+
+def test_it_tells_what_clients_call(grc: Grc, artifact: Path, tmp_path: Path) -> None:
+    ran = grc("export-triton", artifact, "-o", tmp_path / "repo", "--layout", "stages")
+    assert ran.code == 0, ran.err
+    assert ran.out.splitlines() == [
+        f"  {tmp_path / 'repo'}   clients call ensemble_model   "
+        "not verified: --verify replays golden requests on the real server",
+        f"  try: {tmp_path / 'repo'}/run_server.sh",
+    ]
+
+
+def test_scripts_get_json(grc: Grc, artifact: Path, tmp_path: Path) -> None:
+    told = json.loads(grc("export-triton", artifact, "-o", tmp_path / "repo", "--name", "ctr", "--json").out)
+    assert told == {"path": str(tmp_path / "repo"), "layout": "fused", "models": ["ctr"], "entry": "ctr"}
+
+
+@pytest.mark.triton
+def test_verify_tells_what_the_server_answered(grc: Grc, artifact: Path, tmp_path: Path) -> None:
+    ran = grc("export-triton", artifact, "-o", tmp_path / "repo", "--verify", "--json")
+    assert ran.code == 0, ran.err
+    verified = json.loads(ran.out)["verified"]
+    assert verified["tensors"] >= 104 and verified["error"] < 1e-5 and verified["server"].startswith("2.")
+
+
+def test_an_existing_repository_is_kept(grc: Grc, artifact: Path, tmp_path: Path) -> None:
+    output = tmp_path / "repo"
+    assert grc("export-triton", artifact, "-o", output).code == 0
+    refused(
+        grc("export-triton", artifact, "-o", output, "--layout", "stages"),
+        f"error: {output} exists",
+        "hint: choose another -o, or replace it with --force",
+    )
+    assert Repository.open(output).layout == "fused"
+    assert grc("export-triton", artifact, "-o", output, "--layout", "stages", "--force").code == 0
+    assert Repository.open(output).layout == "stages"
+
+
+def test_a_version_is_added_to_a_repository_that_is_there(grc: Grc, artifact: Path, tmp_path: Path) -> None:
+    output = tmp_path / "repo"
+    refused(
+        grc("export-triton", artifact, "-o", output, "--add"),
+        f"error: {output} is no Triton repository of grc: it has no repository.json",
+        "hint: write one with grc export-triton",
+    )
+    assert grc("export-triton", artifact, "-o", output).code == 0
+    assert grc("export-triton", artifact, "-o", output, "--add").code == 0
+    assert (output / "dlrm/2/model.py").is_file() and (output / "dlrm/1/model.py").is_file()
+    refused(
+        grc("export-triton", artifact, "-o", output, "--add", "--version", "2"),
+        f"error: {output} has version 2",
+        "hint: leave out --version, or name a higher one",
+    )
+
+
+def test_force_replaces_only_a_repository(grc: Grc, artifact: Path, tmp_path: Path) -> None:
+    output = tmp_path / "photos"
+    output.mkdir()
+    refused(
+        grc("export-triton", artifact, "-o", output, "--force"),
+        f"error: {output} exists and is no Triton repository",
+        "hint: choose another -o; --force replaces a Triton repository only",
+    )
+
+
+def test_an_artifact_of_another_torch_is_refused(grc: Grc, artifact: Path, tmp_path: Path) -> None:
+    edit_manifest(artifact, lambda manifest: manifest["target"].update(torch="2.1.0"))
+    ran = grc("export-triton", artifact, "-o", tmp_path / "repo")
+    assert ran.told[0] == f"error: dlrm.grc was built with torch 2.1.0; this is torch {torch.__version__.split('+')[0]}"
+    assert ran.told[1].startswith("hint: rebuild it here: grc compile ") and ran.code == 1
+
+
+def test_an_artifact_of_another_device_is_refused(grc: Grc, artifact: Path, tmp_path: Path) -> None:
+    edit_manifest(artifact, lambda manifest: manifest["target"].update(device="cuda", sm="sm_1"))
+    ran = grc("export-triton", artifact, "-o", tmp_path / "repo")
+    here = "this GPU is sm_" if torch.cuda.is_available() else "this host has no usable GPU"
+    assert ran.told[0].startswith(f"error: dlrm.grc was built for sm_1; {here}") and ran.code == 1
+
+
+def test_an_artifact_without_stages_says_how_to_build_them(grc: Grc, artifact: Path, tmp_path: Path) -> None:
+    edit_manifest(artifact, lambda manifest: manifest.pop("cut"))
+    ran = grc("export-triton", artifact, "-o", tmp_path / "repo", "--layout", "stages")
+    assert ran.told[0] == "error: dlrm.grc carries no stages"
+    assert ran.told[1].endswith("dlrm.py --stages; or export with --layout fused")
+    assert not (tmp_path / "repo").exists()
+
+
+def test_a_damaged_artifact_is_refused(grc: Grc, artifact: Path, tmp_path: Path) -> None:
+    (artifact / "golden.safetensors").write_bytes(b"")
+    ran = grc("export-triton", artifact, "-o", tmp_path / "repo")
+    assert ran.told[0].startswith("error: dlrm.grc/golden.safetensors has 0 bytes, the manifest says ")
+
+
+def test_a_model_may_not_take_the_name_of_a_stage(grc: Grc, artifact: Path, tmp_path: Path) -> None:
+    refused(
+        grc("export-triton", artifact, "-o", tmp_path / "repo", "--name", "gr_trt"),
+        "error: the fused model can't be called gr_trt",
+        "hint: name it with --name",
+    )
+
+
+def test_requests_that_are_no_json_are_refused(grc: Grc, artifact: Path, tmp_path: Path) -> None:
+    (tmp_path / "requests.json").write_text("[1, 2")
+    refused(
+        grc("export-triton", artifact, "-o", tmp_path / "repo", "--requests", tmp_path / "requests.json"),
+        f"error: {tmp_path / 'requests.json'} holds no JSON requests: Expecting ',' delimiter: line 1 column 6 (char 5)",
+        "hint: write a JSON list, or one request a line",
+    )
+
+
+def test_without_a_server_nothing_is_called_good(grc: Grc, artifact: Path, tmp_path: Path, nowhere: None) -> None:
+    refused(
+        grc("export-triton", artifact, "-o", tmp_path / "repo", "--verify"),
+        f"error: no tritonserver found on PATH, at {launcher.SYSTEM} or in the pytriton wheel",
+        "hint: install tritonserver, name its binary in TRITONSERVER, or run python -m grc.runtime.triton_repository.wheel",
+    )
+    assert not (tmp_path / "repo").exists()
+
+
+def test_a_server_that_is_named_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nowhere: None) -> None:
+    binary = tmp_path / "triton/bin/tritonserver"
+    binary.parent.mkdir(parents=True)
+    binary.touch(0o755)
+    monkeypatch.setenv("TRITONSERVER", str(binary))
+    found = launcher.find()
+    assert found is not None
+    assert (found.binary, found.backends, found.libraries) == (binary, tmp_path / "triton/backends", None)
+
+
+def test_without_tritonclient_it_says_what_to_install(
+    grc: Grc, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tritonclient.grpc", None)
+    refused(
+        grc("export-triton", artifact, "-o", tmp_path / "repo"),
+        "error: a Triton repository needs tritonclient, which is not installed",
+        "hint: pip install 'grc-compiler[triton]'",
+    )
+
+
+def test_the_wheel_is_fetched_once_and_says_why_it_can_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nowhere: None
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setattr(wheel, "obstacle", lambda: None)
+    with pytest.raises(GrcError) as caught:
+        wheel.fetch()
+    assert caught.value.message == (
+        "pip can't download nvidia-pytriton==0.7.0: ERROR: No matching distribution found for nvidia-pytriton==0.7.0"
+    )
+    monkeypatch.setattr(wheel, "obstacle", lambda: "it needs glibc 2.35, and this host has glibc 2.17")
+    with pytest.raises(GrcError, match=r"can't run here: it needs glibc 2.35, and this host has glibc 2.17"):
+        wheel.fetch()
+    assert not wheel.folder().exists()
+    wheel.folder().mkdir()
+    assert wheel.fetch() == wheel.folder()
