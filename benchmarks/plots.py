@@ -16,6 +16,7 @@ from pathlib import Path
 from grc.bench.plot import plot_ratios, plot_times
 from grc.bench.rows import Row, read
 from grc.bench.table import cells, geometric_mean, markdown_table, time_of
+from grc.report.summary import microseconds, size
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -54,6 +55,8 @@ def filled(text: str, results: Path) -> str:
 def block(name: str, results: Path) -> str:
     if name == "overhead":
         return overhead(results / "overhead.jsonl")
+    if name == "precision":
+        return precision(results / "precision.jsonl")
     if name == "serving":
         return serving(results / "serving.jsonl")
     if name not in ("cpu", "gpu"):
@@ -109,6 +112,33 @@ def overhead(file: Path) -> str:
         ]
         lines.append("| " + " | ".join(cells_) + " |")
     return "\n".join(lines)
+
+
+def precision(file: Path) -> str:
+    """A table for each machine and ISA: times, bytes and quality of every model by precision."""
+    if not file.exists():
+        return NOT_MEASURED
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    parts = []
+    for machine, isa in sorted({(row["machine"], row["isa"]) for row in rows}):
+        own = [row for row in rows if (row["machine"], row["isa"]) == (machine, isa)]
+        dates = " to ".join(dict.fromkeys((min(r["date"] for r in own), max(r["date"] for r in own))))
+        lines = [
+            f"### {machine}, kernels for {isa}\n\n{dates}, budget {', '.join(own[0]['budget'])}.\n",
+            "| model | precision | times by batch | weights | kept in | quality |",
+            "| --- | --- | --- | ---: | --- | --- |",
+        ]
+        for model, form in dict.fromkeys((row["model"], row["precision"]) for row in own):
+            some = [row for row in own if (row["model"], row["precision"]) == (model, form)]
+            times = ", ".join(f"{row['batch']}: {microseconds(row['p50_us'])}" for row in some)
+            kept = ", ".join(f"{name} {count}" for name, count in some[0]["formats"].items() if count)
+            quality = ", ".join(f"{name} {value:.2g}" for name, value in some[0]["quality"].items())
+            lines.append(
+                f"| {model} | {form} | {times} | {size(some[0]['weight_bytes'])} | {kept or '-'} | {quality or '-'} |"
+            )
+        commands = sorted({row["command"] for row in own})
+        parts.append("\n".join(lines) + "\n\n```\n" + "\n".join(commands) + "\n```")
+    return "\n\n".join(parts)
 
 
 def serving(file: Path) -> str:

@@ -209,11 +209,12 @@ def test_stages_are_built_beside_the_whole(grc: Grc, model: Path, artifact_path:
 def test_stages_that_can_not_be_built_are_refused_before_building(
     grc: Grc, model: Path, model_file: Callable[[str], Path], artifact_path: Path
 ):
-    refused(
-        grc("compile", model, "-o", artifact_path, "--stages", "--device", "cuda"),
-        "error: stages are built for the CPU only",
-        "hint: leave out --stages, or --device cuda",
-    )
+    for words in (("--device", "cuda"), ("--precision", "int8")):
+        refused(
+            grc("compile", model, "-o", artifact_path, "--stages", *words),
+            "error: stages are built for the CPU in fp32 only",
+            "hint: leave out --stages, or --device cuda and --precision",
+        )
     plain = model_file(
         "import torch\n"
         "def get_model(): return torch.nn.ReLU().eval()\n"

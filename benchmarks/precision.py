@@ -1,0 +1,139 @@
+"""Time, bytes and quality of the zoo by precision, on this CPU: every precision of a model in one run, in turns.
+
+    python -m benchmarks.precision [--only gr,dlrm] [--precisions fp32,bf16,int8,int4] [--small] [--seconds S]
+
+The ISA is the CPU's own, or what ATEN_CPU_CAPABILITY lowers it to. Each precision is compiled with the inductor engine and
+the budget below, so that what is compared is grc beside grc; `grc bench --precision` holds it against ONNX Runtime. Rows go
+to benchmarks/results/precision.jsonl, where they replace those of the same model, precision, ISA and machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shlex
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import grc
+from grc.bench import host
+from grc.bench.host import restart_tuned
+from grc.cli.summary import table
+from grc.compiler import compile
+from grc.graph.model_file import load_model
+from grc.kernels.cpp import target_isa
+from grc.lowering.timing import Turn, interleave, summarise
+from grc.report.summary import microseconds, size
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "precision.jsonl"
+BATCHES = {"gr": (1, 8, 64)}
+PRECISIONS = ("fp32", "bf16", "int8", "int4")
+BUDGET = ("max-error=0.03",)  # what onnxruntime's dynamic int8 costs gr is 0.033
+KEY = ("model", "precision", "isa", "machine", "batch")
+
+
+def main() -> int:
+    options = arguments()
+    restart_tuned(options.threads)
+    torch.set_num_threads(options.threads)
+    os.environ["GRC_ZOO_SIZE"] = "small" if options.small else "full"
+    for name in options.only.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            rows = measured(name, Path(folder), options)
+        shown(name, rows)
+        if not options.small:
+            kept(rows)
+    return 0
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.precision", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", metavar="NAME,…", default="gr,dlrm,dcnv2,deepfm,din,sasrec,hstu")
+    parser.add_argument("--precisions", metavar="P,…", default=",".join(PRECISIONS))
+    parser.add_argument(
+        "--small", action="store_true", help="small sizes, to check that everything runs; keeps nothing"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", default=os.cpu_count())
+    parser.add_argument("--seconds", type=float, metavar="S", default=1.0, help="recorded calls at each batch")
+    return parser.parse_args()
+
+
+def measured(name: str, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Compile a model in every precision, then time all of them in turns at each batch size."""
+    file = ROOT / "examples" / "zoo" / f"{name}.py"
+    batches = BATCHES.get(name, (1, 64, 1024))
+    programs: dict[str, grc.Program] = {}
+    for precision in options.precisions.split(","):
+        sys.stderr.write(f"{name}: compile {precision}\n")
+        settings = grc.Options(
+            folder / f"{precision}.grc", engine="inductor", batches=batches, precision=precision, budget=BUDGET
+        )
+        compile(str(file), options=settings)
+        programs[precision] = grc.load(settings.output)  # type: ignore[arg-type]
+    model = load_model(file)
+    rows = []
+    for batch in batches:
+        args, kwargs = model.inputs(batch)
+        turns = {p: Turn(partial(call, program, args, kwargs)) for p, program in programs.items()}
+        interleave(list(turns.values()), 1, options.seconds)
+        for precision, program in programs.items():
+            timing = summarise(turns[precision].seconds)
+            rows.append(row(name, precision, batch, program, timing.p50, timing.spread))
+    return rows
+
+
+def call(program: grc.Program, args: Any, kwargs: Any, index: int) -> None:
+    program(*args, **kwargs)
+
+
+def row(name: str, precision: str, batch: int, program: grc.Program, p50: float, spread: float) -> dict[str, Any]:
+    found = program.artifact.manifest["precision"]
+    sites = [] if found is None else found["sites"]
+    return {
+        "model": name,
+        "precision": precision,
+        "batch": batch,
+        "isa": target_isa(),
+        "p50_us": round(p50, 2),
+        "spread": round(spread, 4),
+        "weight_bytes": (program.artifact.path / "weights.safetensors").stat().st_size,
+        "formats": {f: sum(s["format"] == f for s in sites) for f in ("fp32", "fp16", "bf16", "int8", "int4")},
+        "quality": program.artifact.manifest["budget_quality"].get("inductor", {}),
+        "budget": list(BUDGET),
+        "machine": host.machine("cpu"),
+        "versions": host.versions(),
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(["python", "-m", "benchmarks.precision", *sys.argv[1:]]),
+    }
+
+
+def shown(name: str, rows: list[dict[str, Any]]) -> None:
+    batches = sorted({r["batch"] for r in rows})
+    lines = [(name, *(f"batch {b}" for b in batches), "weights", "kept in", "quality")]
+    for precision in dict.fromkeys(r["precision"] for r in rows):
+        own = [r for r in rows if r["precision"] == precision]
+        times = [microseconds(next(r["p50_us"] for r in own if r["batch"] == b)) for b in batches]
+        formats = ", ".join(f"{form} {n}" for form, n in own[0]["formats"].items() if n)
+        quality = ", ".join(f"{metric} {value:.2g}" for metric, value in own[0]["quality"].items())
+        lines.append((precision, *times, size(own[0]["weight_bytes"]), formats, quality))
+    print("\n".join(table(lines, indent="")), flush=True)
+
+
+def kept(rows: list[dict[str, Any]]) -> None:
+    """Replace the rows of the same place."""
+    new = {tuple(r[name] for name in KEY) for r in rows}
+    old = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    staying = [r for r in old if tuple(r[name] for name in KEY) not in new]
+    RESULTS.write_text("".join(json.dumps(r) + "\n" for r in [*staying, *rows]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
