@@ -31,6 +31,7 @@ from grc.passes.pipeline import pipeline
 from grc.precision.apply import with_tables
 from grc.precision.calibration import calibration_of
 from grc.precision.formats import check_precision
+from grc.precision.half import with_half
 from grc.precision.quality import budget
 from grc.precision.search import Lowered, Search
 from grc.precision.sites import find_sites
@@ -214,10 +215,14 @@ def lower_precision(
         budget(options.budget),
         options.precision,
         progress.detail,
+        options.device,
     ).run()
-    scratch = folder / SCRATCH
-    scratch.mkdir()
-    graph = with_tables(optimised.graph, sites, found.formats, scratch)
+    if options.device == "cuda":
+        graph = with_half(optimised.graph, sites, found.formats)
+    else:
+        scratch = folder / SCRATCH
+        scratch.mkdir()
+        graph = with_tables(optimised.graph, sites, found.formats, scratch)
     progress.end(found.summary())
     return found, graph
 
@@ -249,6 +254,9 @@ def lower(
             gpu.load,
             gpu.model_runner(theirs, source.inputs),
         )
+        if lowered is not None and lowered.formats:
+            requests = replace(requests, judge=lowered.judge)
+            offered = [(engine, lowerable) for engine, lowerable in offered if engine.name.startswith("inductor")]
         with full_precision():
             return build_and_choose(offered, target, parts, requests, options, progress, load, model, gpu.plan)
     requests = make_requests(source, optimised, options)

@@ -15,7 +15,7 @@ from grc.errors import GrcError
 from grc.precision.calibration import ROWS, Calibration
 from grc.precision.formats import BITS, LAYERS, TABLES
 from grc.precision.quality import Limit, Truth, inside, lost
-from grc.precision.sites import LAYER, Site
+from grc.precision.sites import LAYER, TABLE, Site
 from grc.precision.trial import Rounded, Trial
 from grc.report.summary import size
 from grc.runtime.weights import write_weights
@@ -130,7 +130,9 @@ class Search:
         limits: tuple[Limit, ...],
         precision: str,
         progress: Progress,
+        device: str = "cpu",
     ):
+        self.device = device
         self.graph, self.sites, self.limits, self.precision, self.progress = graph, sites, limits, precision, progress
         unlabelled = [limit for limit in limits if limit.needs_labels and calibration.labels is None]
         if unlabelled:
@@ -158,6 +160,8 @@ class Search:
         # What computes an answer goes last: an error there is not averaged over anything.
         order = sorted(able, key=lambda site: (site.head, losses[site.name] / max(site.work, 1)))
         formats, reasons = self.lower(order)
+        if self.device == "cuda":
+            self.one_format_an_arena(formats, reasons)
         while formats and (why := self.verified(formats, outcome)) is not None:
             last = next(site for site in reversed(order) if site.name in formats)
             reasons[last.name] = f"on all rows: {why}"
@@ -175,7 +179,7 @@ class Search:
         return outcome
 
     def options(self, site: Site) -> tuple[str, ...]:
-        return (LAYERS if site.kind == LAYER else TABLES).get(self.precision, ())
+        return (LAYERS if site.kind == LAYER else TABLES)[self.device].get(self.precision, ())
 
     def nothing(self, site: Site) -> str:
         return f"{self.precision} has no format for a {site.kind}"
@@ -213,6 +217,18 @@ class Search:
             if waiting:
                 take(waiting, step)
         return formats, reasons
+
+    def one_format_an_arena(self, formats: dict[str, str], reasons: dict[str, str]) -> None:
+        """On a GPU an arena is one tensor: its tables go down together, or not at all."""
+        arenas: dict[str, list[Site]] = {}
+        for site in self.sites:
+            if site.kind == TABLE:
+                arenas.setdefault(site.arena, []).append(site)
+        for own in arenas.values():
+            if len({formats.get(site.name, "fp32") for site in own}) > 1:
+                for site in own:
+                    if formats.pop(site.name, None) is not None:
+                        reasons[site.name] = "another table of its arena stays in float32"
 
     def verified(self, formats: Mapping[str, str], outcome: Lowered) -> str | None:
         """Why the outcome is outside of the budget on all rows, or None; its quality is kept."""

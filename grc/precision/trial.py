@@ -30,7 +30,7 @@ class Rounded:
         if (path, form) not in self.made:
             tensor = attribute(self.graph, layer_weight(node))
             assert tensor is not None
-            self.made[path, form] = rounded(tensor.detach(), form == "int8")
+            self.made[path, form] = rounded(tensor.detach(), form)
         return self.made[path, form]
 
 
@@ -77,14 +77,13 @@ class Trial(fx.Interpreter):
 
     def layer(self, node: fx.Node, weight: torch.Tensor, form: str) -> torch.Tensor:
         args, _ = self.fetch_args_kwargs_from_env(node)
-        int8 = form == "int8"
         if node.target is CROSS.overload:
             x0, y, _, bias, x = args
-            return x0 * simulated(y, weight, bias, int8) + x
+            return x0 * simulated(y, weight, bias, form) + x
         assert is_op(node, aten.linear)
         bias = argument(node, "bias")
         given = self.env[bias] if isinstance(bias, fx.Node) else None
-        return simulated(args[0], weight, given, int8)
+        return simulated(args[0], weight, given, form)
 
 
 def compacted(given: Mapping[str, Any], formats: Mapping[int, str]) -> dict[str, Any]:

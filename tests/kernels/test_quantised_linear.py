@@ -18,6 +18,7 @@ from grc.kernels.quantised_linear.cases import arguments
 from grc.kernels.quantised_linear.panels import unpack
 from tests.kernels.contract import ISAS
 
+NAMES = {torch.int8: "int8", torch.bfloat16: "bf16"}
 FORMATS = pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=["int8", "bfloat16"])
 
 
@@ -166,7 +167,7 @@ def test_unpack_undoes_the_layout(isa: str, dtype: torch.dtype) -> None:
         assert q.packed.is_contiguous() and q.packed.shape[2] == PANEL[isa]
         values = unpack(q.packed, n, k).float()
         values = values if q.scale is None else values * q.scale[:n, None]
-        assert torch.equal(values, rounded(weight, dtype is torch.int8))
+        assert torch.equal(values, rounded(weight, NAMES[dtype]))
 
 
 def test_rounding_is_at_most_half_a_step_and_keeps_rows_apart() -> None:
@@ -175,7 +176,7 @@ def test_rounding_is_at_most_half_a_step_and_keeps_rows_apart() -> None:
     weight[8] = 0.0
     weight[9] = 1e-40
     step = weight.abs().amax(1, keepdim=True) / 127
-    assert ((rounded(weight, int8=True) - weight).abs() <= step * 0.5001 + 1e-44).all()
+    assert ((rounded(weight, "int8") - weight).abs() <= step * 0.5001 + 1e-44).all()
 
 
 @pytest.mark.parametrize(
@@ -196,7 +197,7 @@ def test_the_simulation_is_the_kernel(dtype: torch.dtype) -> None:
     weight = torch.randn(n, 120, generator=torch.Generator().manual_seed(5)) / 120**0.5
     q = quantise(weight, dtype, cpp.target_isa())
     got = answer((x, q.packed, q.scale, bias, None, None, n, 0), cpp.target_isa())
-    assert torch.allclose(simulated(x, rounded(weight, dtype is torch.int8), bias, dtype is torch.int8), got, atol=1e-5)
+    assert torch.allclose(simulated(x, rounded(weight, NAMES[dtype]), bias, NAMES[dtype]), got, atol=1e-5)
 
 
 @FORMATS

@@ -6,10 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from grc.graph.spec import verify
 from grc.kernels import cpp
 from grc.lowering.pack import pack_linears
 from grc.precision.apply import with_tables
 from grc.precision.calibration import Calibration, calibration_of
+from grc.precision.half import with_half
+from grc.precision.quality import budget
+from grc.precision.search import Search
 from grc.precision.sites import find_sites
 from grc.precision.trial import Rounded, Trial
 from tests.precision.models import Fragile, Ranker, captured, fragile_inputs, ranker_inputs, searched
@@ -145,6 +149,37 @@ def test_tables_of_bags_and_of_offsets(tmp_path) -> None:
         trial = Trial(graph, sites, formats, Rounded(graph)).answers(inputs)
         assert torch.allclose(trial[0], lowered(*inputs)[0], atol=1e-5)
         assert not torch.equal(trial[0], graph(*inputs)[0])
+
+
+@pytest.mark.parametrize("form", ["fp16", "bf16"])
+def test_the_graph_of_halves_answers_as_the_trial_does(form: str) -> None:
+    source, graph = captured(Bags(), bag_inputs)
+    sites = find_sites(graph)
+    formats = {site.name: form for site in sites if site.reason is None}
+    halves = with_half(graph, sites, formats)
+    verify(halves)
+    stored = {str(n.target): n.meta["val"].dtype for n in halves.graph.nodes if n.op == "get_attr"}
+    half = torch.float16 if form == "fp16" else torch.bfloat16
+    # A bag that stands alone is not a fused look-up, and offsets are ids.
+    assert {name for name, dtype in stored.items() if dtype is not half} == {"bag.weight", "offsets"}
+    for batch in (3, 20):
+        inputs = source.inputs(batch)
+        trial = Trial(graph, sites, formats, Rounded(graph)).answers(inputs)
+        # Results are rounded to half precision too, which a trial leaves out.
+        assert torch.allclose(trial[0], halves(*inputs)[0], atol=0.02 if form == "fp16" else 0.2)
+        assert not torch.equal(halves(*inputs)[0], graph(*inputs)[0])
+
+
+def test_on_a_gpu_an_arena_goes_down_together_or_not_at_all() -> None:
+    source, graph = captured(Ranker(), ranker_inputs)
+    sites = find_sites(graph)
+    tables = [site for site in sites if site.kind == "table"]
+    search = Search(graph, sites, calibration_of(source, None), budget(["max-error=0.5"]), "fp16", print, "cuda")
+    formats, reasons = {tables[0].name: "fp16", "deep.weight": "fp16"}, {}
+    search.one_format_an_arena(formats, reasons)
+    assert formats == {"deep.weight": "fp16"}
+    assert reasons == {tables[0].name: "another table of its arena stays in float32"}
+    assert {d.format for d in search.run().decisions} == {"fp16"}
 
 
 def test_calibration_names_an_id_that_its_table_lacks() -> None:

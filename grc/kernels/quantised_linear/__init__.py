@@ -12,7 +12,7 @@ from grc.errors import LoweringError
 from grc.kernels.fusion import Cost, FusedOp
 from grc.kernels.packed_linear import ACTIVATIONS
 from grc.kernels.quantised_linear.cases import CASES
-from grc.kernels.quantised_linear.panels import MAX_DEPTH, Quantised, quantise, rounded, unpack
+from grc.kernels.quantised_linear.panels import HALVES, MAX_DEPTH, Quantised, quantise, rounded, unpack
 
 __all__ = ["MAX_DEPTH", "QUANTISED_LINEAR", "Quantised", "quantise", "rounded", "simulated"]
 
@@ -67,10 +67,10 @@ def stepped(x: Tensor) -> tuple[Tensor, Tensor]:
     return steps.to(x.dtype), size.to(x.dtype)
 
 
-def simulated(x: Tensor, weight: Tensor, bias: Tensor | None, int8: bool) -> Tensor:
-    """What the kernel gives for a weight [N, K] that `rounded` brought to the format's values, without packing it."""
-    if not int8:
-        return functional.linear(x.to(torch.bfloat16).float(), weight, bias)
+def simulated(x: Tensor, weight: Tensor, bias: Tensor | None, form: str) -> Tensor:
+    """What a layer in this format gives for a weight [N, K] that `rounded` brought to its values, without packing it."""
+    if form in HALVES:
+        return functional.linear(x.to(HALVES[form]).float(), weight, bias)
     steps, size = stepped(x)
     y = functional.linear(steps, weight) * size
     return y if bias is None else y + bias

@@ -12,6 +12,7 @@ from grc.errors import LoweringError
 from grc.kernels.packed_linear.panels import PANEL
 
 GROUP = {torch.int8: 4, torch.bfloat16: 2}  # `kGroup` in grc/low_gemm.h: what one lane of 32 bits holds
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_DEPTH = 65536  # `kMaxDepth` there: 65536 products of 255 and 127 fit into 32 bits
 
 
@@ -51,10 +52,10 @@ def whole_numbers(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(weight.float() / scale[:, None]).clamp(-127, 127).to(torch.int8), scale
 
 
-def rounded(weight: Tensor, int8: bool) -> Tensor:
-    """The values [N, K] that a quantised weight stands for, in float32."""
-    if not int8:
-        return weight.to(torch.bfloat16).float()
+def rounded(weight: Tensor, form: str) -> Tensor:
+    """The values [N, K] that a weight has in "int8", "bf16" or "fp16", in float32."""
+    if form in HALVES:
+        return weight.to(HALVES[form]).float()
     whole, scale = whole_numbers(weight)
     return whole.float() * scale[:, None]
 
