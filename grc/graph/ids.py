@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from grc.graph.lookups import NO_PADDING, columns_of
-from grc.graph.match import aten, constant_list, is_op, shape, static, value
+from grc.graph.match import aten, call_arguments, constant_list, is_op, shape, static, value
 
 LOOKUPS = ("lookup", "bag_dot", "bag_fm")
 
@@ -53,8 +53,7 @@ def reads(graph: fx.GraphModule, node: fx.Node) -> Iterator[tuple[Any, int, str,
     name = getattr(node.target, "_opname", "")
     if getattr(node.target, "namespace", "") != "grc" or name not in LOOKUPS:
         return
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = dict(zip(names, node.args, strict=False))
+    given = call_arguments(node)
     tables = node.meta.get("tables") or ["arena"] * len(given["rows"])  # type: ignore[arg-type]
     lengths = given.get("lengths") or [1] * len(given["rows"])  # type: ignore[arg-type]
     if given.get("offsets") is not None:

@@ -34,6 +34,11 @@ def argument(node: fx.Node, name: str) -> Any:
     raise KeyError(f"{node.target} has no argument {name}")
 
 
+def call_arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of a call by name, in the order of its schema, defaults filled in."""
+    return {entry.name: argument(node, entry.name) for entry in node.target._schema.arguments}  # type: ignore[union-attr]
+
+
 def value(node: Any) -> Any:
     return node.meta.get("val") if isinstance(node, fx.Node) else node
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from grc.graph.lookups import NO_PADDING
-from grc.graph.match import argument, aten, is_op, shape, value
+from grc.graph.match import argument, aten, call_arguments, is_op, shape, value
 from grc.graph.rewrite import Rewriter
 from grc.options import BadIdPolicy
 from grc.passes.manager import Change, Pass
@@ -42,8 +42,7 @@ class GuardIds(Pass):
 
 def guard_fused(edit: Rewriter, node: fx.Node, policy: BadIdPolicy) -> None:
     """Rewrite the ids of a fused op; for zero, bad ids become padding."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False))
+    given = call_arguments(node)
     ids, rows, padding = given["ids"], list(given["rows"]), list(given["padding"])
     lengths = given.get("lengths") or [1] * len(rows)
     jagged = given.get("offsets") is not None
@@ -59,7 +58,7 @@ def guard_fused(edit: Rewriter, node: fx.Node, policy: BadIdPolicy) -> None:
     safe = guarded(edit, ids, limits, pads, policy)
     kept = keep_padding(edit, ids, safe, given["padding"], lengths, jagged)
     given["ids"], given["padding"] = kept, padding
-    node.args = tuple(given[name] for name in names)
+    node.args = tuple(given.values())
 
 
 def keep_padding(edit: Rewriter, ids: fx.Node, safe: fx.Node, padding: Any, lengths: Any, jagged: bool) -> fx.Node:

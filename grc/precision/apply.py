@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import fx
 
-from grc.graph.match import aten, attribute, is_op, value
+from grc.graph.match import aten, attribute, call_arguments, is_op, value
 from grc.graph.rewrite import Rewriter, copy_graph
 from grc.kernels import LOOKUP
 from grc.kernels.lookup.pooling import NO_PADDING, SUM
 from grc.kernels.lookup.row_formats import LINE, pack_table, packing, row_bytes
-from grc.precision.sites import TABLE, Site, call_arguments
+from grc.precision.sites import TABLE, Site
 
 
 def with_tables(

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx
 
-from grc.graph.match import argument, aten, attribute, is_op, value
+from grc.graph.match import argument, aten, attribute, call_arguments, is_op, value
 from grc.graph.rewrite import Rewriter, copy_graph
 from grc.kernels import BAG_FM, CROSS
-from grc.precision.sites import LAYER, LOOKUPS, TABLE, Site, call_arguments
+from grc.precision.sites import LAYER, LOOKUPS, TABLE, Site
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 

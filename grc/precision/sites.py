@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from grc.graph.cost import rows_per_sample
-from grc.graph.match import argument, aten, attribute, is_op, value
+from grc.graph.match import aten, attribute, call_arguments, is_op, value
 from grc.kernels import BAG_DOT, BAG_FM, CROSS, LOOKUP, SCORE_TOPK
 from grc.kernels.lookup.row_formats import row_bytes
 from grc.kernels.quantised_linear import MAX_DEPTH
@@ -135,12 +135,6 @@ def readings(graph: fx.GraphModule) -> Iterator[Reading]:
 def varying(ids: torch.Tensor) -> int:
     """How many sizes of a value are not known: one of them can be left to a reshape."""
     return sum(not isinstance(size, int) for size in ids.shape)
-
-
-def call_arguments(node: fx.Node) -> dict[str, Any]:
-    """All arguments of a call by name, in the order of its schema, defaults filled in."""
-    names = [entry.name for entry in node.target._schema.arguments]  # type: ignore[union-attr]
-    return {name: argument(node, name) for name in names}
 
 
 def layer_weight(node: fx.Node) -> Any:

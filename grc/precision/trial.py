@@ -9,12 +9,12 @@ import torch
 from torch import fx
 
 from grc.errors import InputError
-from grc.graph.match import argument, aten, attribute, is_op
+from grc.graph.match import argument, aten, attribute, call_arguments, is_op
 from grc.kernels import CROSS
 from grc.kernels.lookup.pooling import NO_PADDING
 from grc.kernels.lookup.row_formats import rounded_rows
 from grc.kernels.quantised_linear import rounded, simulated
-from grc.precision.sites import LAYER, Site, call_arguments, layer_weight
+from grc.precision.sites import LAYER, Site, layer_weight
 
 Tensors = list[torch.Tensor]
 

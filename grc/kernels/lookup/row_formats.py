@@ -47,7 +47,7 @@ def steps(rows: Tensor, form: str) -> tuple[Tensor, Tensor, Tensor]:
     if not bool((torch.isfinite(low) & torch.isfinite(high) & (low >= -65504) & (high <= 65504)).all()):
         raise LoweringError(f"a table holds NaN or values that float16 can't scale, and can't be kept in {form}")
     offset = toward(low, -torch.inf)
-    scale = toward((high - offset) / levels, torch.inf)
+    scale = toward((high.double() - offset) / levels, torch.inf)  # in float32 the smallest ranges would vanish
     inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
     return torch.round((rows - offset) * inverse).clamp(0, levels), scale, offset
 
@@ -55,7 +55,7 @@ def steps(rows: Tensor, form: str) -> tuple[Tensor, Tensor, Tensor]:
 def toward(values: Tensor, end: float) -> Tensor:
     """The float16 next to each value on the side of `end`, as float32."""
     near = values.to(torch.float16)
-    passed = near.float() > values if end < 0 else near.float() < values
+    passed = near.to(values.dtype) > values if end < 0 else near.to(values.dtype) < values
     return torch.where(passed, torch.nextafter(near, torch.full_like(near, end)), near).float()
 
 
