@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -16,12 +16,13 @@ from grc.errors import ArtifactError, LoweringError
 from grc.graph.capture import Source
 from grc.graph.oracle import largest_error, run_fp64
 from grc.kernels import OPS, cpp
+from grc.lowering.align import aligned
 from grc.lowering.eager import Eager
 from grc.lowering.engine import Built, Engine, Lowerable, Target
 from grc.lowering.export import export_graph
 from grc.lowering.inductor import package, packaged_constants, settings
 from grc.lowering.move import moved
-from grc.lowering.twins import with_twins
+from grc.lowering.twins import optional_twins, with_twins
 from grc.runtime.device import DeviceWeights
 from grc.runtime.engines import Run, load_on_gpu
 from grc.runtime.plan import Plan
@@ -90,14 +91,16 @@ def part_on_gpu(built: Built) -> dict[str, Any]:
 
 
 class CudaInductor:
-    """AOTInductor for the GPU: with `twins`, look-ups go to our Triton kernels, whose cubins the package carries.
+    """AOTInductor for the GPU: with `twins`, fused ops go to our Triton kernels, whose cubins the package carries.
 
-    With `bucket`, it is built for that one batch size and max-autotuned.
+    `twins` "look-ups" leaves to Inductor what it can generate itself: cross layers, attention and top-k. With `bucket`, it
+    is built for that one batch size and max-autotuned.
     """
 
-    def __init__(self, gpu: Gpu, twins: bool, count: bool, bucket: int | None = None):
+    def __init__(self, gpu: Gpu, twins: Literal["all", "look-ups", "none"], count: bool, bucket: int | None = None):
         self.gpu, self.twins, self.count, self.bucket = gpu, twins, count, bucket
-        self.name = ("inductor" if twins else "aoti") + (f"@{bucket}" if bucket else "")
+        base = {"all": "inductor", "look-ups": "inductor-lookups", "none": "aoti"}[twins]
+        self.name = base + (f"@{bucket}" if bucket else "")
 
     def missing(self, target: Target) -> str | None:
         if importlib.util.find_spec("triton") is None:
@@ -110,7 +113,10 @@ class CudaInductor:
 
     def build(self, lowerable: Lowerable, target: Target, folder: Path) -> Built:
         ready, originals = self.gpu.moved(lowerable)
-        graph, counts = with_twins(ready.graph, self.gpu.device, self.count) if self.twins else (ready.graph, False)
+        graph, counts = ready.graph, False
+        if self.twins != "none":
+            graph, counts = with_twins(graph, self.gpu.device, self.count, optional=self.twins == "all")
+            graph = aligned(graph)
         program = export_graph(Lowerable(graph, ready.inputs, ready.shapes), OPS)
         file = f"{self.name}.pt2"
         configs = settings([]) | ({"max_autotune": True} if self.bucket else {})
@@ -151,10 +157,11 @@ def gpu_engines(
     """The engines in the order in which ties go. `source` is the graph as it came; without it bad ids are guarded in the
     graph, and nothing is counted. `fixed` are the optimised graph's inputs at batch sizes to build for alone."""
     count = source is not None
-    offered: list[tuple[Engine, Lowerable]] = [(CudaInductor(gpu, twins=True, count=count), optimised)]
-    offered += [(CudaInductor(gpu, True, count, bucket), lowerable) for bucket, lowerable in fixed]
+    kinds: list[Literal["all", "look-ups"]] = ["all", "look-ups"] if optional_twins(optimised.graph) else ["all"]
+    offered: list[tuple[Engine, Lowerable]] = [(CudaInductor(gpu, kind, count), optimised) for kind in kinds]
+    offered += [(CudaInductor(gpu, kind, count, bucket), lowerable) for bucket, lowerable in fixed for kind in kinds]
     if source is not None:
-        offered.append((CudaInductor(gpu, twins=False, count=False), source))
+        offered.append((CudaInductor(gpu, "none", False), source))
     return [*offered, (CudaEager(gpu), source or optimised)]
 
 

@@ -1,4 +1,4 @@
-"""Give fused look-ups to their Triton twins, and count the ids that lie outside of their tables."""
+"""Give fused ops to their Triton twins, and count the ids of look-ups that lie outside of their tables."""
 
 from __future__ import annotations
 
@@ -18,8 +18,33 @@ NO_PADDING = -(2**63)
 KERNELS = (torch.float32, torch.float16, torch.bfloat16)  # the arenas that the kernels read
 
 
-def with_twins(graph: fx.GraphModule, device: torch.device, count: bool) -> tuple[fx.GraphModule, bool]:
-    """A copy of a graph on `device` in which fused look-ups are `grc_cuda::` operators on ready-made lists.
+def twin_of(node: fx.Node) -> Any | None:
+    """The module of the Triton kernel that can take this call's place, or None."""
+    name = node.target._opname if getattr(node.target, "namespace", "") == "grc" else ""  # type: ignore[union-attr]
+    if not name or importlib.util.find_spec(f"grc.kernels.{name}.triton") is None:
+        return None
+    module, given = importlib.import_module(f"grc.kernels.{name}.triton"), arguments(node)
+    if not hasattr(module, "lists"):
+        able = module.able(*(value(a) if isinstance(a, fx.Node) else a for a in given.values()))
+        return module if able else None
+    return module if value(given["arena"]).dtype in KERNELS else None
+
+
+def optional_twins(graph: fx.GraphModule) -> list[str]:
+    """The names of the fused ops that a kernel could take and Inductor could too: which is faster must be measured."""
+    names = [n.target._opname for n in graph.graph.nodes if n.op == "call_function" and is_optional(twin_of(n))]
+    return list(dict.fromkeys(names))
+
+
+def is_optional(module: Any | None) -> bool:
+    return module is not None and not hasattr(module, "lists")
+
+
+def with_twins(
+    graph: fx.GraphModule, device: torch.device, count: bool, optional: bool = True
+) -> tuple[fx.GraphModule, bool]:
+    """A copy of a graph on `device` in which fused look-ups are `grc_cuda::` operators on ready-made lists, and with
+    `optional` the other fused ops that have a kernel are such operators too.
 
     With `count`, the number of ids outside of their tables (int64, 0-dim) follows the outputs, and the answer is whether
     it does: the kernels read zeros for such ids, and the runtime refuses the request by this number.
@@ -28,18 +53,18 @@ def with_twins(graph: fx.GraphModule, device: torch.device, count: bool) -> tupl
     edit = Constants(copy, device)
     counted: dict[Any, fx.Node] = {}
     for node in list(copy.graph.nodes):
-        name = node.target._opname if getattr(node.target, "namespace", "") == "grc" else ""
-        if not name or importlib.util.find_spec(f"grc.kernels.{name}.triton") is None:
+        module = twin_of(node)
+        if module is None or (is_optional(module) and not optional):
             continue
         given = arguments(node)
-        if value(given["arena"]).dtype not in KERNELS:
+        if is_optional(module):
+            node.args, node.kwargs, node.target = tuple(given.values()), {}, module.register()
             continue
         if count:
             lists = (tuple(given.get(name) or ()) for name in ("rows", "padding", "lengths"))
             key = given["ids"], given.get("offsets"), *lists
             if key not in counted:
                 counted[key] = bad_ids(edit, node, given)
-        module = importlib.import_module(f"grc.kernels.{name}.triton")
         wanted = inspect.signature(module.lists).parameters
         values = module.lists(value(given["arena"]), *(given[parameter] for parameter in list(wanted)[1:]))
         node.args = (*given.values(), edit.constant(f"{node.name}_tables", values))

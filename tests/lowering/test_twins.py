@@ -13,7 +13,7 @@ from grc.graph.model_file import from_module
 from grc.kernels import OPS
 from grc.lowering.engine import Lowerable
 from grc.lowering.export import export_graph
-from grc.lowering.twins import outside, outside_of_bags, with_twins
+from grc.lowering.twins import optional_twins, outside, outside_of_bags, with_twins
 from grc.options import Options
 
 CPU = torch.device("cpu")
@@ -71,3 +71,21 @@ def test_counts_jagged_ids_by_the_feature_of_their_bag() -> None:
     # two features of two samples: [4, 5] [] | [99] [-1, 100]; the last id is in no bag
     ids, offsets = torch.tensor([4, 5, 99, -1, 100, 777]), torch.tensor([0, 2, 2, 3, 5])
     assert outside_of_bags(ids, offsets, rows, padding).item() == 2
+
+
+class Crossed(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.linear(x) + x
+
+
+@pytest.mark.parametrize(("dtype", "names"), [(torch.half, ["cross"]), (torch.float, [])])
+def test_what_inductor_could_do_too_is_optional(dtype: torch.dtype, names: list[str]) -> None:
+    source = capture(from_module(Crossed(dtype).eval(), lambda batch: (torch.randn(batch, 16).to(dtype),)))
+    graph = optimise(source, Options(), Silent()).graph
+    assert optional_twins(graph) == names
+    assert calls(with_twins(graph, CPU, count=False)[0]) == [f"grc_cuda.{name}.default" for name in names]
+    assert calls(with_twins(graph, CPU, count=False, optional=False)[0]) == []

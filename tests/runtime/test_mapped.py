@@ -14,7 +14,12 @@ def several(device: str = "cpu") -> list[torch.Tensor]:
     make = torch.Generator().manual_seed(0)
     found = [torch.randint(0, 2, (5, size), generator=make).to(kind) for size, kind in enumerate(KINDS)]
     special = torch.tensor([0.0, -0.0, float("nan"), float("inf"), 1e-45])
-    return [*(t.to(device) for t in found), special.to(device), torch.tensor(7, device=device), special.half().to(device)]
+    return [
+        *(t.to(device) for t in found),
+        special.to(device),
+        torch.tensor(7, device=device),
+        special.half().to(device),
+    ]
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

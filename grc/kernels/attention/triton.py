@@ -52,7 +52,9 @@ def attention_kernel(  # type: ignore[no-untyped-def]
         seen = inside & (key[None, :] <= query[:, None]) if CAUSAL else inside
         if BIAS > 0:
             held = tl.load(
-                bias + user * bb + head * bh + query[:, None].to(tl.int64) * bn + key[None, :] * bm, mask=inside, other=0
+                bias + user * bb + head * bh + query[:, None].to(tl.int64) * bn + key[None, :] * bm,
+                mask=inside,
+                other=0,
             )
             if BIAS == 2:
                 seen = seen & (held != 0)

@@ -70,7 +70,7 @@ def item_kernel(  # type: ignore[no-untyped-def]
 def able(x: Any, weight: Any, bias: Any, k: int) -> bool:
     """Whether the kernels take these operands, and there are fewer groups to pick from than items."""
     fits = x.dtype in DTYPES and weight.dtype == x.dtype and int(weight.shape[1]) <= WIDEST
-    return fits and 0 < k and 16 * k <= int(weight.shape[0]) and (bias is None or bias.dtype == x.dtype)
+    return fits and k > 0 and 16 * k <= int(weight.shape[0]) and (bias is None or bias.dtype == x.dtype)
 
 
 def group_of(items: int, k: int) -> int:
