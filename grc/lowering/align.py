@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from grc.graph.match import aten, attribute, is_op, value
 from grc.graph.rewrite import copy_graph
 
 VECTOR = 16  # bytes
+WIDE = 64  # columns: a narrower layer costs less than the kernel that would pad its input
 
 
 def aligned(graph: fx.GraphModule) -> fx.GraphModule:
@@ -30,8 +32,8 @@ def aligned(graph: fx.GraphModule) -> fx.GraphModule:
         if not extra:
             continue
         if from_own_kernel(x):
-            x.args = (*x.args, width + extra)
-        elif weight.itemsize == 2 and value(x).dim() == 2:
+            x.args[0].args = (*x.args[0].args, width + extra)
+        elif weight.itemsize == 2 and width >= WIDE and value(x).dim() == 2:
             with copy.graph.inserting_before(node):
                 x = copy.graph.call_function(aten.constant_pad_nd.default, (x, [0, extra]))
         else:
@@ -49,4 +51,7 @@ def aligned(graph: fx.GraphModule) -> fx.GraphModule:
 
 def from_own_kernel(x: Any) -> bool:
     """Whether x is the answer of the Triton bag_dot to this layer alone: that kernel pads rows as it writes them."""
-    return getattr(x.target, "_opname", "") == "bag_dot" and x.target.namespace == "grc_cuda" and len(x.users) == 1
+    if x.target is not operator.getitem or x.args[1] != 0 or len(x.users) != 1:
+        return False
+    target = x.args[0].target
+    return getattr(target, "namespace", "") == "grc_cuda" and target._opname == "bag_dot"

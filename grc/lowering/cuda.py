@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import fx
@@ -19,6 +19,7 @@ from grc.kernels import OPS, cpp
 from grc.lowering.align import aligned
 from grc.lowering.eager import Eager
 from grc.lowering.engine import Built, Engine, Lowerable, Target
+from grc.lowering.epilogue import with_epilogues
 from grc.lowering.export import export_graph
 from grc.lowering.inductor import package, packaged_constants, settings
 from grc.lowering.move import moved
@@ -93,14 +94,13 @@ def part_on_gpu(built: Built) -> dict[str, Any]:
 class CudaInductor:
     """AOTInductor for the GPU: with `twins`, fused ops go to our Triton kernels, whose cubins the package carries.
 
-    `twins` "look-ups" leaves to Inductor what it can generate itself: cross layers, attention and top-k. With `bucket`, it
-    is built for that one batch size and max-autotuned.
+    `without` names fused ops that are left to Inductor all the same. With `bucket`, it is built for that one batch size
+    and max-autotuned.
     """
 
-    def __init__(self, gpu: Gpu, twins: Literal["all", "look-ups", "none"], count: bool, bucket: int | None = None):
-        self.gpu, self.twins, self.count, self.bucket = gpu, twins, count, bucket
-        base = {"all": "inductor", "look-ups": "inductor-lookups", "none": "aoti"}[twins]
-        self.name = base + (f"@{bucket}" if bucket else "")
+    def __init__(self, gpu: Gpu, twins: bool, count: bool, bucket: int | None = None, without: Sequence[str] = ()):
+        self.gpu, self.twins, self.count, self.bucket, self.without = gpu, twins, count, bucket, without
+        self.name = "-".join(["inductor" if twins else "aoti", *without]) + (f"@{bucket}" if bucket else "")
 
     def missing(self, target: Target) -> str | None:
         if importlib.util.find_spec("triton") is None:
@@ -114,9 +114,9 @@ class CudaInductor:
     def build(self, lowerable: Lowerable, target: Target, folder: Path) -> Built:
         ready, originals = self.gpu.moved(lowerable)
         graph, counts = ready.graph, False
-        if self.twins != "none":
-            graph, counts = with_twins(graph, self.gpu.device, self.count, optional=self.twins == "all")
-            graph = aligned(graph)
+        if self.twins:
+            graph, counts = with_twins(graph, self.gpu.device, self.count, self.without)
+            graph = with_epilogues(aligned(graph))
         program = export_graph(Lowerable(graph, ready.inputs, ready.shapes), OPS)
         file = f"{self.name}.pt2"
         configs = settings([]) | ({"max_autotune": True} if self.bucket else {})
@@ -157,12 +157,19 @@ def gpu_engines(
     """The engines in the order in which ties go. `source` is the graph as it came; without it bad ids are guarded in the
     graph, and nothing is counted. `fixed` are the optimised graph's inputs at batch sizes to build for alone."""
     count = source is not None
-    kinds: list[Literal["all", "look-ups"]] = ["all", "look-ups"] if optional_twins(optimised.graph) else ["all"]
-    offered: list[tuple[Engine, Lowerable]] = [(CudaInductor(gpu, kind, count), optimised) for kind in kinds]
-    offered += [(CudaInductor(gpu, kind, count, bucket), lowerable) for bucket, lowerable in fixed for kind in kinds]
+    offered: list[tuple[Engine, Lowerable]] = []
+    for without in choices(optional_twins(optimised.graph)):
+        offered.append((CudaInductor(gpu, True, count, None, without), optimised))
+        offered += [(CudaInductor(gpu, True, count, bucket, without), lowerable) for bucket, lowerable in fixed]
     if source is not None:
-        offered.append((CudaInductor(gpu, "none", False), source))
+        offered.append((CudaInductor(gpu, False, False), source))
     return [*offered, (CudaEager(gpu), source or optimised)]
+
+
+def choices(optional: Sequence[str]) -> list[tuple[str, ...]]:
+    """Which of the ops that a kernel could take are left to Inductor: none, each alone, all."""
+    alone = [(name,) for name in optional]
+    return [(), *alone, *([tuple(optional)] if len(optional) > 1 else [])]
 
 
 @contextmanager

@@ -31,7 +31,8 @@ def graph_of(model: nn.Module, inputs: object) -> torch.fx.GraphModule:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("width", "dtype", "wide"), [(13, torch.half, 16), (16, torch.half, 16), (13, torch.float, 13)]
+    ("width", "dtype", "wide"),
+    [(77, torch.half, 80), (80, torch.half, 80), (77, torch.float, 77), (13, torch.half, 13)],
 )
 def test_odd_layers_in_half_precision_become_whole_vectors(width: int, dtype: torch.dtype, wide: int) -> None:
     torch.manual_seed(0)

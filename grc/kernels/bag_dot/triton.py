@@ -20,6 +20,7 @@ from grc.kernels.rows import (
     starts,
     strides,
     table,
+    tell,
     tl,
     triton,
     vector,
@@ -79,28 +80,39 @@ def config(batch: int | torch.SymInt, features: int, dim: int, dtype: torch.dtyp
 
 @triton.jit
 def bag_dot_kernel(  # type: ignore[no-untyped-def]
-    arena, ids, offsets, weights, dense, tables, out, B, V,
+    arena, ids, offsets, weights, dense, tables, out, counter, B, V,
     id_row, id_step, weight_row, weight_step, dense_row, dense_step,
     F: tl.constexpr, D: tl.constexpr, PITCH: tl.constexpr, VEC: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr,
-    DENSE: tl.constexpr, IN_PLACE: tl.constexpr, KEEP: tl.constexpr,
+    DENSE: tl.constexpr, IN_PLACE: tl.constexpr, KEEP: tl.constexpr, UPPER: tl.constexpr, DIAGONAL: tl.constexpr,
     ONE: tl.constexpr, JAGGED: tl.constexpr, WEIGHTED: tl.constexpr, PADDED: tl.constexpr, POOLING: tl.constexpr,
-    P: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    P: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    N: tl.constexpr = F + DENSE
+    HEAD: tl.constexpr = D if KEEP else 0
     n = tl.arange(0, P)
     feature = n - DENSE
     known = (feature >= 0) & (feature < F)
     start = tl.load(tables + feature, mask=known, other=0)
     rows = tl.load(tables + F + feature, mask=known, other=0)
     padding = tl.load(tables + 2 * F + feature, mask=known, other=0) if PADDED else 0
-    own = (n == 0)[:, None]
-    slot = tl.arange(0, TAIL)
-    source = tl.load(tables + 5 * F + slot, mask=slot < PAIRS, other=0).to(tl.int32)
+    i = n[:, None]
+    j = n[None, :]
+    if UPPER:
+        shift = i * (2 * N - i + 1) // 2 - i if DIAGONAL else i * (2 * N - i - 1) // 2 - i - 1
+        chosen = (j >= i if DIAGONAL else j > i) & (j < N)
+    else:
+        shift = i * (i + 1) // 2 if DIAGONAL else i * (i - 1) // 2
+        chosen = (j <= i if DIAGONAL else j < i) & (i < N)
+    pair = shift + j + HEAD
+    bad = tl.zeros([P], tl.int32)
     for at in tl.range(tl.program_id(0), B, tl.num_programs(0), num_stages=STAGES):
         sample = tl.full([], 0, tl.int64) + at
         line = out + sample * WIDTH
         if ONE:
             index = tl.load(ids + sample * id_row + feature * id_step, mask=known, other=0).to(tl.int64)
             wanted = known & (index != padding) if PADDED else known
+            sound = wanted & (index >= 0) & (index < rows)
+            bad += (wanted & ((index < 0) | (index >= rows))).to(tl.int32)
         elif JAGGED:
             first, count = bag(offsets, feature, sample, B, V, known)
         else:
@@ -113,39 +125,38 @@ def bag_dot_kernel(  # type: ignore[no-untyped-def]
             if ONE and (IN_PLACE or not DENSE):
                 offset = tl.multiple_of(start + index * PITCH, VEC)
                 place = arena + offset[:, None] + column[None, :]
-                sound = wanted & (index >= 0) & (index < rows)
                 if DENSE:
                     # The dense row is one more row to fetch, so that nothing stands between the loads and the product.
-                    place = tl.where(own, (dense + sample * dense_row + column)[None, :], place)
-                    sound = sound | (n == 0)
-                tile = tl.load(place, mask=sound[:, None] & inside[None, :], other=0.0)
+                    place = tl.where(i == 0, (dense + sample * dense_row + column)[None, :], place)
+                    tile = tl.load(place, mask=(sound | (n == 0))[:, None] & inside[None, :], other=0.0)
+                else:
+                    tile = tl.load(place, mask=sound[:, None] & inside[None, :], other=0.0)
             else:
                 if ONE:
                     tile = fetch(arena, start, index, rows, PITCH, wanted, column, inside, VEC)
                 else:
-                    tile = pool(
+                    pooled, met = pool(
                         arena, ids, weights, sample * id_row + first * id_step, id_step,
                         sample * weight_row + first * weight_step, weight_step, count,
                         start, rows, PITCH, padding, column, inside,
                         P, BLOCK, VEC, POOLING, PADDED, WEIGHTED, 1,
-                    ).to(arena.dtype.element_ty)  # fmt: skip
+                    )  # fmt: skip
+                    tile = pooled.to(arena.dtype.element_ty)
+                    if left == 0:
+                        bad += met
                 if DENSE:
                     head = tl.load(dense + sample * dense_row + column * dense_step, mask=inside, other=0.0)
-                    tile = tl.where(own, head.to(arena.dtype.element_ty)[None, :], tile)
+                    tile = tl.where(i == 0, head.to(arena.dtype.element_ty)[None, :], tile)
             if KEEP:
                 head = tl.load(dense + sample * dense_row + column * dense_step, mask=inside, other=0.0)
                 tl.store(line + column, head.to(arena.dtype.element_ty), mask=inside)
             gram = tl.dot(tile, tl.trans(tile), gram, input_precision=PRECISION)
-        # Pairs leave in the order of the output, whole vectors at a time; what lies behind the last one is zero.
-        pair = tl.gather(tl.reshape(gram.to(out.dtype.element_ty), [P * P]), source, 0)
-        pair = tl.where(slot < PAIRS, pair, 0.0)
-        tl.store(line + (D if KEEP else 0) + slot, pair, mask=slot < WIDTH - (D if KEEP else 0))
-
-
-def order(nodes: int, side: int, upper: bool, diagonal: bool) -> list[int]:
-    """Where the pairs of the output lie in a square of `side` by `side` products."""
-    lines = [range(i if diagonal else i + 1, nodes) if upper else range(i + diagonal) for i in range(nodes)]
-    return [i * side + j for i, line in enumerate(lines) for j in line]
+        tl.store(line + pair, gram.to(out.dtype.element_ty), mask=chosen)
+        if REST > 0:
+            beyond = tl.arange(0, REST)
+            zeros = tl.zeros([REST], out.dtype.element_ty)
+            tl.store(line + HEAD + PAIRS + beyond, zeros, mask=beyond < WIDTH - HEAD - PAIRS)
+    tell(bad, counter)
 
 
 def square(nodes: int) -> int:
@@ -158,15 +169,10 @@ def lists(
     rows: Sequence[int],
     lengths: Sequence[int],
     padding: Sequence[int],
-    dense: object,
-    upper: bool,
-    diagonal: bool,
 ) -> tuple[int, ...]:
-    """What the kernel reads of each feature, and where each pair comes from: its `tables`."""
+    """What the kernel reads of each feature: its `tables`."""
     sizes = lengths or [0] * len(bases)
-    nodes = len(bases) + (dense is not None)
-    pairs = order(nodes, square(nodes), upper, diagonal)
-    return (*starts(arena, bases), *rows, *padding, *columns(sizes), *sizes, *pairs)
+    return (*starts(arena, bases), *rows, *padding, *columns(sizes), *sizes)
 
 
 def bag_dot(
@@ -186,8 +192,9 @@ def bag_dot(
     keep_dense: bool,
     tables: torch.Tensor | None = None,
     width: int = 0,
-) -> torch.Tensor:
-    """All pairs of T = [dense; pooled rows]: [B, pairs], or [B, dim + pairs] if keep_dense (DLRM; Naumov et al. 2019).
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All pairs of T = [dense; pooled rows]: [B, pairs], or [B, dim + pairs] if keep_dense (DLRM; Naumov et al. 2019),
+    and how many ids are outside of their tables (int64, 0-dim).
 
     arena [R, dim] or [E], float32, float16 or bfloat16; ids [B, sum(lengths)] of any strides, or [V] with offsets
     [F * B + 1]; dense [B, dim]. The strict lower triangle in row-major order, or with `upper` the upper one, with
@@ -205,29 +212,29 @@ def bag_dot(
     has_dense = dense is not None
     keep = keep_dense and has_dense
     nodes = count + has_dense
-    side, pairs = square(nodes), nodes * (nodes + 1 if diagonal else nodes - 1) // 2
+    pairs = nodes * (nodes + 1 if diagonal else nodes - 1) // 2
     head = dim if keep else 0
     width = max(width, pairs + head)
-    out = arena.new_empty(batch, width)
+    out, counter = arena.new_empty(batch, width), ids.new_zeros((), dtype=torch.int64)
     id_row, id_step = strides(ids)
     weight_row, weight_step = (0, 0) if weights is None else strides(weights)
     dense_row, dense_step = (0, 0) if dense is None else strides(dense)
     if tables is None:
-        tables = table(lists(arena, bases, rows, lengths, padding, dense, upper, diagonal), arena.device)
+        tables = table(lists(arena, bases, rows, lengths, padding), arena.device)
     wrap_triton(bag_dot_kernel)[(torch.sym_min(batch, choice.programs),)](
         arena, ids, ids if offsets is None else offsets.contiguous(), arena if weights is None else weights,
-        arena if dense is None else dense, tables, out, batch, ids.shape[0],
+        arena if dense is None else dense, tables, out, counter, batch, ids.shape[0],
         id_row, id_step, weight_row, weight_step, dense_row, dense_step,
         F=count, D=dim, PITCH=pitch[0], VEC=vector(arena, dim, *pitch, *start), PAIRS=pairs, WIDTH=width,
-        DENSE=int(has_dense), KEEP=keep,
+        DENSE=int(has_dense), KEEP=keep, UPPER=upper, DIAGONAL=diagonal,
         IN_PLACE=dense is not None and dense.dtype == arena.dtype and dense_step == 1,
         ONE=offsets is None and weights is None and set(lengths) == {1},
         JAGGED=offsets is not None, WEIGHTED=weights is not None, PADDED=any(p != NO_PADDING for p in padding),
-        POOLING=pooling, P=side, TAIL=triton.next_power_of_2(max(width - head, 1)),
+        POOLING=pooling, P=square(nodes), REST=triton.next_power_of_2(width - head - pairs) if width > head + pairs else 0,
         BLOCK=max(16, min(choice.block, triton.next_power_of_2(dim))), STAGES=choice.stages,
         PRECISION=FLOAT32 if arena.dtype == torch.float32 else "ieee", num_warps=choice.warps,
     )  # fmt: skip
-    return out
+    return out, counter
 
 
 @functools.cache
