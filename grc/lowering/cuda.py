@@ -100,7 +100,8 @@ class CudaInductor:
 
     def __init__(self, gpu: Gpu, twins: bool, count: bool, bucket: int | None = None, without: Sequence[str] = ()):
         self.gpu, self.twins, self.count, self.bucket, self.without = gpu, twins, count, bucket, without
-        self.name = "-".join(["inductor" if twins else "aoti", *without]) + (f"@{bucket}" if bucket else "")
+        name = "-".join(["inductor" if twins else "aoti", *(f"without-{op}" for op in without)])
+        self.name = f"{name}@{bucket}" if bucket else name
 
     def missing(self, target: Target) -> str | None:
         if importlib.util.find_spec("triton") is None:
@@ -116,7 +117,9 @@ class CudaInductor:
         graph, counts = ready.graph, False
         if self.twins:
             graph, counts = with_twins(graph, self.gpu.device, self.count, self.without)
-            graph = with_epilogues(aligned(graph))
+            graph = aligned(graph)
+            if self.bucket is None:  # one that is autotuned may find a kernel of Inductor's with any epilogue
+                graph = with_epilogues(graph)
         program = export_graph(Lowerable(graph, ready.inputs, ready.shapes), OPS)
         file = f"{self.name}.pt2"
         configs = settings([]) | ({"max_autotune": True} if self.bucket else {})
