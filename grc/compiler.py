@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from grc.lowering.cuda import Gpu, described, full_precision, gpu_engines, gpu_t
 from grc.lowering.engine import Built, Engine, Lowerable, Target
 from grc.lowering.export import written_out
 from grc.lowering.stages import BuiltStage, Line
+from grc.lowering.traffic import interpolated, learn, read_traffic, told
 from grc.manifest import describe
 from grc.options import Options
 from grc.passes.manager import Proof, Record, run_passes
@@ -246,6 +247,7 @@ def lower(
     guarded = options.on_bad_id != "error"
     unguarded = None if guarded else theirs
     if target.device == "cuda":
+        traffic = read_traffic(options.traffic) if options.traffic else None
         gpu = open_gpu(source, options)
         requests = make_requests(source, optimised, options, gpu.plan.buckets)
         fixed = [(b, Lowerable(optimised.graph, source.inputs(b), ())) for b in fixed_batches(options, gpu.plan)]
@@ -257,8 +259,9 @@ def lower(
         if lowered is not None and lowered.formats:
             requests = replace(requests, judge=lowered.judge)
             offered = [(engine, lowerable) for engine, lowerable in offered if engine.name.startswith("inductor")]
+        relearn = Relearn(gpu, source, optimised, options, traffic) if traffic and gpu.plan.buckets else None
         with full_precision():
-            return build_and_choose(offered, target, parts, requests, options, progress, load, model, gpu.plan)
+            return build_and_choose(offered, target, parts, requests, options, progress, load, model, gpu.plan, relearn)
     requests = make_requests(source, optimised, options)
     if lowered is not None and lowered.formats:
         requests = replace(requests, judge=lowered.judge)
@@ -320,6 +323,24 @@ def open_gpu(source: Source, options: Options) -> Gpu:
     return Gpu(DeviceWeights(torch.device("cuda", torch.cuda.current_device())), plan)
 
 
+@dataclass(frozen=True)
+class Relearn:
+    """Buckets from traffic: their times must be known first, so they are learnt when the usual ones have been measured."""
+
+    gpu: Gpu
+    source: Source
+    optimised: Optimised
+    options: Options
+    traffic: Mapping[int, int]
+
+    def __call__(self, measured: Mapping[int, float]) -> tuple[Gpu, Requests, str]:
+        usual, seconds = self.gpu.plan.buckets, interpolated(measured)
+        learnt = learn(self.traffic, self.source.min_batch, self.options.max_batch, seconds)
+        gpu = replace(self.gpu, plan=replace(self.gpu.plan, buckets=learnt))
+        requests = make_requests(self.source, self.optimised, self.options, learnt)
+        return gpu, requests, told(self.traffic, learnt, usual, seconds)
+
+
 def fixed_batches(options: Options, plan: Plan) -> list[int]:
     return [b for b in options.batches if b in plan.buckets] if options.static_buckets else []
 
@@ -334,6 +355,7 @@ def build_and_choose(
     load: Callable[[Built, Path], Run],
     model: Callable[[int], Any],
     plan: Plan | None = None,
+    relearn: Relearn | None = None,
 ) -> tuple[Choice, Target, dict[str, float]]:
     """Build and prove every engine, measure them beside the model itself, and keep the files of the winners."""
     start = time.perf_counter()
@@ -344,9 +366,19 @@ def build_and_choose(
     built = time.perf_counter()
     progress.begin("measure")
     eager_times = measure(candidates, model, requests, progress.detail)
+    learnt = ""
+    if relearn is not None:
+        known = {b: min(c.median(b) for c in candidates if b in c.times) for b in eager_times}
+        gpu, requests, learnt = relearn(known)
+        plan = gpu.plan
+        for candidate in candidates:
+            candidate.times = {}
+            candidate.run = gpu.load(candidate.built, parts)
+        eager_times = measure(candidates, model, requests, progress.detail)
     choice = choose(candidates, rejected, eager_times)
     choice.plan = plan
-    progress.end("   ".join(f"batch {b}: {c.built.engine} {microseconds(c.median(b))}" for b, c in choice.winners))
+    won = [f"batch {b}: {c.built.engine} {microseconds(c.median(b))}" for b, c in choice.winners]
+    progress.end("   ".join([learnt, *won] if learnt else won))
     for candidate in candidates:
         if candidate not in choice.parts:
             (parts / candidate.built.file).unlink()

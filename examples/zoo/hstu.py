@@ -58,7 +58,7 @@ class HSTU(nn.Module):
         self.register_buffer("causal", torch.ones(steps, steps).tril(), persistent=False)
 
     def forward(self, history: Tensor) -> tuple[Tensor, Tensor]:
-        real = (history != 0).float()
+        real = (history != 0).to(self.items.weight.dtype)
         x = (self.items(history) * self.items.embedding_dim**0.5 + self.positions.weight) * real.unsqueeze(-1)
         allowed = self.causal * real[:, None, None, :]
         for block in self.blocks:

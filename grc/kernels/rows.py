@@ -94,7 +94,11 @@ def pool(  # type: ignore[no-untyped-def]
     N: tl.constexpr, K: tl.constexpr, VEC: tl.constexpr,
     POOLING: tl.constexpr, PADDED: tl.constexpr, WEIGHTED: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Pool N bags of `count` [N] ids over K columns in float32: [N, K]. An empty bag gives zeros."""
+    """Pool N bags of `count` [N] ids over K columns in float32: [N, K], and how many ids of each are outside of its table.
+
+    An empty bag gives zeros.
+    """
+    bad = tl.zeros([N], tl.int32)
     total = tl.full([N, K], float("-inf") if POOLING == 2 else 0.0, tl.float32)
     seen = tl.zeros([N], tl.float32)
     for t in range(0, tl.max(count, 0), UNROLL):
@@ -114,8 +118,16 @@ def pool(  # type: ignore[no-untyped-def]
             else:
                 total += row
             seen += wanted.to(tl.float32)
+            bad += (wanted & ((index < 0) | (index >= rows))).to(tl.int32)
     if POOLING == 1:
         total = total / tl.maximum(seen, 1.0)[:, None]
     if POOLING == 2:
         total = tl.where(seen[:, None] > 0, total, 0.0)
-    return total
+    return total, bad
+
+
+@triton.jit
+def tell(bad, counter):
+    """Add the bad ids that a program met to the launch's counter. There are none in nearly all requests."""
+    met = tl.sum(bad, 0).to(tl.int64)
+    tl.atomic_add(counter, met, mask=met > 0)

@@ -16,12 +16,14 @@ from grc.errors import ArtifactError, LoweringError
 from grc.graph.capture import Source
 from grc.graph.oracle import largest_error, run_fp64
 from grc.kernels import OPS, cpp
+from grc.lowering.align import aligned
 from grc.lowering.eager import Eager
 from grc.lowering.engine import Built, Engine, Lowerable, Target
+from grc.lowering.epilogue import with_epilogues
 from grc.lowering.export import export_graph
 from grc.lowering.inductor import package, packaged_constants, settings
 from grc.lowering.move import moved
-from grc.lowering.twins import with_twins
+from grc.lowering.twins import optional_twins, with_twins
 from grc.runtime.device import DeviceWeights
 from grc.runtime.engines import Run, load_on_gpu
 from grc.runtime.plan import Plan
@@ -90,14 +92,16 @@ def part_on_gpu(built: Built) -> dict[str, Any]:
 
 
 class CudaInductor:
-    """AOTInductor for the GPU: with `twins`, look-ups go to our Triton kernels, whose cubins the package carries.
+    """AOTInductor for the GPU: with `twins`, fused ops go to our Triton kernels, whose cubins the package carries.
 
-    With `bucket`, it is built for that one batch size and max-autotuned.
+    `without` names fused ops that are left to Inductor all the same. With `bucket`, it is built for that one batch size
+    and max-autotuned.
     """
 
-    def __init__(self, gpu: Gpu, twins: bool, count: bool, bucket: int | None = None):
-        self.gpu, self.twins, self.count, self.bucket = gpu, twins, count, bucket
-        self.name = ("inductor" if twins else "aoti") + (f"@{bucket}" if bucket else "")
+    def __init__(self, gpu: Gpu, twins: bool, count: bool, bucket: int | None = None, without: Sequence[str] = ()):
+        self.gpu, self.twins, self.count, self.bucket, self.without = gpu, twins, count, bucket, without
+        name = "-".join(["inductor" if twins else "aoti", *(f"without-{op}" for op in without)])
+        self.name = f"{name}@{bucket}" if bucket else name
 
     def missing(self, target: Target) -> str | None:
         if importlib.util.find_spec("triton") is None:
@@ -110,7 +114,12 @@ class CudaInductor:
 
     def build(self, lowerable: Lowerable, target: Target, folder: Path) -> Built:
         ready, originals = self.gpu.moved(lowerable)
-        graph, counts = with_twins(ready.graph, self.gpu.device, self.count) if self.twins else (ready.graph, False)
+        graph, counts = ready.graph, False
+        if self.twins:
+            graph, counts = with_twins(graph, self.gpu.device, self.count, self.without)
+            graph = aligned(graph)
+            if self.bucket is None:  # one that is autotuned may find a kernel of Inductor's with any epilogue
+                graph = with_epilogues(graph)
         program = export_graph(Lowerable(graph, ready.inputs, ready.shapes), OPS)
         file = f"{self.name}.pt2"
         configs = settings([]) | ({"max_autotune": True} if self.bucket else {})
@@ -151,11 +160,19 @@ def gpu_engines(
     """The engines in the order in which ties go. `source` is the graph as it came; without it bad ids are guarded in the
     graph, and nothing is counted. `fixed` are the optimised graph's inputs at batch sizes to build for alone."""
     count = source is not None
-    offered: list[tuple[Engine, Lowerable]] = [(CudaInductor(gpu, twins=True, count=count), optimised)]
-    offered += [(CudaInductor(gpu, True, count, bucket), lowerable) for bucket, lowerable in fixed]
+    offered: list[tuple[Engine, Lowerable]] = []
+    for without in choices(optional_twins(optimised.graph)):
+        offered.append((CudaInductor(gpu, True, count, None, without), optimised))
+        offered += [(CudaInductor(gpu, True, count, bucket, without), lowerable) for bucket, lowerable in fixed]
     if source is not None:
-        offered.append((CudaInductor(gpu, twins=False, count=False), source))
+        offered.append((CudaInductor(gpu, False, False), source))
     return [*offered, (CudaEager(gpu), source or optimised)]
+
+
+def choices(optional: Sequence[str]) -> list[tuple[str, ...]]:
+    """Which of the ops that a kernel could take are left to Inductor: none, each alone, all."""
+    alone = [(name,) for name in optional]
+    return [(), *alone, *([tuple(optional)] if len(optional) > 1 else [])]
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from torch import fx
 
 from grc.errors import LoweringError
 from grc.graph.capture import quiet_export
+from grc.graph.match import value
+from grc.graph.rewrite import copy_graph
 from grc.kernels import OPS, cpp
 from grc.kernels.fusion import FusedOp
 from grc.lowering.engine import Built, Lowerable, Target
@@ -43,14 +45,25 @@ class Inductor:
 
     def build(self, lowerable: Lowerable, target: Target, folder: Path) -> Built:
         graph = pack_linears(lowerable.graph, target.isa, self.formats) if self.packed else lowerable.graph
-        packed = Lowerable(graph, lowerable.inputs, lowerable.shapes)
-        used = {n.target for n in graph.graph.nodes if n.op == "call_function"}
+        packed = Lowerable(in_plain_operators(graph), lowerable.inputs, lowerable.shapes)
+        used = {n.target for n in packed.graph.graph.nodes if n.op == "call_function"}
         ops = [op for op in OPS if op.overload in used and op.cpu is not None]
         program = export_graph(packed, [op for op in OPS if op.cpu is None])
         file = f"{self.name}.pt2"
         objects = [str(cpp.build(ops, target.isa, "object"))] if ops else []
         package(program, folder / file, settings(ops), objects)
         return Built(self.name, file, packaged_constants(folder / file, graph, program))
+
+
+def in_plain_operators(graph: fx.GraphModule) -> fx.GraphModule:
+    """A graph in which calls on dtypes that their C++ kernel does not compute in are in plain operators."""
+    narrow = {op.overload: op.reference for op in OPS if op.only_float32}
+    copy = copy_graph(graph)
+    for node in copy.graph.nodes:
+        if node.target in narrow and value(node.args[0]).dtype is not torch.float32:
+            node.target = narrow[node.target]
+    copy.recompile()
+    return copy
 
 
 def package(

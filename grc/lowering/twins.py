@@ -1,4 +1,4 @@
-"""Give fused look-ups to their Triton twins, and count the ids that lie outside of their tables."""
+"""Give fused ops to their Triton twins, and count the ids of look-ups that lie outside of their tables."""
 
 from __future__ import annotations
 
@@ -6,52 +6,79 @@ import importlib
 import importlib.util
 import inspect
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from grc.graph.match import value
+from grc.graph.match import call_arguments, value
 from grc.graph.rewrite import copy_graph
 
-NO_PADDING = -(2**63)
 KERNELS = (torch.float32, torch.float16, torch.bfloat16)  # the arenas that the kernels read
 
 
-def with_twins(graph: fx.GraphModule, device: torch.device, count: bool) -> tuple[fx.GraphModule, bool]:
-    """A copy of a graph on `device` in which fused look-ups are `grc_cuda::` operators on ready-made lists.
+def twin_of(node: fx.Node) -> Any | None:
+    """The module of the Triton kernel that can take this call's place, or None."""
+    name = node.target._opname if getattr(node.target, "namespace", "") == "grc" else ""  # type: ignore[union-attr]
+    if not name or importlib.util.find_spec(f"grc.kernels.{name}.triton") is None:
+        return None
+    module, given = importlib.import_module(f"grc.kernels.{name}.triton"), call_arguments(node)
+    if not hasattr(module, "lists"):
+        able = module.able(*(value(a) if isinstance(a, fx.Node) else a for a in given.values()))
+        return module if able else None
+    return module if value(given["arena"]).dtype in KERNELS else None
+
+
+def optional_twins(graph: fx.GraphModule) -> list[str]:
+    """The names of the fused ops that a kernel could take and Inductor could too: which is faster must be measured."""
+    names = [n.target._opname for n in graph.graph.nodes if n.op == "call_function" and is_optional(twin_of(n))]
+    return list(dict.fromkeys(names))
+
+
+def is_optional(module: Any | None) -> bool:
+    return module is not None and not hasattr(module, "lists")
+
+
+def with_twins(
+    graph: fx.GraphModule, device: torch.device, count: bool, without: Sequence[str] = ()
+) -> tuple[fx.GraphModule, bool]:
+    """A copy of a graph on `device` in which fused look-ups are `grc_cuda::` operators on ready-made lists, and other
+    fused ops that have a kernel are such operators too, but for those named in `without`.
 
     With `count`, the number of ids outside of their tables (int64, 0-dim) follows the outputs, and the answer is whether
     it does: the kernels read zeros for such ids, and the runtime refuses the request by this number.
     """
     copy = copy_graph(graph)
     edit = Constants(copy, device)
-    counted: dict[Any, fx.Node] = {}
+    counted: list[fx.Node] = []
     for node in list(copy.graph.nodes):
-        name = node.target._opname if getattr(node.target, "namespace", "") == "grc" else ""
-        if not name or importlib.util.find_spec(f"grc.kernels.{name}.triton") is None:
+        module = twin_of(node)
+        if module is None or (is_optional(module) and node.target._opname in without):
             continue
-        given = arguments(node)
-        if given.pop("packing"):  # rows of fewer bits are unpacked by the reference, which Inductor compiles
+        given = call_arguments(node)
+        given.pop("packing", None)  # of rows in fewer bits, which no kernel here reads
+        if is_optional(module):
+            node.args, node.kwargs, node.target = tuple(given.values()), {}, module.register()
             continue
-        if value(given["arena"]).dtype not in KERNELS:
-            continue
-        if count:
-            lists = (tuple(given.get(name) or ()) for name in ("rows", "padding", "lengths"))
-            key = given["ids"], given.get("offsets"), *lists
-            if key not in counted:
-                counted[key] = bad_ids(edit, node, given)
-        module = importlib.import_module(f"grc.kernels.{name}.triton")
         wanted = inspect.signature(module.lists).parameters
         values = module.lists(value(given["arena"]), *(given[parameter] for parameter in list(wanted)[1:]))
+        answers = len(node.target._schema.returns)  # type: ignore[union-attr]
         node.args = (*given.values(), edit.constant(f"{node.name}_tables", values))
         node.kwargs = {}
         node.target = module.register()
-    if counted:
-        add_output(copy.graph, list(counted.values()))
+        with copy.graph.inserting_after(node):
+            counted.append(copy.graph.call_function(operator.getitem, (node, answers)))
+            if answers == 1:
+                only = copy.graph.call_function(operator.getitem, (node, 0))
+                node.replace_all_uses_with(only, delete_user_cb=lambda user, keep=(only, counted[-1]): user not in keep)
+                only.meta = dict(node.meta)
+    counts = count and bool(counted)
+    if counts:
+        add_output(copy.graph, counted)
     copy.graph.eliminate_dead_code()
     copy.recompile()
-    return copy, bool(counted)
+    return copy, counts
 
 
 class Constants:
@@ -65,50 +92,6 @@ class Constants:
         self.module.register_buffer(name, torch.tensor(list(values), dtype=torch.int64, device=self.device))
         with self.module.graph.inserting_before(next(iter(self.module.graph.nodes))):
             return self.module.graph.get_attr(name)
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """All arguments of a call by name, in the order of its schema, defaults filled in."""
-    given = {}
-    for place, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if place < len(node.args):
-            given[argument.name] = node.args[place]
-        else:
-            given[argument.name] = node.kwargs.get(argument.name, argument.default_value)
-    return given
-
-
-def bad_ids(edit: Constants, node: fx.Node, given: dict[str, Any]) -> fx.Node:
-    """The count of one look-up, inserted before it."""
-    rows, padding, ids, offsets = list(given["rows"]), list(given["padding"]), given["ids"], given.get("offsets")
-    # An id of 0 is in every table, so that it can stand for "no padding".
-    padding = [0 if value == NO_PADDING else value for value in padding]
-    if offsets is None:
-        lengths = given.get("lengths") or [1] * len(rows)
-        rows, padding = (
-            [v for v, n in zip(values, lengths, strict=True) for _ in range(n)] for values in (rows, padding)
-        )
-    limits, pads = edit.constant(f"{node.name}_rows", rows), edit.constant(f"{node.name}_padding", padding)
-    with edit.module.graph.inserting_before(node):
-        if offsets is None:
-            return edit.module.graph.call_function(outside, (ids, limits, pads))
-        return edit.module.graph.call_function(outside_of_bags, (ids, offsets, limits, pads))
-
-
-def outside(ids: Tensor, rows: Tensor, padding: Tensor) -> Tensor:
-    """How many ids `[B, T]` are neither in 0..rows[t]-1 nor padding[t]."""
-    return (((ids < 0) | (ids >= rows)) & (ids != padding)).sum()
-
-
-def outside_of_bags(ids: Tensor, offsets: Tensor, rows: Tensor, padding: Tensor) -> Tensor:
-    """The same for jagged ids `[V]` with feature-major offsets `[F * B + 1]`; ids in no bag are not counted."""
-    features = rows.shape[0]
-    batch = (offsets.shape[0] - 1) // features
-    position = torch.arange(ids.shape[0], device=ids.device)
-    bag = torch.searchsorted(offsets[1:].to(torch.int64), position, right=True)
-    held = (bag < features * batch) & (position >= offsets[0])
-    feature = (bag // batch).clamp(max=features - 1)
-    return (((ids < 0) | (ids >= rows[feature])) & (ids != padding[feature]) & held).sum()
 
 
 def add_output(graph: fx.Graph, counts: list[fx.Node]) -> None:

@@ -117,7 +117,7 @@ class Program:
             answers = [self.unpadded(a, spec, batch) for a, spec in zip(answers, self.outputs, strict=True)]
         for answer in answers:
             if answer.is_floating_point():
-                total = answer.sum().item()
+                total = (answer if answer.numel() == 1 else answer.sum()).item()
                 if total != total:  # NaN: one reduction finds it wherever it is
                     self.check.nan(inputs)
                     break

@@ -140,6 +140,20 @@ def pooled(a: dict[str, Any], absolute: bool = False) -> list[torch.Tensor]:
     return outs
 
 
+def outside(a: dict[str, Any]) -> int:
+    """How many ids of all bags are neither in their table nor its padding."""
+    ids, found = a["ids"].long().cpu(), 0
+    batch = ids.shape[0] if a["offsets"] is None else (a["offsets"].numel() - 1) // len(a["rows"])
+    for f, (size, padding) in enumerate(zip(a["rows"], a["padding"], strict=True)):
+        if a["offsets"] is None:
+            at = sum(a["lengths"][:f])
+            bags = ids[:, at : at + a["lengths"][f]]
+        else:
+            bags = ids[int(a["offsets"][f * batch]) : int(a["offsets"][(f + 1) * batch])]
+        found += int((((bags < 0) | (bags >= size)) & (bags != padding)).sum())
+    return found
+
+
 def close(out: torch.Tensor, want: torch.Tensor, magnitude: torch.Tensor, rounds: float = 2.0) -> None:
     """Within `rounds` roundings to the output's dtype of the sum of magnitudes."""
     assert out.shape == want.shape

@@ -21,7 +21,7 @@ from grc.kernels.bag_fm import triton as bag_fm
 from grc.kernels.fusion import Case, FusedOp
 from grc.kernels.lookup import LOOKUP
 from grc.kernels.lookup import triton as lookup
-from tests.kernels.bags import DEVICE, DOTS, FMS, LOOKUPS, NO_PADDING, Bags, close, make, pairs, pooled
+from tests.kernels.bags import DEVICE, DOTS, FMS, LOOKUPS, NO_PADDING, Bags, close, make, outside, pairs, pooled
 
 GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -52,8 +52,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", LOOKUPS)
 def test_lookup(name: str, dtype: torch.dtype) -> None:
     a = make(LOOKUPS[name], dtype)
-    out = lookup.register()(*a.values())
-    assert out.dtype == dtype
+    out, bad = lookup.register()(*a.values())
+    assert out.dtype == dtype and bad.item() == outside(a)
     close(out, torch.cat(pooled(a), 1), torch.cat(pooled(a, absolute=True), 1))
 
 
@@ -68,7 +68,9 @@ DOT_FORMS = [
 
 def run_dot(a: dict[str, Any], dense: torch.Tensor | None, upper: bool, diagonal: bool, keep: bool) -> torch.Tensor:
     head = (a["arena"], a["ids"], a["offsets"], a["weights"], dense, a["bases"], a["rows"], a["dims"][0])
-    return bag_dot.register()(*head, a["lengths"], a["pooling"], a["padding"], upper, diagonal, keep)
+    out, bad = bag_dot.register()(*head, a["lengths"], a["pooling"], a["padding"], upper, diagonal, keep)
+    assert bad.item() == outside(a)
+    return out
 
 
 @runs
@@ -93,6 +95,19 @@ def test_bag_dot(name: str, form: tuple[bool, bool, bool], dtype: torch.dtype) -
             assert torch.equal(out[:, : case.dims[0]], dense)
             out = out[:, case.dims[0] :]
         close(out, want, bound, rounds=4.0)
+
+
+@runs
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("keep", [True, False])
+def test_bag_dot_follows_its_pairs_by_zeros_up_to_a_width(keep: bool) -> None:
+    a = make(DOTS["plain"], torch.float16)
+    dense = torch.randn(len(a["ids"]), a["dims"][0]).to(DEVICE, torch.float16)
+    out = run_dot(a, dense, False, False, keep)
+    head = (a["arena"], a["ids"], None, None, dense, a["bases"], a["rows"], a["dims"][0], a["lengths"], 0, a["padding"])
+    wide, _ = bag_dot.register()(*head, False, False, keep, None, 24)
+    assert wide.shape == (len(out), 24)
+    assert torch.equal(wide, torch.nn.functional.pad(out, (0, 24 - out.shape[1])))
 
 
 @runs
@@ -124,7 +139,9 @@ def test_bag_fm(name: str, linear: str, dtype: torch.dtype) -> None:
     if linear != "none":
         weight = torch.randn(a["arena"].shape[0], generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype)
         weight = weight[:, None] if linear == "[R, 1]" else weight
-    flat, fm = bag_fm.register()(a["arena"], weight, a["ids"], a["bases"], a["rows"], a["dims"][0], a["padding"])
+    given = (a["arena"], weight, a["ids"], a["bases"], a["rows"], a["dims"][0], a["padding"])
+    flat, fm, bad = bag_fm.register()(*given)
+    assert bad.item() == outside(a)
     rows = torch.stack(pooled(a), 1)
     assert torch.equal(flat.double().cpu(), rows.flatten(1))
     want = 0.5 * (rows.sum(1) ** 2 - (rows**2).sum(1)).sum(1, keepdim=True)
@@ -140,7 +157,7 @@ def test_bag_fm(name: str, linear: str, dtype: torch.dtype) -> None:
 def test_every_lookup_config_is_right(choice: lookup.Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookup, "config", lambda *_: choice)
     a = make(LOOKUPS["mean"], torch.float16)
-    close(lookup.register()(*a.values()), torch.cat(pooled(a), 1), torch.cat(pooled(a, absolute=True), 1))
+    close(lookup.register()(*a.values())[0], torch.cat(pooled(a), 1), torch.cat(pooled(a, absolute=True), 1))
 
 
 @runs
@@ -173,7 +190,9 @@ def test_declared_case_errs_at_most_twice_as_much_as_the_reference(op: FusedOp, 
             pytest.skip("a large batch takes a minute in the interpreter: needs a GPU")
         exact = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
         outs = [f(*a) for f, a in ((module.register(), args), (op.reference, args), (op.reference, exact))]
-        for out, plain, want in zip(*outs, strict=True) if isinstance(outs[0], tuple) else [outs]:
+        outs = [answer if isinstance(answer, tuple) else (answer,) for answer in outs]
+        assert outs[0][-1].dtype == torch.int64, "the ids outside of their tables follow the answers"
+        for out, plain, want in zip(outs[0][:-1], *outs[1:], strict=True):
             assert out.shape == want.shape and out.dtype == args[0].dtype
             ours += float((out.double() - want).square().sum())
             theirs += float((plain.double() - want).square().sum())
@@ -191,16 +210,16 @@ def test_declared_case_errs_at_most_twice_as_much_as_the_reference(op: FusedOp, 
 def test_every_bag_fm_config_is_right(choice: bag_fm.Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bag_fm, "config", lambda *_: choice)
     a = make(LOOKUPS["padding"], torch.float32)
-    flat, _ = bag_fm.register()(a["arena"], None, a["ids"], a["bases"], a["rows"], a["dims"][0], a["padding"])
+    flat, _, _ = bag_fm.register()(a["arena"], None, a["ids"], a["bases"], a["rows"], a["dims"][0], a["padding"])
     assert torch.equal(flat.double().cpu(), torch.cat(pooled(a), 1))
 
 
 @runs
 def test_offsets_beyond_the_ids_are_cut() -> None:
     a = make(LOOKUPS["jagged"], torch.float32)
-    want = lookup.register()(*a.values())
+    want = lookup.register()(*a.values())[0]
     a["offsets"][-1] += 1000
-    assert torch.equal(lookup.register()(*a.values()), want)
+    assert torch.equal(lookup.register()(*a.values())[0], want)
 
 
 @big
@@ -212,15 +231,15 @@ def test_a_table_of_more_than_2_31_elements() -> None:
     bases, sizes = [rows - 2000, rows - 1000], [1000, 1000]
     want = torch.cat([arena[ids[:, f] + bases[f]] for f in range(2)], 1)
     none = [NO_PADDING] * 2
-    out = lookup.register()(arena, ids, None, None, bases, sizes, [dim] * 2, [1, 1], 0, none)
+    out, _ = lookup.register()(arena, ids, None, None, bases, sizes, [dim] * 2, [1, 1], 0, none)
     assert torch.equal(out, want)
     at = [base * dim for base in bases]
-    flat = lookup.register()(arena.view(-1), ids, None, None, at, sizes, [dim] * 2, [1, 1], 0, none)
+    flat, _ = lookup.register()(arena.view(-1), ids, None, None, at, sizes, [dim] * 2, [1, 1], 0, none)
     assert torch.equal(flat, want)
-    got, _ = bag_fm.register()(arena, None, ids, bases, sizes, dim, none)
+    got, _, _ = bag_fm.register()(arena, None, ids, bases, sizes, dim, none)
     assert torch.equal(got, want)
     nodes = want.view(64, 2, dim).double().cpu()
-    dot = bag_dot.register()(arena, ids, None, None, None, bases, sizes, dim, [1, 1], 0, none, False, False, False)
+    dot, _ = bag_dot.register()(arena, ids, None, None, None, bases, sizes, dim, [1, 1], 0, none, False, False, False)
     close(dot, pairs(nodes, False, False), pairs(nodes.abs(), False, False))
 
 

@@ -13,7 +13,7 @@ from grc.graph.model_file import from_module
 from grc.kernels import OPS
 from grc.lowering.engine import Lowerable
 from grc.lowering.export import export_graph
-from grc.lowering.twins import outside, outside_of_bags, with_twins
+from grc.lowering.twins import optional_twins, with_twins
 from grc.options import Options
 
 CPU = torch.device("cpu")
@@ -60,14 +60,19 @@ def test_the_count_follows_the_outputs_and_survives_the_export(lowerable: Lowera
     assert not program.constants, "a constant made while tracing would be copied to the device in every run"
 
 
-def test_counts_ids_that_are_neither_rows_nor_padding() -> None:
-    found = torch.tensor([[0, 29, -1], [20, -5, 40], [19, 30, 39]])
-    rows, padding = torch.tensor([20, 30, 40]), torch.tensor([0, 0, -1])
-    assert outside(found, rows, padding).item() == 4  # 20, -5, 40 and 30
+class Crossed(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.linear(x) + x
 
 
-def test_counts_jagged_ids_by_the_feature_of_their_bag() -> None:
-    rows, padding = torch.tensor([5, 100]), torch.tensor([0, -1])
-    # two features of two samples: [4, 5] [] | [99] [-1, 100]; the last id is in no bag
-    ids, offsets = torch.tensor([4, 5, 99, -1, 100, 777]), torch.tensor([0, 2, 2, 3, 5])
-    assert outside_of_bags(ids, offsets, rows, padding).item() == 2
+@pytest.mark.parametrize(("dtype", "names"), [(torch.half, ["cross"]), (torch.float, [])])
+def test_what_inductor_could_do_too_is_optional(dtype: torch.dtype, names: list[str]) -> None:
+    source = capture(from_module(Crossed(dtype).eval(), lambda batch: (torch.randn(batch, 16).to(dtype),)))
+    graph = optimise(source, Options(), Silent()).graph
+    assert optional_twins(graph) == names
+    assert calls(with_twins(graph, CPU, count=False)[0]) == [f"grc_cuda.{name}.default" for name in names]
+    assert calls(with_twins(graph, CPU, count=False, without=names)[0]) == []

@@ -52,6 +52,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the lanes of grc.runtime.buckets run on the CPU."""
     monkeypatch.setattr(buckets, "here", lambda: torch.device("cpu"))
     monkeypatch.setattr(buckets, "pinned", lambda count: torch.zeros(count, dtype=torch.uint8))
+    monkeypatch.setattr(buckets, "mapped", lambda host: host)
+    monkeypatch.setattr(buckets, "on", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
     monkeypatch.setattr(torch.cuda, "graph", capturing)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)

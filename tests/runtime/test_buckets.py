@@ -71,18 +71,23 @@ def test_an_arena_holds_every_tensor_on_a_line_of_its_own() -> None:
 
 
 def test_rows_beyond_the_request_repeat_its_first_row() -> None:
-    buffer = torch.full((8, 2), -1)
-    request = torch.tensor([[5, 6], [7, 8], [9, 10]])
-    Cut.of(buffer, Spec(torch.int64, (0, 2), 0), 3).fill(request)
-    assert torch.equal(buffer, torch.cat([request, request[:1].expand(5, 2)]))
-    column = torch.full((2, 4), -1)
-    Cut.of(column, Spec(torch.int64, (2, 0), 1), 1).fill(torch.tensor([[3], [4]]))
-    assert torch.equal(column, torch.tensor([[3] * 4, [4] * 4]))
+    wide, tall = Spec(torch.int64, (0, 2), 0), Spec(torch.int64, (2, 0), 1)
+    given = Plan((wide, tall), (), (8,))
+    buffers = [torch.full((8, 2), -1), torch.full((2, 8), -1)]
+    request = [torch.tensor([[5, 6], [7, 8], [9, 10]]), torch.tensor([[1, 2, 3], [4, 5, 6]])]
+    Cut.of(given, buffers, [], 3).fill(request)
+    assert torch.equal(buffers[0], torch.cat([request[0], request[0][:1].expand(5, 2)]))
+    assert torch.equal(buffers[1], torch.cat([request[1], request[1][:, :1].expand(2, 5)], 1))
 
 
 def test_a_full_bucket_has_nothing_to_pad() -> None:
-    assert Cut.of(torch.zeros(4, 2), Spec(torch.float32, (0, 2), 0), 4).rest is None
-    assert Cut.of(torch.zeros(5), Spec(torch.float32, (5,), None), 4).rest is None
+    given = Plan((Spec(torch.float32, (0, 2), 0), Spec(torch.float32, (5,), None)), (), (4,))
+    assert Cut.of(given, [torch.zeros(4, 2), torch.zeros(5)], [], 4).rest == []
+
+
+def test_answers_are_cut_to_the_request() -> None:
+    given = Plan((), (Spec(torch.float32, (0,), 0), Spec(torch.float32, (5,), None)), (4,))
+    assert [len(answer) for answer in Cut.of(given, [], [torch.zeros(4), torch.zeros(5)], 3).answers] == [3, 5]
 
 
 class Counting:

@@ -20,6 +20,7 @@ from grc.kernels.rows import (
     starts,
     strides,
     table,
+    tell,
     tl,
     triton,
     vector,
@@ -27,37 +28,39 @@ from grc.kernels.rows import (
 
 
 class Config(NamedTuple):
-    """Samples that a program takes one after another, its warps, and how many columns of the rows it holds at once."""
+    """Programs at most, each of which takes samples one after another; its warps; columns of the rows held at once; and
+    how many samples' rows are on their way into shared memory while one is multiplied."""
 
-    samples: int
+    programs: int
     warps: int
     block: int
+    stages: int
 
 
 CONFIGS = (
-    Config(1, 1, 128),
-    Config(1, 2, 128),
-    Config(1, 4, 128),
-    Config(2, 1, 128),
-    Config(2, 2, 128),
-    Config(4, 1, 128),
-    Config(4, 2, 128),
-    Config(1, 1, 64),
-    Config(1, 2, 64),
+    Config(132 * 8, 1, 128, 3),
+    Config(132 * 12, 1, 128, 3),
+    Config(132 * 12, 1, 128, 5),
+    Config(132 * 8, 2, 128, 3),
+    Config(132 * 12, 2, 128, 3),
+    Config(132 * 6, 2, 128, 7),
+    Config(132 * 6, 4, 128, 3),
+    Config(1 << 30, 1, 128, 1),
+    Config(1 << 30, 4, 128, 1),
+    Config(132 * 12, 1, 64, 3),
 )
 # In float32 wider blocks, or fewer warps, spill: the operands of all three passes are held at once.
 FLOAT32_CONFIGS = (
-    Config(1, 1, 32),
-    Config(1, 2, 32),
-    Config(1, 4, 32),
-    Config(1, 2, 64),
-    Config(1, 4, 64),
-    Config(1, 2, 16),
-    Config(1, 4, 16),
+    Config(1 << 30, 1, 32, 1),
+    Config(1 << 30, 2, 32, 1),
+    Config(132 * 8, 1, 32, 3),
+    Config(132 * 8, 2, 32, 3),
+    Config(132 * 4, 4, 64, 3),
+    Config(1 << 30, 4, 64, 1),
 )
-# Up to this many bytes of rows, this one: the fastest on an H200 for 26 features of 128.
-BY_BYTES = ((1 << 22, Config(1, 4, 128)), (1 << 62, Config(1, 1, 128)))
-FLOAT32_BY_BYTES = ((1 << 26, Config(1, 1, 32)), (1 << 62, Config(1, 2, 32)))
+# Up to this many bytes of rows, this one: within 2% of the fastest on an H100 for 26 features of 128, at every batch.
+BY_BYTES = ((1 << 62, Config(132 * 12, 1, 128, 3)),)
+FLOAT32_BY_BYTES = ((1 << 26, Config(1 << 30, 1, 32, 1)), (1 << 62, Config(1 << 30, 2, 32, 1)))
 # How float32 products are taken: "ieee" on the CUDA cores, or "tf32x3" in three passes of the tensor cores. Those split
 # each factor into two tf32 numbers of 11 bits and leave out the product of the two lower ones, so that a sum is off by at
 # most 2**-21 of the sum of its terms' sizes. On an H200, 26 features of 128: 2.7 times as fast, and nearer to float64
@@ -77,14 +80,15 @@ def config(batch: int | torch.SymInt, features: int, dim: int, dtype: torch.dtyp
 
 @triton.jit
 def bag_dot_kernel(  # type: ignore[no-untyped-def]
-    arena, ids, offsets, weights, dense, tables, out, B, V,
+    arena, ids, offsets, weights, dense, tables, out, counter, B, V,
     id_row, id_step, weight_row, weight_step, dense_row, dense_step,
-    F: tl.constexpr, D: tl.constexpr, PITCH: tl.constexpr, VEC: tl.constexpr, WIDTH: tl.constexpr,
-    DENSE: tl.constexpr, KEEP: tl.constexpr, UPPER: tl.constexpr, DIAGONAL: tl.constexpr,
+    F: tl.constexpr, D: tl.constexpr, PITCH: tl.constexpr, VEC: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr,
+    DENSE: tl.constexpr, IN_PLACE: tl.constexpr, KEEP: tl.constexpr, UPPER: tl.constexpr, DIAGONAL: tl.constexpr,
     ONE: tl.constexpr, JAGGED: tl.constexpr, WEIGHTED: tl.constexpr, PADDED: tl.constexpr, POOLING: tl.constexpr,
-    P: tl.constexpr, BLOCK: tl.constexpr, SAMPLES: tl.constexpr, PRECISION: tl.constexpr,
+    P: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     N: tl.constexpr = F + DENSE
+    HEAD: tl.constexpr = D if KEEP else 0
     n = tl.arange(0, P)
     feature = n - DENSE
     known = (feature >= 0) & (feature < F)
@@ -99,39 +103,64 @@ def bag_dot_kernel(  # type: ignore[no-untyped-def]
     else:
         shift = i * (i + 1) // 2 if DIAGONAL else i * (i - 1) // 2
         chosen = (j <= i if DIAGONAL else j < i) & (i < N)
-    pair = shift + j + (D if KEEP else 0)
-    for s in tl.static_range(SAMPLES):
-        sample = tl.program_id(0).to(tl.int64) * SAMPLES + s
-        live = known & (sample < B)
+    pair = shift + j + HEAD
+    bad = tl.zeros([P], tl.int32)
+    for at in tl.range(tl.program_id(0), B, tl.num_programs(0), num_stages=STAGES):
+        sample = tl.full([], 0, tl.int64) + at
+        line = out + sample * WIDTH
         if ONE:
-            index = tl.load(ids + sample * id_row + feature * id_step, mask=live, other=0).to(tl.int64)
-            wanted = live & (index != padding) if PADDED else live
+            index = tl.load(ids + sample * id_row + feature * id_step, mask=known, other=0).to(tl.int64)
+            wanted = known & (index != padding) if PADDED else known
+            sound = wanted & (index >= 0) & (index < rows)
+            bad += (wanted & ((index < 0) | (index >= rows))).to(tl.int32)
         elif JAGGED:
-            first, count = bag(offsets, feature, sample, B, V, live)
+            first, count = bag(offsets, feature, sample, B, V, known)
         else:
-            first = tl.load(tables + 3 * F + feature, mask=live, other=0)
-            count = tl.load(tables + 4 * F + feature, mask=live, other=0)
+            first = tl.load(tables + 3 * F + feature, mask=known, other=0)
+            count = tl.load(tables + 4 * F + feature, mask=known, other=0)
         gram = tl.zeros([P, P], tl.float32)
-        for at in tl.static_range(0, D, BLOCK):
-            column = at + tl.arange(0, BLOCK)
+        for left in tl.static_range(0, D, BLOCK):
+            column = left + tl.arange(0, BLOCK)
             inside = column < D
-            if ONE:
-                tile = fetch(arena, start, index, rows, PITCH, wanted, column, inside, VEC)
+            if ONE and (IN_PLACE or not DENSE):
+                offset = tl.multiple_of(start + index * PITCH, VEC)
+                place = arena + offset[:, None] + column[None, :]
+                if DENSE:
+                    # The dense row is one more row to fetch, so that nothing stands between the loads and the product.
+                    place = tl.where(i == 0, (dense + sample * dense_row + column)[None, :], place)
+                    tile = tl.load(place, mask=(sound | (n == 0))[:, None] & inside[None, :], other=0.0)
+                else:
+                    tile = tl.load(place, mask=sound[:, None] & inside[None, :], other=0.0)
             else:
-                tile = pool(
-                    arena, ids, weights, sample * id_row + first * id_step, id_step,
-                    sample * weight_row + first * weight_step, weight_step, count,
-                    start, rows, PITCH, padding, column, inside,
-                    P, BLOCK, VEC, POOLING, PADDED, WEIGHTED, 1,
-                ).to(arena.dtype.element_ty)  # fmt: skip
-            if DENSE:
-                own = tl.load(dense + sample * dense_row + column * dense_step, mask=inside & (sample < B), other=0.0)
-                own = own.to(arena.dtype.element_ty)
-                tile = tl.where(i == 0, own[None, :], tile)
-                if KEEP:
-                    tl.store(out + sample * WIDTH + column, own.to(out.dtype.element_ty), mask=inside & (sample < B))
+                if ONE:
+                    tile = fetch(arena, start, index, rows, PITCH, wanted, column, inside, VEC)
+                else:
+                    pooled, met = pool(
+                        arena, ids, weights, sample * id_row + first * id_step, id_step,
+                        sample * weight_row + first * weight_step, weight_step, count,
+                        start, rows, PITCH, padding, column, inside,
+                        P, BLOCK, VEC, POOLING, PADDED, WEIGHTED, 1,
+                    )  # fmt: skip
+                    tile = pooled.to(arena.dtype.element_ty)
+                    if left == 0:
+                        bad += met
+                if DENSE:
+                    head = tl.load(dense + sample * dense_row + column * dense_step, mask=inside, other=0.0)
+                    tile = tl.where(i == 0, head.to(arena.dtype.element_ty)[None, :], tile)
+            if KEEP:
+                head = tl.load(dense + sample * dense_row + column * dense_step, mask=inside, other=0.0)
+                tl.store(line + column, head.to(arena.dtype.element_ty), mask=inside)
             gram = tl.dot(tile, tl.trans(tile), gram, input_precision=PRECISION)
-        tl.store(out + sample * WIDTH + pair, gram.to(out.dtype.element_ty), mask=chosen & (sample < B))
+        tl.store(line + pair, gram.to(out.dtype.element_ty), mask=chosen)
+        if REST > 0:
+            beyond = tl.arange(0, REST)
+            zeros = tl.zeros([REST], out.dtype.element_ty)
+            tl.store(line + HEAD + PAIRS + beyond, zeros, mask=beyond < WIDTH - HEAD - PAIRS)
+    tell(bad, counter)
+
+
+def square(nodes: int) -> int:
+    return max(16, triton.next_power_of_2(nodes))
 
 
 def lists(
@@ -162,15 +191,18 @@ def bag_dot(
     diagonal: bool,
     keep_dense: bool,
     tables: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """All pairs of T = [dense; pooled rows]: [B, pairs], or [B, dim + pairs] if keep_dense (DLRM; Naumov et al. 2019).
+    width: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All pairs of T = [dense; pooled rows]: [B, pairs], or [B, dim + pairs] if keep_dense (DLRM; Naumov et al. 2019),
+    and how many ids are outside of their tables (int64, 0-dim).
 
     arena [R, dim] or [E], float32, float16 or bfloat16; ids [B, sum(lengths)] of any strides, or [V] with offsets
     [F * B + 1]; dense [B, dim]. The strict lower triangle in row-major order, or with `upper` the upper one, with
     `diagonal` the diagonal too. Sums in float32; pooled rows are rounded to the arena's dtype, as in plain torch; a
     float32 result is within TF32X3 of |T| @ |T|^T. Ids outside their table read nothing and count as rows of zeros.
-    `tables` are this call's `lists` on the device; without them they are made here. Raises LoweringError for an arena
-    whose rows are not contiguous and for weights with a pooling other than sum.
+    `tables` are this call's `lists` on the device; without them they are made here. With `width`, columns of zeros follow
+    up to it: rows that begin on 16 bytes are stored, and read by a product, in whole vectors. Raises LoweringError for an
+    arena whose rows are not contiguous and for weights with a pooling other than sum.
     """
     check(arena, weights, pooling)
     count = len(bases)
@@ -180,26 +212,29 @@ def bag_dot(
     has_dense = dense is not None
     keep = keep_dense and has_dense
     nodes = count + has_dense
-    width = nodes * (nodes + 1 if diagonal else nodes - 1) // 2 + (dim if keep else 0)
-    out = arena.new_empty(batch, width)
+    pairs = nodes * (nodes + 1 if diagonal else nodes - 1) // 2
+    head = dim if keep else 0
+    width = max(width, pairs + head)
+    out, counter = arena.new_empty(batch, width), ids.new_zeros((), dtype=torch.int64)
     id_row, id_step = strides(ids)
     weight_row, weight_step = (0, 0) if weights is None else strides(weights)
     dense_row, dense_step = (0, 0) if dense is None else strides(dense)
     if tables is None:
         tables = table(lists(arena, bases, rows, lengths, padding), arena.device)
-    wrap_triton(bag_dot_kernel)[(triton.cdiv(batch, choice.samples),)](
+    wrap_triton(bag_dot_kernel)[(torch.sym_min(batch, choice.programs),)](
         arena, ids, ids if offsets is None else offsets.contiguous(), arena if weights is None else weights,
-        arena if dense is None else dense, tables, out, batch, ids.shape[0],
+        arena if dense is None else dense, tables, out, counter, batch, ids.shape[0],
         id_row, id_step, weight_row, weight_step, dense_row, dense_step,
-        F=count, D=dim, PITCH=pitch[0], VEC=vector(arena, dim, *pitch, *start), WIDTH=width,
+        F=count, D=dim, PITCH=pitch[0], VEC=vector(arena, dim, *pitch, *start), PAIRS=pairs, WIDTH=width,
         DENSE=int(has_dense), KEEP=keep, UPPER=upper, DIAGONAL=diagonal,
+        IN_PLACE=dense is not None and dense.dtype == arena.dtype and dense_step == 1,
         ONE=offsets is None and weights is None and set(lengths) == {1},
         JAGGED=offsets is not None, WEIGHTED=weights is not None, PADDED=any(p != NO_PADDING for p in padding),
-        POOLING=pooling, P=max(16, triton.next_power_of_2(nodes)),
-        BLOCK=max(16, min(choice.block, triton.next_power_of_2(dim))), SAMPLES=choice.samples,
+        POOLING=pooling, P=square(nodes), REST=triton.next_power_of_2(width - head - pairs) if width > head + pairs else 0,
+        BLOCK=max(16, min(choice.block, triton.next_power_of_2(dim))), STAGES=choice.stages,
         PRECISION=FLOAT32 if arena.dtype == torch.float32 else "ieee", num_warps=choice.warps,
     )  # fmt: skip
-    return out
+    return out, counter
 
 
 @functools.cache

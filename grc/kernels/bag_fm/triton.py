@@ -10,7 +10,7 @@ import torch
 from torch.library import triton_op, wrap_triton
 
 from grc.errors import LoweringError
-from grc.kernels.rows import NO_PADDING, check, fetch, pitches, starts, strides, table, tl, triton, vector
+from grc.kernels.rows import NO_PADDING, check, fetch, pitches, starts, strides, table, tell, tl, triton, vector
 
 
 class Config(NamedTuple):
@@ -35,7 +35,7 @@ def config(batch: int | torch.SymInt, features: int, dim: int, dtype: torch.dtyp
 
 @triton.jit
 def bag_fm_kernel(  # type: ignore[no-untyped-def]
-    arena, linear, ids, tables, rows_out, fm_out, B, id_row, id_step,
+    arena, linear, ids, tables, rows_out, fm_out, counter, B, id_row, id_step,
     F: tl.constexpr, D: tl.constexpr, PITCH: tl.constexpr, LINEAR_PITCH: tl.constexpr, VEC: tl.constexpr,
     LINEAR: tl.constexpr, PADDED: tl.constexpr,
     P: tl.constexpr, BLOCK: tl.constexpr, SAMPLES: tl.constexpr,
@@ -44,6 +44,7 @@ def bag_fm_kernel(  # type: ignore[no-untyped-def]
     known = feature < F
     start = tl.load(tables + feature, mask=known, other=0)
     rows = tl.load(tables + F + feature, mask=known, other=0)
+    bad = tl.zeros([P], tl.int32)
     for s in tl.static_range(SAMPLES):
         sample = tl.program_id(0).to(tl.int64) * SAMPLES + s
         live = known & (sample < B)
@@ -51,6 +52,7 @@ def bag_fm_kernel(  # type: ignore[no-untyped-def]
         wanted = live
         if PADDED:
             wanted = live & (index != tl.load(tables + 2 * F + feature, mask=known, other=0))
+        bad += (wanted & ((index < 0) | (index >= rows))).to(tl.int32)
         fm = tl.full([], 0.0, tl.float32)
         for at in tl.static_range(0, D, BLOCK):
             column = at + tl.arange(0, BLOCK)
@@ -67,6 +69,7 @@ def bag_fm_kernel(  # type: ignore[no-untyped-def]
             term = tl.load(linear + (first + index) * LINEAR_PITCH, mask=sound, other=0.0)
             fm += tl.sum(term.to(tl.float32), 0)
         tl.store(fm_out + sample, fm.to(fm_out.dtype.element_ty), mask=sample < B)
+    tell(bad, counter)
 
 
 def lists(arena: torch.Tensor, bases: Sequence[int], rows: Sequence[int], padding: Sequence[int]) -> tuple[int, ...]:
@@ -83,8 +86,9 @@ def bag_fm(
     dim: int,
     padding: list[int],
     tables: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [B, F * dim] and their factorisation machine [B, 1] (Rendle 2010; DeepFM, Guo et al. 2017).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows [B, F * dim], their factorisation machine [B, 1] (Rendle 2010; DeepFM, Guo et al. 2017), and how many ids are
+    outside of their tables (int64, 0-dim).
 
     arena [R, dim], float32, float16 or bfloat16; linear [R] or [R, 1]; ids [B, F] of any strides, int32 or int64. The
     sums are taken in float32. Ids outside their table read nothing and count as zeros. `tables` are this call's `lists`
@@ -99,19 +103,19 @@ def bag_fm(
     pitch, start = pitches(arena, [dim]), starts(arena, bases)
     choice = config(batch, count, dim, arena.dtype)
     flat = arena.new_empty(batch, count * dim)
-    fm = arena.new_empty(batch, 1)
+    fm, counter = arena.new_empty(batch, 1), ids.new_zeros((), dtype=torch.int64)
     id_row, id_step = strides(ids)
     if tables is None:
         tables = table(lists(arena, bases, rows, padding), arena.device)
     wrap_triton(bag_fm_kernel)[(triton.cdiv(batch, choice.samples),)](
-        arena, arena if linear is None else linear, ids, tables, flat, fm, batch, id_row, id_step,
+        arena, arena if linear is None else linear, ids, tables, flat, fm, counter, batch, id_row, id_step,
         F=count, D=dim, PITCH=pitch[0], LINEAR_PITCH=0 if linear is None else linear.stride(0),
         VEC=vector(arena, dim, *pitch, *start), LINEAR=linear is not None,
         PADDED=any(p != NO_PADDING for p in padding),
         P=triton.next_power_of_2(count), BLOCK=min(128, triton.next_power_of_2(dim)), SAMPLES=choice.samples,
         num_warps=choice.warps,
     )  # fmt: skip
-    return flat, fm
+    return flat, fm, counter
 
 
 @functools.cache

@@ -24,6 +24,7 @@ from grc.kernels.rows import (
     starts,
     strides,
     table,
+    tell,
     tl,
     triton,
     vector,
@@ -62,7 +63,7 @@ def config(batch: int | torch.SymInt, features: int, dim: int, dtype: torch.dtyp
 
 @triton.jit
 def lookup_kernel(  # type: ignore[no-untyped-def]
-    arena, ids, offsets, weights, tables, out, B, V,
+    arena, ids, offsets, weights, tables, out, counter, B, V,
     id_row, id_step, weight_row, weight_step,
     F: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PITCH: tl.constexpr, VEC: tl.constexpr,
     ONE: tl.constexpr, JAGGED: tl.constexpr, WEIGHTED: tl.constexpr, PADDED: tl.constexpr,
@@ -81,6 +82,7 @@ def lookup_kernel(  # type: ignore[no-untyped-def]
     else:
         feature = tl.load(tables + 7 * F + chunk).to(tl.int32)
         column = chunk * VEC - tl.load(tables + 6 * F + feature).to(tl.int32)
+    leading = column == 0
     start = tl.load(tables + feature) + column
     rows = tl.load(tables + F + feature)
     pitch = PITCH if PITCH > 0 else tl.load(tables + 2 * F + feature)
@@ -90,6 +92,7 @@ def lookup_kernel(  # type: ignore[no-untyped-def]
     if ONE:
         index = tl.load(ids + sample * id_row + feature * id_step, mask=live, other=0).to(tl.int64)
         wanted = live & (index != padding) if PADDED else live
+        bad = (wanted & ((index < 0) | (index >= rows))).to(tl.int32)
         value = fetch(arena, start, index, rows, pitch, wanted, lane, every, VEC)
     else:
         if JAGGED:
@@ -97,12 +100,13 @@ def lookup_kernel(  # type: ignore[no-untyped-def]
         else:
             first = tl.load(tables + 4 * F + feature)
             count = tl.where(live, tl.load(tables + 5 * F + feature), 0)
-        value = pool(
+        value, bad = pool(
             arena, ids, weights, sample * id_row + first * id_step, id_step,
             sample * weight_row + first * weight_step, weight_step, count,
             start, rows, pitch, padding, lane, every,
             CHUNKS, VEC, VEC, POOLING, PADDED, WEIGHTED, UNROLL,
         )  # fmt: skip
+    tell(tl.where(leading, bad, 0), counter)  # the chunks of one row read the same ids: the first one counts them
     place = (begin + tl.arange(0, CHUNKS)) * VEC
     tl.store(out + place[:, None] + lane[None, :], value.to(out.dtype.element_ty), mask=live[:, None])
 
@@ -138,8 +142,9 @@ def lookup(
     pooling: int,
     padding: list[int],
     tables: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Look up F features in their tables, pool each bag, and concatenate: [B, sum(dims)] in the arena's dtype.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Look up F features in their tables, pool each bag, and concatenate: [B, sum(dims)] in the arena's dtype, and how
+    many ids are outside of their tables (int64, 0-dim).
 
     arena [R, D] or [E], float32, float16 or bfloat16; ids [B, sum(lengths)] of any strides, or [V] with offsets
     [F * B + 1]; int32 or int64. Ids outside their table read nothing and count as rows of zeros. `tables` are this
@@ -157,19 +162,19 @@ def lookup(
     uniform = len(set(dims)) == 1
     if tables is None:
         tables = table(lists(arena, bases, rows, dims, lengths, padding), arena.device)
-    out = arena.new_empty(batch, total * vec)
+    out, counter = arena.new_empty(batch, total * vec), ids.new_zeros((), dtype=torch.int64)
     id_row, id_step = strides(ids)
     weight_row, weight_step = (0, 0) if weights is None else strides(weights)
     wrap_triton(lookup_kernel)[(triton.cdiv(batch * total, choice.chunks),)](
         arena, ids, ids if offsets is None else offsets.contiguous(), arena if weights is None else weights,
-        tables, out, batch, ids.shape[0], id_row, id_step, weight_row, weight_step,
+        tables, out, counter, batch, ids.shape[0], id_row, id_step, weight_row, weight_step,
         F=count, WIDTH=total, COLUMNS=widths[0] if uniform else 0, PITCH=pitch[0] if len(set(pitch)) == 1 else 0,
         VEC=vec, ONE=offsets is None and weights is None and set(lengths) == {1},
         JAGGED=offsets is not None, WEIGHTED=weights is not None, PADDED=any(p != NO_PADDING for p in padding),
         POOLING=pooling, UNROLL=4 if offsets is not None or max(lengths) > 2 else 2, CHUNKS=choice.chunks,
         num_warps=choice.warps,
     )  # fmt: skip
-    return out
+    return out, counter
 
 
 @functools.cache

@@ -1,0 +1,101 @@
+"""Where the time of a call on a GPU goes: kernels, copies, launch and wait, Python, with copies by kernel and by engine.
+
+    python -m benchmarks.gpu_call MODEL ARTIFACT [--batches 1,128,2048] [--json FILE]
+
+Medians in us. kernels: the graph without its copies, by events; graph: with them, by events; replay: launched and waited
+for, by the clock; call: `program(*inputs)` from host memory to host memory. `over` is the call less the kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import grc
+from grc.graph.model_file import load_model
+from grc.runtime import buckets
+from grc.runtime.buckets import Buckets
+from grc.runtime.mapped import BY_KERNEL
+
+TURNS = 2000
+
+
+def median_us(call: Callable[[], Any], turns: int) -> float:
+    for _ in range(turns // 10):
+        call()
+    times = []
+    for _ in range(turns):
+        start = time.perf_counter()
+        answer = call()
+        times.append(answer if isinstance(answer, float) else time.perf_counter() - start)
+    return statistics.median(times) * 1e6
+
+
+def measure(program: grc.Program, inputs: tuple[torch.Tensor, ...], batch: int) -> dict[str, float]:
+    run = program.runs[program.part_at(batch)]
+    assert isinstance(run, Buckets), "this part runs without CUDA graphs"
+    turns = TURNS if batch <= 1024 else TURNS // 4
+    bare = run.replayer(batch)
+    assert bare is not None
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def kernels() -> float:
+        begin.record()
+        bare(None)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    lane = run.free.get()
+    run.free.put(lane)
+    graph, cut = (
+        lane.buckets[run.plan.bucket(batch)].graph,
+        lane.buckets[run.plan.bucket(batch)].cut(run.plan, batch, True),
+    )
+
+    def replay() -> None:
+        with lane.on_stream:
+            graph.replay()
+        lane.stream.synchronize()
+
+    found = {
+        "kernels": median_us(kernels, turns),
+        "graph": median_us(lambda: run.seconds(list(inputs)), turns),
+        "replay": median_us(replay, turns),
+        "fill": median_us(lambda: cut.fill(list(inputs)), turns),
+        "check": median_us(lambda: program.check.batch(inputs), turns),
+        "part": median_us(lambda: run(list(inputs)), turns),
+        "call": median_us(lambda: program(*inputs), turns),
+    }
+    return {name: round(us, 1) for name, us in found.items()} | {"over": round(found["call"] - found["kernels"], 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_call", description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--batches", default="1,128,2048")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    model = load_model(options.model)
+    rows = []
+    for copies, limit in (("engine", 0), ("kernel", BY_KERNEL), ("kernel, any size", 1 << 40)):
+        buckets.BY_KERNEL = limit
+        program = grc.load(options.artifact)
+        for batch in map(int, options.batches.split(",")):
+            row = {"copies": copies, "batch": batch, **measure(program, model.inputs(batch)[0], batch)}
+            rows.append({"model": model.name, "device": torch.cuda.get_device_name(), **row})
+            print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    if options.json:
+        options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    main()

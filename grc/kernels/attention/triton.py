@@ -1,0 +1,143 @@
+"""`grc_cuda::attention` in Triton: scores, masks, softmax or SiLU and the weighted sum of a block of queries at once."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch.library import triton_op, wrap_triton
+
+from grc.kernels.rows import tl, triton
+
+DTYPES = (torch.float16, torch.bfloat16)
+WIDEST = 128  # of a head: keys and values of a block lie in shared memory as a whole
+# On an H100, the fastest of 16 to 128 for histories of 10, 50 and 200 steps at batches 1 and 128.
+QUERIES, KEYS = 32, 32
+STRICT_SOFTMAX, SILU = 1, 2
+
+
+@triton.jit
+def attention_kernel(  # type: ignore[no-untyped-def]
+    q, k, v, bias, factor, out, H, N, M,
+    qb, qn, qh, qd, kb, km, kh, kd, vb, vm, vh, vd, bb, bh, bn, bm, fb, fh, fn, fm,
+    SCALE: tl.constexpr, GAIN: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
+    KIND: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr, FACTOR: tl.constexpr,
+    PD: tl.constexpr, PV: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(0)
+    user, head = (pair // H).to(tl.int64), pair % H
+    query = tl.program_id(1) * BN + tl.arange(0, BN)
+    d, w = tl.arange(0, PD), tl.arange(0, PV)
+    asked = query < N
+    mine = tl.load(
+        q + user * qb + head * qh + query[:, None] * qn + d[None, :] * qd,
+        mask=asked[:, None] & (d < D)[None, :], other=0.0,
+    )  # fmt: skip
+    total = tl.zeros([BN, PV], tl.float32)
+    largest = tl.full([BN], float("-inf"), tl.float32)
+    weight = tl.zeros([BN], tl.float32)
+    end = tl.minimum(M, (tl.program_id(1) + 1) * BN) if CAUSAL else M
+    for at in tl.range(0, end, BM, num_stages=STAGES):
+        key = at + tl.arange(0, BM)
+        there = key < M
+        keys = tl.load(
+            k + user * kb + head * kh + key[:, None] * km + d[None, :] * kd,
+            mask=there[:, None] & (d < D)[None, :], other=0.0,
+        )  # fmt: skip
+        values = tl.load(
+            v + user * vb + head * vh + key[:, None] * vm + w[None, :] * vd,
+            mask=there[:, None] & (w < V)[None, :], other=0.0,
+        )  # fmt: skip
+        score = tl.dot(mine, tl.trans(keys)) * SCALE
+        inside = asked[:, None] & there[None, :]
+        seen = inside & (key[None, :] <= query[:, None]) if CAUSAL else inside
+        if BIAS > 0:
+            held = tl.load(
+                bias + user * bb + head * bh + query[:, None].to(tl.int64) * bn + key[None, :] * bm,
+                mask=inside,
+                other=0,
+            )
+            if BIAS == 2:
+                seen = seen & (held != 0)
+            else:
+                score += held.to(tl.float32)
+        score = tl.where(seen, score, float("-inf"))
+        if KIND == 2:
+            part = tl.where(score == float("-inf"), 0.0, score / (1.0 + tl.exp(-score)))
+            if FACTOR:
+                part *= tl.load(
+                    factor + user * fb + head * fh + query[:, None].to(tl.int64) * fn + key[None, :] * fm,
+                    mask=inside, other=0,
+                ).to(tl.float32)  # fmt: skip
+            total = tl.dot(part.to(values.dtype), values, total)
+        else:
+            higher = tl.maximum(largest, tl.max(score, 1))
+            # Where no key was seen yet all scores are -inf, and -inf - -inf would be NaN.
+            level = tl.where(higher == float("-inf"), 0.0, higher)
+            part = tl.exp(score - level[:, None])
+            fade = tl.exp(largest - level)
+            weight = weight * fade + tl.sum(part, 1)
+            total = tl.dot(part.to(values.dtype), values, total * fade[:, None])
+            largest = higher
+    if KIND == 0:
+        total = total / tl.where(weight == 0.0, 1.0, weight)[:, None]
+    elif KIND == 1:
+        total = total / weight[:, None]  # 0 / 0 where no key is seen: NaN, as aten.softmax gives
+    place = out + ((user * N + query[:, None]) * H + head) * V + w[None, :]
+    tl.store(place, (total * GAIN).to(out.dtype.element_ty), mask=asked[:, None] & (w < V)[None, :])
+
+
+def able(q: Any, k: Any, v: Any, bias: Any, factor: Any, *rest: Any) -> bool:
+    """Whether the kernel takes these operands: half precision, and heads that fit."""
+    return q.dtype in DTYPES and k.dtype == v.dtype == q.dtype and max(int(q.shape[3]), int(v.shape[3])) <= WIDEST
+
+
+def spread(mask: torch.Tensor | None, shape: tuple[Any, ...]) -> tuple[int, ...]:
+    """The strides of a mask broadcast to [B, H, N, M]."""
+    return (0, 0, 0, 0) if mask is None else mask.expand(shape).stride()
+
+
+def block(steps: Any, most: int) -> int:
+    """Queries or keys of a block: a number of steps that varies takes the largest."""
+    return max(16, min(most, triton.next_power_of_2(steps))) if isinstance(steps, int) else most
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    factor: torch.Tensor | None,
+    scale: float,
+    gain: float,
+    kind: int,
+    causal: bool,
+) -> torch.Tensor:
+    """gain * (weights(q k^T * scale + bias) * factor) v of every head, heads side by side: [B, N, H * V].
+
+    As `grc.kernels.attention.reference`, in float16 or bfloat16 and for heads of at most WIDEST; scores, masks and sums
+    are in float32, the weights of the values are rounded to their dtype (FlashAttention; Dao et al. 2022).
+    """
+    batch, queries, heads, width = q.shape
+    keys, values = k.shape[1], v.shape[3]
+    shape = (batch, heads, queries, keys)
+    out = q.new_empty(batch, queries, heads * values)
+    bn, bm = block(queries, QUERIES), block(keys, KEYS)
+    mode = 0 if bias is None else 2 if bias.dtype == torch.bool else 1
+    wrap_triton(attention_kernel)[(batch * heads, triton.cdiv(queries, bn))](
+        q, k, v, q if bias is None else bias, q if factor is None else factor, out, heads, queries, keys,
+        *q.stride(), *k.stride(), *v.stride(), *spread(bias, shape), *spread(factor, shape),
+        SCALE=scale, GAIN=gain,  # as arguments they would be float64 in a package, and with them all scores
+        D=width, V=values, KIND=kind, CAUSAL=causal, BIAS=mode, FACTOR=factor is not None,
+        PD=max(16, triton.next_power_of_2(width)), PV=max(16, triton.next_power_of_2(values)), BN=bn, BM=bm,
+        STAGES=2, num_warps=4 if bn * bm > 1024 else 2,
+    )  # fmt: skip
+    return out
+
+
+@functools.cache
+def register() -> torch._ops.OpOverload:
+    """Define `grc_cuda::attention` once; torch.export keeps it whole, and AOTInductor compiles its kernel in."""
+    triton_op("grc_cuda::attention", attention, mutates_args=())
+    return torch.ops.grc_cuda.attention.default

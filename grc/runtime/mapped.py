@@ -1,0 +1,45 @@
+"""Mapped memory: pinned host memory as the device sees it, for kernels that read and write it in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+# Bytes up to which a kernel moves a request or an answer faster than the copy engine does, whose start and end a graph
+# waits for: see benchmarks/gpu_call.py.
+BY_KERNEL = 64 << 10
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8)  # what is copied is bits, in the widest words that fit
+
+
+class Memory:
+    """Bytes at an address, in the form in which torch takes memory that it does not own."""
+
+    def __init__(self, owner: torch.Tensor):
+        self.owner = owner  # as long as torch holds this object, it holds the memory too
+        self.__cuda_array_interface__ = {
+            "shape": (owner.nbytes,), "typestr": "|u1", "data": (owner.data_ptr(), False), "version": 3,
+        }  # fmt: skip
+
+
+def mapped(host: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor in pinned memory, as a tensor of the device over the same memory."""
+    if host.numel() == 0:
+        return host.to("cuda")
+    seen: Any = torch.as_tensor(Memory(host), device="cuda")
+    return seen.view(host.dtype).view(host.shape)
+
+
+def copy_by_kernel(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy every source into its target in one launch. Targets are contiguous."""
+    pairs = [(target, source.contiguous()) for target, source in zip(targets, sources, strict=True) if target.numel()]
+    if not pairs:
+        return
+    every = [tensor for pair in pairs for tensor in pair]
+    words = next(w for w in WHOLE if all(t.nbytes % w.itemsize == t.data_ptr() % w.itemsize == 0 for t in every))
+    torch._foreach_copy_(*([as_words(tensor, words) for tensor in side] for side in zip(*pairs, strict=True)))
+
+
+def as_words(tensor: torch.Tensor, words: torch.dtype) -> torch.Tensor:
+    return tensor.view(-1).view(words)

@@ -1,0 +1,182 @@
+"""The Triton kernels of cross layers, attention and top-k against fp64: on a GPU, elsewhere in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from grc.kernels.attention import ATTENTION
+from grc.kernels.attention import triton as attention
+from grc.kernels.attention.cases import arguments, padding, relative, share
+from grc.kernels.cross import CROSS
+from grc.kernels.cross import triton as cross
+from grc.kernels.fusion import Case
+from grc.kernels.score_topk import cases as topk_cases
+from grc.kernels.score_topk import triton as score_topk
+
+GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if GPU else "cpu"
+runs = pytest.mark.skipif(not (GPU or INTERPRETED), reason="no GPU: test_in_the_interpreter runs this one")
+gpu = pytest.mark.skipif(not GPU, reason="too large for the interpreter: needs a GPU")
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs start as NaN, so that an element nobody writes is seen."""
+    new_empty = torch.Tensor.new_empty
+
+    def poison(like: Tensor, *size: int, **options: Any) -> Tensor:
+        out = new_empty(like, *size, **options)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison)
+
+
+def placed(args: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+    if INTERPRETED and dtype is torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies bfloat16 matrices as if their bits were integers")
+    halved = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+    return [a.to(DEVICE) if isinstance(a, Tensor) else a for a in halved]
+
+
+def wide(args: Sequence[Any]) -> list[Any]:
+    return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+
+
+def check(module: Any, reference: Any, args: list[Any]) -> None:
+    """The error against fp64 is at most twice that of plain torch, give or take the rounding of the result."""
+    got, plain, exact = module.register()(*args), reference(*args), reference(*wide(args))
+    assert got.shape == exact.shape and got.dtype == args[0].dtype and got.is_contiguous()
+    assert torch.equal(got.isnan(), exact.isnan())
+    here = ~exact.isnan()
+    if here.any():
+        error, theirs = ((t.double() - exact)[here].abs().max().item() for t in (got, plain))
+        assert error <= 2 * theirs + torch.finfo(got.dtype).eps * exact[here].abs().max().item(), (error, theirs)
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CROSS.cases, ids=lambda case: case.name)
+def test_cross(case: Case, dtype: torch.dtype) -> None:
+    check(cross, CROSS.reference, placed(case.build(1), dtype))
+
+
+def cross_arguments(batch: int, width: int, rank: int) -> list[Tensor]:
+    make = torch.Generator().manual_seed(batch)
+    x0, x = (torch.randn(batch, width + 3, generator=make)[:, 1 : width + 1] for _ in range(2))
+    y = x if rank == width else torch.randn(rank, batch, generator=make).t()
+    return [x0, y, torch.randn(width, rank, generator=make) / rank**0.5, torch.randn(width, generator=make), x]
+
+
+@runs
+@pytest.mark.parametrize(("batch", "width", "rank"), [(17, 33, 33), (3, 70, 130), (40, 16, 5)])
+def test_cross_takes_views_and_remainders_of_every_tile(batch: int, width: int, rank: int) -> None:
+    check(cross, CROSS.reference, placed(cross_arguments(batch, width, rank), torch.float16))
+
+
+@gpu
+@pytest.mark.parametrize("batch", [cross.FEW_ROWS, cross.FEW_ROWS + 1, cross.SOME_ROWS, 5000])
+@pytest.mark.parametrize("width", [624, 625])
+def test_cross_takes_few_rows_and_many(batch: int, width: int) -> None:
+    check(cross, CROSS.reference, placed(cross_arguments(batch, width, width), torch.float16))
+
+
+@runs
+@pytest.mark.parametrize("some", [0, 1 << 20])
+def test_the_larger_tiles_of_cross_are_right(some: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross, "FEW_ROWS", 0)
+    monkeypatch.setattr(cross, "SOME_ROWS", some)
+    check(cross, CROSS.reference, placed(cross_arguments(130, 40, 40), torch.float16))
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ATTENTION.cases, ids=lambda case: case.name)
+def test_attention(case: Case, dtype: torch.dtype) -> None:
+    args = placed(case.build(7), dtype)
+    if len(args[0]) == 0:  # torch's own attention fails on a GPU then
+        assert attention.register()(*args).shape == (0, args[0].shape[1], args[0].shape[2] * args[2].shape[3])
+        return
+    check(attention, ATTENTION.reference, args)
+
+
+@runs
+@pytest.mark.parametrize("kind", [0, 1, 2])
+@pytest.mark.parametrize(("queries", "keys", "width"), [(1, 37, 16), (13, 5, 33), (70, 70, 8), (5, 130, 3)])
+def test_attention_of_every_remainder_of_a_block(kind: int, queries: int, keys: int, width: int) -> None:
+    factor = share if kind == 2 else None
+    for causal, mask in ((True, relative), (False, padding)):
+        args = arguments(5, 2, queries, 2, width, keys, width + 1, mask, factor, kind, causal)
+        check(attention, ATTENTION.reference, placed(args, torch.float16))
+
+
+TOPK = [*topk_cases.CASES, Case("many groups", lambda seed: topk_cases.arguments(seed, (19, 64), 5003, 20, bias=True))]
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", TOPK, ids=lambda case: case.name)
+def test_score_topk(case: Case, dtype: torch.dtype) -> None:
+    args = placed(case.build(3), dtype)
+    if not score_topk.able(*args):
+        pytest.skip("the kernel leaves this case to plain torch")
+    check_topk(args)
+
+
+def check_topk(args: list[Any]) -> None:
+    x, weight, bias, k = args
+    values, items = score_topk.register()(*args)
+    assert values.shape == items.shape == (*x.shape[:-1], k) and values.dtype == x.dtype and items.dtype == torch.int64
+    if values.numel() == 0:
+        return
+    exact = torch.nn.functional.linear(*wide((x, weight, bias)))
+    allowed = torch.finfo(x.dtype).eps * exact[exact.isfinite()].abs().max() + 1e-6
+    best = exact.topk(k).values
+    finite = best.isfinite()
+    assert torch.equal(values[~finite].double(), best[~finite])
+    for claimed in (best, exact.gather(-1, items)):
+        assert (values.double() - claimed)[finite].abs().max() <= allowed
+    assert (values.diff() <= 0)[finite[..., 1:]].all()
+    assert (items.sort().values.diff() > 0).all() and items.min() >= 0 and items.max() < len(weight)
+
+
+@runs
+def test_equal_scores_come_in_the_order_of_their_items_and_nan_comes_first() -> None:
+    x = torch.ones(2, 16, dtype=torch.float16, device=DEVICE)
+    weight = torch.zeros(400, 16, dtype=torch.float16, device=DEVICE)
+    weight[[7, 300, 301]] = torch.tensor([1.0, torch.nan, 2.0], dtype=torch.float16, device=DEVICE)[:, None]
+    values, items = score_topk.register()(x, weight, None, 5)
+    assert items[0, :3].tolist() == [300, 301, 7] and items[0, 3] < items[0, 4]
+    assert values[1, 0].isnan() and values[1, 1:].tolist() == [32.0, 16.0, 0.0, 0.0]
+
+
+def test_what_the_kernels_leave_to_others() -> None:
+    half, single = torch.zeros(4, 8, dtype=torch.float16), torch.zeros(4, 8)
+    assert cross.able(half, half, half, None, half) and not cross.able(single, single, single, None, single)
+    assert not cross.able(half, half, half, torch.zeros(4), half)
+    heads = torch.zeros(1, 2, 1, 200, dtype=torch.float16)
+    assert not attention.able(heads, heads, heads, None, None)
+    assert attention.able(*[heads[..., :128]] * 3, None, None)
+    assert not score_topk.able(half, half, None, 1), "4 items have no groups"
+    assert score_topk.able(half, torch.zeros(64, 8, dtype=torch.float16), None, 4)
+
+
+@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests above run the kernels themselves")
+def test_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", "addopts=", __file__]
+    done = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert re.search(r"\d{2} passed", done.stdout), done.stdout[-400:]
