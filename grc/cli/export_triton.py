@@ -48,9 +48,8 @@ def command(
     ] = 0,
     max_queue: Annotated[int, typer.Option(metavar="N", min=1, help="Requests that may wait; more get 503.")] = 1024,
     timeout: Annotated[
-        int,
-        typer.Option("--timeout", metavar="US", min=0, help="How long one may wait before it gets 503; 0: for ever."),
-    ] = 0,
+        int, typer.Option(metavar="US", min=0, help="How long one may wait before it gets 503; 0: for ever.")
+    ] = 10_000_000,
     priorities: Annotated[int, typer.Option(metavar="N", min=0, help="Levels of priority, 1 the highest.")] = 0,
     cache: Annotated[bool, typer.Option("--cache", help="Keep answers by their exact inputs.")] = False,
     warmup: Annotated[bool, typer.Option(help="Answer golden requests before the server is ready.")] = True,

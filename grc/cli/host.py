@@ -18,6 +18,7 @@ from grc.lowering.eager import Eager
 from grc.lowering.engine import Engine, Target
 from grc.lowering.inductor import Inductor
 from grc.lowering.onnxruntime import OnnxRuntime
+from grc.runtime.triton_repository import launcher, wheel
 from grc.runtime.version import VERSION
 
 TORCH = ((2, 11), (2, 15))  # from the first to below the second, as in pyproject.toml
@@ -45,7 +46,7 @@ class Finding:
 def findings() -> list[Finding]:
     target = Target("cpu", cpp.target_isa(), torch.get_num_threads())
     engines: list[Engine] = [Inductor(packed=True), Inductor(packed=False), OnnxRuntime(), Eager()]
-    checks: list[Callable[[], Finding]] = [torch_version, compiler, isa, threads, huge_pages, gpu, triton]
+    checks: list[Callable[[], Finding]] = [torch_version, compiler, isa, threads, huge_pages, gpu, triton, tritonserver]
     return [
         Finding("software", "grc", True, VERSION),
         *(check() for check in checks),
@@ -121,6 +122,16 @@ def triton() -> Finding:
         return Finding("software", "triton", False, "not installed; it comes with torch for CUDA")
     usable = torch.cuda.is_available()
     return Finding("software", "triton", usable, "installed" if usable else "installed, but there is no GPU")
+
+
+def tritonserver() -> Finding:
+    """What `grc export-triton --verify` starts."""
+    reason = launcher.missing()
+    found = launcher.find()
+    if reason is None and found is not None:
+        return Finding("software", "tritonserver", True, str(found.binary))
+    fetch = None if found or wheel.obstacle() else "python -m grc.runtime.triton_repository.wheel"
+    return Finding("software", "tritonserver", False, reason or "", fetch)
 
 
 def engine_finding(engine: Engine, target: Target) -> Finding:

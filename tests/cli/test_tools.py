@@ -151,7 +151,7 @@ def test_doctor_names_every_engine_and_how_to_get_it(grc: Grc):
     engines = {name for name, finding in found.items() if finding["kind"] == "engine"}
     assert engines >= {"inductor", "aoti", "onnxruntime", "eager", "tensorrt", "tensorrt_rtx"}
     assert found["eager"]["usable"]
-    assert {"torch", "c++", "cpu", "threads", "huge pages", "gpu", "triton"} <= set(found)
+    assert {"torch", "c++", "cpu", "threads", "huge pages", "gpu", "triton", "tritonserver"} <= set(found)
     lines = grc("doctor").out.splitlines()
     assert len(lines) == len(found)
 
@@ -185,7 +185,18 @@ def test_doctor_knows_the_range_of_torch(grc: Grc):
 
 def test_version_and_help(grc: Grc):
     assert grc("--version").out == f"grc {VERSION}\n"
-    for command in ("compile", "run", "inspect", "explain", "opt", "check", "export-onnx", "doctor", "bench"):
+    for command in (
+        "compile",
+        "run",
+        "inspect",
+        "explain",
+        "opt",
+        "check",
+        "export-onnx",
+        "export-triton",
+        "doctor",
+        "bench",
+    ):
         ran = grc(command, "--help")
         assert ran.code == 0
         assert f"grc {command}" in ran.out

