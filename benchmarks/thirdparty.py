@@ -12,9 +12,10 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-from grc.compiler import Silent, optimise, traced
+from grc.compiler import optimise, traced
 from grc.graph.model_file import from_module
 from grc.options import Options
+from grc.progress import Silent
 from tests.thirdparty.models import MODELS, ThirdParty
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -36,6 +36,7 @@ from grc.precision.half import with_half
 from grc.precision.quality import budget
 from grc.precision.search import Lowered, Search
 from grc.precision.sites import find_sites
+from grc.progress import Progress, Silent, Timed
 from grc.report.html import write_report
 from grc.report.summary import size
 from grc.runtime.artifact import Artifact, write_manifest, writing
@@ -43,42 +44,6 @@ from grc.runtime.device import DeviceWeights
 from grc.runtime.engines import Run
 from grc.runtime.plan import Plan, bucket_sizes
 from grc.runtime.structure import output_names
-
-
-class Progress(Protocol):
-    """Told what the compiler is doing: a stage begins, goes on with a detail, and ends with a summary."""
-
-    def begin(self, stage: str) -> None: ...
-    def detail(self, text: str) -> None: ...
-    def end(self, summary: str) -> None: ...
-
-
-class Silent:
-    """Progress for programs."""
-
-    def begin(self, stage: str) -> None: ...
-    def detail(self, text: str) -> None: ...
-    def end(self, summary: str) -> None: ...
-
-
-class Timed:
-    """Progress that also keeps every stage with its summary and seconds, for the manifest."""
-
-    def __init__(self, told: Progress):
-        self.told = told
-        self.stages: list[dict[str, Any]] = []
-
-    def begin(self, stage: str) -> None:
-        self.stages.append({"name": stage, "summary": "", "seconds": 0.0})
-        self.start = time.perf_counter()
-        self.told.begin(stage)
-
-    def detail(self, text: str) -> None:
-        self.told.detail(text)
-
-    def end(self, summary: str) -> None:
-        self.stages[-1] |= {"summary": summary, "seconds": round(time.perf_counter() - self.start, 3)}
-        self.told.end(summary)
 
 
 @dataclass

@@ -69,10 +69,13 @@ def run(artifacts: list[str], host: str, port: int, grpc_port: int | None, drain
     grpc = None if grpc_port is None else free_port(host, grpc_port, "--grpc-port")
     work = Path(tempfile.mkdtemp(prefix="grc-triton-"))
     repositories = []
-    for source in sources(artifacts):
+    served = list(sources(artifacts))
+    for source in served:
         newest = source.newest()
         assert newest is not None  # sources() has just seen it
-        export(newest.path, work / source.name, settings(name=source.name))
+        # Models of one server share their names: with several artifacts each repository's begin with its own.
+        prefix = f"{source.name}_" if len(served) > 1 else ""
+        export(newest.path, work / source.name, settings(name=source.name, prefix=prefix))
         repositories.append(work / source.name)
     words = [
         str(found.binary),

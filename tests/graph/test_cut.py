@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grc.compiler import CANONICAL, Silent, as_model, optimise, traced
+from grc.compiler import CANONICAL, as_model, optimise, traced
 from grc.errors import LoweringError
 from grc.graph.cut import Stage, cut
 from grc.graph.oracle import largest_error
 from grc.kernels import FUSIONS
 from grc.options import Options
 from grc.passes.pipeline import pipeline
+from grc.progress import Silent
 from grc.runtime.structure import output_names
 
 ZOO = Path(__file__).resolve().parents[2] / "examples" / "zoo"

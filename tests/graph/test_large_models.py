@@ -9,16 +9,18 @@ import time
 import torch
 from torch import nn
 
-from grc.compiler import Silent, optimise, traced
+from grc.compiler import optimise, traced
 from grc.graph.model_file import from_module
 from grc.options import Options
+from grc.progress import Silent
 from tests.graph.test_capture import Forward, ids, rows
 
 PEAK = """
 import resource
 import torch
 from torch import nn
-from grc.compiler import Silent, optimise, traced
+from grc.compiler import optimise, traced
+from grc.progress import Silent
 from grc.graph.model_file import from_module
 from grc.options import Options
 

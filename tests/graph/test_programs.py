@@ -10,11 +10,12 @@ from torch import nn
 from torch.export import Dim
 
 import grc
-from grc.compiler import Silent, optimise, traced
+from grc.compiler import optimise, traced
 from grc.errors import ArtifactError
 from grc.graph.capture import capture
 from grc.graph.model_file import load_model
 from grc.options import Options
+from grc.progress import Silent
 from tests.graph.test_capture import Forward, agrees, rows
 
 

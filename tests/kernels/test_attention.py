@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from grc.compiler import Silent, as_model, optimise, traced
+from grc.compiler import as_model, optimise, traced
 from grc.errors import LoweringError
 from grc.kernels import cpp
 from grc.kernels.attention import ATTENTION, SILU, SOFTMAX, STRICT_SOFTMAX
@@ -23,6 +23,7 @@ from grc.lowering.inductor import Inductor
 from grc.options import Options
 from grc.passes.fuse import Fuse
 from grc.passes.normalise import Normalise
+from grc.progress import Silent
 from grc.runtime.engines import load_part
 from tests.kernels.contract import ISAS
 

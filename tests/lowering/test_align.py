@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from grc.compiler import Silent, optimise
+from grc.compiler import optimise
 from grc.graph.capture import capture
 from grc.graph.match import aten, is_op
 from grc.graph.model_file import from_module
 from grc.lowering.align import aligned
 from grc.lowering.twins import with_twins
 from grc.options import Options
+from grc.progress import Silent
 
 
 class Two(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from grc.compiler import Silent, optimise
+from grc.compiler import optimise
 from grc.graph.capture import capture
 from grc.graph.model_file import from_module
 from grc.kernels import OPS
@@ -15,6 +15,7 @@ from grc.lowering.engine import Lowerable
 from grc.lowering.export import export_graph
 from grc.lowering.twins import optional_twins, with_twins
 from grc.options import Options
+from grc.progress import Silent
 
 CPU = torch.device("cpu")
 

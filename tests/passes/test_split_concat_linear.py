@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from grc.compiler import Silent, as_model, optimise, traced
+from grc.compiler import as_model, optimise, traced
 from grc.graph.match import aten, is_op
 from grc.options import Options
 from grc.passes.normalise import Normalise
 from grc.passes.split_concat_linear import SplitConcatLinear
+from grc.progress import Silent
 
 STEPS, WIDTH = 5, 8
 

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grc.compiler import Silent, as_model, optimise, traced
+from grc.compiler import as_model, optimise, traced
 from grc.graph.capture import Source
 from grc.options import Options
 from grc.precision.calibration import Calibration, calibration_of
 from grc.precision.quality import budget
 from grc.precision.search import Lowered, Search
 from grc.precision.sites import find_sites
+from grc.progress import Silent
 
 
 class Ranker(nn.Module):
