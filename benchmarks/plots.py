@@ -217,6 +217,7 @@ def serving(file: Path) -> str:
         own = [row for row in rows if (row["machine"], row["model"]) == (machine, model)]
         versions = sorted({f"{k} {v}" for row in own for k, v in row["versions"].items()})
         dates = " to ".join(sorted({row["date"] for row in own}))
+        engines = ", then ".join(own[0]["engines"])
         lines = [
             "| encoding | clients | server | p50 | p99 | requests/s | CPU a request | p99, worst / best turn | memory |",
             "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -229,7 +230,7 @@ def serving(file: Path) -> str:
             )
         commands = "\n".join(sorted({row["command"] for row in own}))
         parts.append(
-            f"### {model}, {machine}\n\n{dates}; {', '.join(versions)}.\n\n"
+            f"### {model}, {machine}\n\n{dates}; {', '.join(versions)}; engine inside: {engines}.\n\n"
             + "\n".join(lines)
             + f"\n\n```\n{commands}\n```"
         )

@@ -233,10 +233,18 @@ def main() -> None:
         scripts = bodies(artifact, folder)
         targets = [stack.enter_context(opened(server, artifact, folder)) for server in options.server.split(",")]
         rows = cells(targets, scripts, [int(c) for c in options.clients.split(",")], seconds, rounds)
+        manifest = grc.Artifact.open(artifact).manifest
         memory = {target.name: resident(target.pid) for target in targets}
     said = f"python -m benchmarks.serving --model {options.model} --server {options.server}"
     said += f" --clients {options.clients} --seconds {options.seconds}"
-    about = {"machine": machine("cpu"), "versions": served_versions(), "date": datetime.date.today().isoformat()}
+    said += f" --artifact {options.artifact.name}" if options.artifact else ""
+    engines = list(dict.fromkeys(manifest["parts"][choice["part"]]["engine"] for choice in manifest["choice"]))
+    about = {
+        "engines": engines,
+        "machine": machine("cpu"),
+        "versions": served_versions(),
+        "date": datetime.date.today().isoformat(),
+    }
     lines = [
         json.dumps({**row, "model": options.model, "memory_bytes": memory[row["server"]], **about, "command": said})
         for row in rows

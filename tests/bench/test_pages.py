@@ -44,7 +44,14 @@ def test_a_page_says_what_the_committed_rows_say(document: Path):
 def test_the_table_of_servers_puts_them_beside_each_other(tmp_path: Path):
     text = "<!-- begin: serving -->\n<!-- end: serving -->\n"
     assert NOT_MEASURED in filled(text, tmp_path)
-    about = {"model": "dlrm", "machine": "CPU", "versions": {"grc": "1"}, "date": "2026-01-01", "command": "run"}
+    about = {
+        "model": "dlrm",
+        "machine": "CPU",
+        "versions": {"grc": "1"},
+        "date": "2026-01-01",
+        "command": "run",
+        "engines": ["eager"],
+    }
     figures = {"p50_us": 1500, "p99_us": 2500, "requests_s": 900.4, "cpu_us": 450.0, "spread_p99": 1.25}
     rows = [
         {"server": server, "encoding": "json", "clients": 8, "errors": 0, "memory_bytes": 2e8, **figures, **about}
@@ -52,7 +59,7 @@ def test_the_table_of_servers_puts_them_beside_each_other(tmp_path: Path):
     ]
     (tmp_path / "serving.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = filled(text, tmp_path).splitlines()
-    assert "### dlrm, CPU" in lines and "2026-01-01; grc 1." in lines
+    assert "### dlrm, CPU" in lines and "2026-01-01; grc 1; engine inside: eager." in lines
     assert lines[-7:-5] == [
         "| json | 8 | own | 1.50 ms | 2.50 ms | 900 | 450 us | 1.2x | 200 MB |",
         "| json | 8 | fused | 1.50 ms | 2.50 ms | 900 | 450 us | 1.2x | 200 MB |",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import logging
 import os
 import re
@@ -46,8 +47,12 @@ def forward(log: Log) -> None:
         logger.propagate = False
 
 
+BEGUN = os.urandom(4).hex()  # tells this process' requests from those of others
+COUNT = itertools.count()
+
+
 def request_id() -> str:
-    return os.urandom(8).hex()
+    return f"{BEGUN}{next(COUNT):08x}"
 
 
 def clean_id(text: str) -> str:

@@ -15,6 +15,7 @@ import torch
 import uvicorn
 import uvloop
 
+from grc.runtime.server.connection import Connection
 from grc.runtime.server.health import Health
 from grc.runtime.server.http_app import Http
 from grc.runtime.server.logs import Log, forward
@@ -25,9 +26,9 @@ from grc.runtime.server.settings import Settings
 from grc.runtime.server.source import Source
 from grc.runtime.server.version import Version
 
-# Seconds that a thread may keep the interpreter while another waits for it. The default of 5 ms is what a request would
-# wait when the thread that computes comes back to a busy event loop.
-SWITCH = 2e-4
+# Seconds that a thread may keep the interpreter while another waits for it. With the default of 5 ms, a batch that was
+# computed waits behind a busy event loop; much less than 1 ms, and both spend their time on taking turns.
+SWITCH = 1e-3
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ async def run(
     health = Health(service, models, settings.timeout)
     config = uvicorn.Config(
         Http(service, models, health, settings),
-        http="httptools",
+        http=Connection,
         ws="none",
         lifespan="off",
         log_config=None,
