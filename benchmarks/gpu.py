@@ -38,8 +38,11 @@ spec.loader.exec_module(zoo)
 input_names = zoo.input_names
 def get_model():
     return zoo.get_model().half()
+def half(x):
+    return x.half() if x.is_floating_point() else x
 def get_inputs(batch, seed=0, ids="uniform"):
-    return tuple(x.half() if x.is_floating_point() else x for x in zoo.get_inputs(batch, seed, ids))
+    inputs = zoo.get_inputs(batch, seed, ids)
+    return {{name: half(x) for name, x in inputs.items()}} if isinstance(inputs, dict) else tuple(map(half, inputs))
 """
 
 

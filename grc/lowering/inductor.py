@@ -16,7 +16,9 @@ from torch import fx
 
 from grc.errors import LoweringError
 from grc.graph.capture import quiet_export
-from grc.kernels import OPS, cpp
+from grc.graph.match import value
+from grc.graph.rewrite import copy_graph
+from grc.kernels import ATTENTION, OPS, cpp
 from grc.kernels.fusion import FusedOp
 from grc.lowering.engine import Built, Lowerable, Target
 from grc.lowering.export import constants_of, export_graph
@@ -39,14 +41,28 @@ class Inductor:
 
     def build(self, lowerable: Lowerable, target: Target, folder: Path) -> Built:
         graph = pack_linears(lowerable.graph, target.isa) if self.packed else lowerable.graph
-        packed = Lowerable(graph, lowerable.inputs, lowerable.shapes)
-        used = {n.target for n in graph.graph.nodes if n.op == "call_function"}
+        packed = Lowerable(written_out(graph), lowerable.inputs, lowerable.shapes)
+        used = {n.target for n in packed.graph.graph.nodes if n.op == "call_function"}
         ops = [op for op in OPS if op.overload in used and op.cpu is not None]
         program = export_graph(packed, [op for op in OPS if op.cpu is None])
         file = f"{self.name}.pt2"
         objects = [str(cpp.build(ops, target.isa, "object"))] if ops else []
         package(program, folder / file, settings(ops), objects)
         return Built(self.name, file, packaged_constants(folder / file, graph, program))
+
+
+def written_out(graph: fx.GraphModule) -> fx.GraphModule:
+    """A graph in which attention in half precision is in plain operators: the C++ kernel computes in float32 only."""
+    half = [n for n in graph.graph.nodes if n.target is ATTENTION.overload and value(n).dtype is not torch.float32]
+    if not half:
+        return graph
+    names = {node.name for node in half}
+    copy = copy_graph(graph)
+    for node in copy.graph.nodes:
+        if node.name in names:
+            node.target = ATTENTION.reference
+    copy.recompile()
+    return copy
 
 
 def package(

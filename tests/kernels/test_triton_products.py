@@ -86,15 +86,17 @@ def test_cross_takes_views_and_remainders_of_every_tile(batch: int, width: int, 
 
 
 @gpu
-@pytest.mark.parametrize("batch", [cross.FEW_ROWS, cross.FEW_ROWS + 1, 5000])
+@pytest.mark.parametrize("batch", [cross.FEW_ROWS, cross.FEW_ROWS + 1, cross.SOME_ROWS, 5000])
 @pytest.mark.parametrize("width", [624, 625])
 def test_cross_takes_few_rows_and_many(batch: int, width: int) -> None:
     check(cross, CROSS.reference, placed(cross_arguments(batch, width, width), torch.float16))
 
 
 @runs
-def test_the_large_tile_of_cross_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("some", [0, 1 << 20])
+def test_the_larger_tiles_of_cross_are_right(some: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross, "FEW_ROWS", 0)
+    monkeypatch.setattr(cross, "SOME_ROWS", some)
     check(cross, CROSS.reference, placed(cross_arguments(130, 40, 40), torch.float16))
 
 
@@ -103,8 +105,9 @@ def test_the_large_tile_of_cross_is_right(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("case", ATTENTION.cases, ids=lambda case: case.name)
 def test_attention(case: Case, dtype: torch.dtype) -> None:
     args = placed(case.build(7), dtype)
-    if args[0].numel() == 0 or args[1].numel() == 0:
-        args = [a.contiguous() if isinstance(a, Tensor) else a for a in args]
+    if len(args[0]) == 0:  # torch's own attention fails on a GPU then
+        assert attention.register()(*args).shape == (0, args[0].shape[1], args[0].shape[2] * args[2].shape[3])
+        return
     check(attention, ATTENTION.reference, args)
 
 

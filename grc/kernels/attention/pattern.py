@@ -19,6 +19,9 @@ from grc.kernels.attention.result import replacement
 from grc.kernels.fusion import Fused, Fusion
 
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
 class Attention(Fusion):
     """softmax(q k^T * scale + bias) v (Vaswani et al. 2017), and HSTU's silu in softmax's place (Zhai et al. 2024)."""
 
@@ -30,8 +33,9 @@ class Attention(Fusion):
         found = exported(node) if is_op(node, aten.scaled_dot_product_attention) else written_out(edit.module, node)
         if found is None:
             return None
+        dtype = value(found.q).dtype
         for operand in (found.q, found.k, found.v):
-            if value(operand).dtype is not torch.float32:
+            if value(operand).dtype not in DTYPES or value(operand).dtype is not dtype:
                 raise Miss(f"values are {str(value(operand).dtype).removeprefix('torch.')}")
         heads = Heads(edit, head_count(found.q) if "g" in found.q_layout else None)
         q, scale_q = heads.operand(found.q, found.q_layout)
@@ -47,6 +51,7 @@ class Attention(Fusion):
         size = Size(queries, keys, count, heads.heads is not None)
         bias, causal = bias_of(edit, found.masks, size)
         factor, also_causal = factor_of(edit, found.masks, size)
+        bias, factor = (in_dtype(edit, mask, dtype) for mask in (bias, factor))
         new = edit.call(
             ATTENTION.overload, q, k, v, bias, factor, found.scale * scale_q * scale_k, found.gain * scale_v,
             found.kind, found.causal or causal or also_causal,
@@ -57,6 +62,16 @@ class Attention(Fusion):
         fixed = isinstance(queries, int) and isinstance(keys, int)
         kilobytes = f", {4 * count * queries * keys / 1024:.1f} KB of scores a row" if fixed else ""
         return Fused(old, result, f"{found.launches} launches{kilobytes}")
+
+
+def in_dtype(edit: Rewriter, mask: fx.Node | None, dtype: torch.dtype) -> fx.Node | None:
+    """A mask that is no wider than the values: constants are put together in float32."""
+    if mask is None or value(mask).dtype in (torch.bool, dtype):
+        return mask
+    tensor = attribute(edit.module, mask)
+    if tensor is not None:
+        return edit.parameter(str(mask.target), tensor.detach().to(dtype))
+    return edit.call(aten.to.dtype, mask, dtype)
 
 
 @dataclass

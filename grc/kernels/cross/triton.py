@@ -22,9 +22,11 @@ class Config(NamedTuple):
     stages: int
 
 
-FEW, MANY = Config(16, 32, 128, 4), Config(128, 128, 64, 3)
-FEW_ROWS = 512  # up to here the small tile keeps more multiprocessors busy than the large one
-WARPS = 8  # with four, the accumulators of the large tile spill
+# The fastest on an H100 for 624 columns at batches 1 to 128, at 512, and from 2048 up. With four warps the accumulators
+# of the largest tile would spill.
+FEW, SOME, MANY = Config(32, 32, 128, 4), Config(64, 64, 64, 5), Config(128, 128, 64, 3)
+FEW_ROWS, SOME_ROWS = 256, 1024
+WARPS = 8
 PROGRAMS = 132 * 2
 
 
@@ -60,8 +62,9 @@ def tile_of(  # type: ignore[no-untyped-def]
 @triton.jit
 def cross_kernel(  # type: ignore[no-untyped-def]
     x0, y, weight, bias, x, out, M, N, K, x0_row, y_row, weight_row, x_row,
-    BIASED: tl.constexpr, FEW_ROWS: tl.constexpr,
+    BIASED: tl.constexpr, FEW_ROWS: tl.constexpr, SOME_ROWS: tl.constexpr,
     FM: tl.constexpr, FN: tl.constexpr, FK: tl.constexpr, FS: tl.constexpr,
+    SM: tl.constexpr, SN: tl.constexpr, SK: tl.constexpr, SS: tl.constexpr,
     MM: tl.constexpr, MN: tl.constexpr, MK: tl.constexpr, MS: tl.constexpr,
 ):  # fmt: skip
     """One kernel for every batch size: it is compiled once, for a batch that is not known then."""
@@ -71,6 +74,9 @@ def cross_kernel(  # type: ignore[no-untyped-def]
             tile_of(
                 x0, y, weight, bias, x, out, tile, M, N, K, x0_row, y_row, weight_row, x_row, BIASED, FM, FN, FK, FS
             )
+    elif M <= SOME_ROWS:
+        for tile in tl.range(program, tl.cdiv(M, SM) * tl.cdiv(N, SN), programs):
+            tile_of(x0, y, weight, bias, x, out, tile, M, N, K, x0_row, y_row, weight_row, x_row, BIASED, SM, SN, SK, SS)
     else:
         for tile in tl.range(program, tl.cdiv(M, MM) * tl.cdiv(N, MN), programs):
             tile_of(
@@ -98,8 +104,9 @@ def cross(
     wrap_triton(cross_kernel)[(torch.sym_min(tiles, PROGRAMS),)](
         x0, y, weight, x0 if bias is None else bias, x, out, batch, width, y.shape[1],
         x0.stride(0), y.stride(0), weight.stride(0), x.stride(0),
-        BIASED=bias is not None, FEW_ROWS=FEW_ROWS,
+        BIASED=bias is not None, FEW_ROWS=FEW_ROWS, SOME_ROWS=SOME_ROWS,
         FM=FEW.rows, FN=FEW.columns, FK=FEW.depth, FS=FEW.stages,
+        SM=SOME.rows, SN=SOME.columns, SK=SOME.depth, SS=SOME.stages,
         MM=MANY.rows, MN=MANY.columns, MK=MANY.depth, MS=MANY.stages, num_warps=WARPS,
     )  # fmt: skip
     return out

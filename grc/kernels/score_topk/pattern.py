@@ -43,7 +43,8 @@ class ScoreTopk(Fusion):
             raise Miss("the scores are read outside of the top-k too")
         bias = argument(linear, "bias")
         if len(path) > 1:
-            bias = hiding_bias(edit, bias, hidden_items(edit.module, node.args[0], linear))  # type: ignore[arg-type]
+            hidden = hidden_items(edit.module, node.args[0], linear)  # type: ignore[arg-type]
+            bias = hiding_bias(edit, bias, hidden, value(linear).dtype)
         new = edit.call(SCORE_TOPK.overload, linear.args[0], weight, bias, k)
         return Fused(node, new, saved(path, int(table.shape[0])))
 
@@ -97,8 +98,8 @@ def wanted(topk: fx.Node) -> int:
 def hidden_items(module: fx.GraphModule, filtered: fx.Node, linear: fx.Node) -> torch.Tensor:
     """Which of the items, bool `[N]`, the masks set to -inf: found by running them on scores that tell items apart."""
     scores = value(linear)
-    if scores.dim() != 2 or scores.dtype is not torch.float32:
-        raise Miss(f"items are hidden in scores of {scores.dtype} and {scores.dim()} dimensions, not float32 [B, N]")
+    if scores.dim() != 2:
+        raise Miss(f"items are hidden in scores of {scores.dim()} dimensions, not [B, N]")
     items = torch.arange(int(scores.shape[1]))
     probe = torch.stack([items % 4096, items // 4096]).float()
     result = evaluated(module, linear, probe)(filtered)
@@ -128,10 +129,10 @@ def evaluated(module: fx.GraphModule, linear: fx.Node, probe: torch.Tensor) -> C
     return of
 
 
-def hiding_bias(edit: Rewriter, bias: Any, hidden: torch.Tensor) -> fx.Node:
+def hiding_bias(edit: Rewriter, bias: Any, hidden: torch.Tensor, dtype: torch.dtype) -> fx.Node:
     """The layer's bias, or zero, with -inf for hidden items."""
     own = attribute(edit.module, bias)
     if own is None and bias is not None:
         raise Miss("the bias of the scores is not a constant")
-    start = torch.zeros(hidden.shape[0]) if own is None else own.detach()
+    start = torch.zeros(hidden.shape[0], dtype=dtype) if own is None else own.detach()
     return edit.parameter("item_bias", start.masked_fill(hidden, -torch.inf))
