@@ -145,7 +145,8 @@ def register(op: FusedOp) -> None:
 
 
 def _on_cpu(op: FusedOp, *args: Any) -> Any:
-    return call(op, *args) if _has_compiler() else op.reference(*args)
+    foreign = op.only_float32 and args[0].dtype is not torch.float32
+    return call(op, *args) if _has_compiler() and not foreign else op.reference(*args)
 
 
 @functools.cache

@@ -40,6 +40,7 @@ class FusedOp:
     cuda: Callable[..., Any] | None = None  # launches the Triton kernel through wrap_triton
     cost: Callable[..., Cost] | None = None
     cases: Sequence[Case] = field(default_factory=tuple)
+    only_float32: bool = False  # of the C++ kernel: calls on other dtypes are the reference's
 
     @property
     def name(self) -> str:

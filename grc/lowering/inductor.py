@@ -18,7 +18,7 @@ from grc.errors import LoweringError
 from grc.graph.capture import quiet_export
 from grc.graph.match import value
 from grc.graph.rewrite import copy_graph
-from grc.kernels import ATTENTION, OPS, cpp
+from grc.kernels import OPS, cpp
 from grc.kernels.fusion import FusedOp
 from grc.lowering.engine import Built, Lowerable, Target
 from grc.lowering.export import constants_of, export_graph
@@ -52,15 +52,12 @@ class Inductor:
 
 
 def written_out(graph: fx.GraphModule) -> fx.GraphModule:
-    """A graph in which attention in half precision is in plain operators: the C++ kernel computes in float32 only."""
-    half = [n for n in graph.graph.nodes if n.target is ATTENTION.overload and value(n).dtype is not torch.float32]
-    if not half:
-        return graph
-    names = {node.name for node in half}
+    """A graph in which calls on dtypes that their C++ kernel does not compute in are in plain operators."""
+    narrow = {op.overload: op.reference for op in OPS if op.only_float32}
     copy = copy_graph(graph)
     for node in copy.graph.nodes:
-        if node.name in names:
-            node.target = ATTENTION.reference
+        if node.target in narrow and value(node.args[0]).dtype is not torch.float32:
+            node.target = narrow[node.target]
     copy.recompile()
     return copy
 

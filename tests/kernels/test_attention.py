@@ -18,9 +18,12 @@ from grc.kernels import cpp
 from grc.kernels.attention import ATTENTION, SILU, SOFTMAX, STRICT_SOFTMAX
 from grc.kernels.attention.cases import arguments, padding, relative, share
 from grc.kernels.attention.pattern import Attention
+from grc.lowering.engine import Lowerable, Target
+from grc.lowering.inductor import Inductor
 from grc.options import Options
 from grc.passes.fuse import Fuse
 from grc.passes.normalise import Normalise
+from grc.runtime.engines import load_part
 from tests.kernels.contract import ISAS
 
 
@@ -353,8 +356,8 @@ def masked_softmax(m: Wrapped, x: Tensor, pad: Tensor) -> Tensor:
     return merged(((q @ k.transpose(-1, -2)).softmax(-1) * pad[:, None, None].float()) @ v)
 
 
-def half_precision(m: Wrapped, x: Tensor) -> Tensor:
-    return sdpa(m, x.bfloat16()).float()
+def double_precision(m: Wrapped, x: Tensor) -> Tensor:
+    return sdpa(m, x.double()).float()
 
 
 @pytest.mark.parametrize(
@@ -366,7 +369,7 @@ def half_precision(m: Wrapped, x: Tensor) -> Tensor:
         (read_weights, (), "the attention weights are read outside of the attention too"),
         (scaled_mask, (real,), "the mask is multiplied by a number"),
         (masked_softmax, (real,), "what softmax gives is multiplied by a mask"),
-        (half_precision, (), "values are bfloat16"),
+        (double_precision, (), "values are float64"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -387,3 +390,28 @@ def test_factors_belong_to_the_rows_they_came_with() -> None:
     args = arguments(4, 3, 20, 2, 16, factor=share, kind=SILU)
     without = answer((*args[:4], None, *args[5:]))
     assert not torch.allclose(without, answer(args))
+
+
+class Half(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(x.shape[0], 5, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.engine
+def test_half_precision_fuses_and_is_written_out_for_the_cpu(tmp_path: Any) -> None:
+    """The C++ kernel computes in float32; the one for a GPU takes the fused call."""
+    torch.manual_seed(0)
+    model = Half().half().eval()
+    source = traced(as_model(model, lambda batch: (torch.randn(batch, 5, 16).half(),)), Silent())
+    graph = optimise(source, Options(), Silent()).graph
+    assert [n for n in graph.graph.nodes if n.target is ATTENTION.overload]
+    lowerable = Lowerable(graph, source.inputs(7), source.shapes())
+    built = Inductor(packed=True).build(lowerable, Target("cpu", cpp.target_isa(), 2), tmp_path)
+    run = load_part({"engine": built.engine, "file": built.file}, tmp_path, built.constants)
+    (x,) = source.inputs(3)
+    torch.testing.assert_close(run([x])[0], model(x).detach(), rtol=1e-2, atol=1e-2)

@@ -83,4 +83,5 @@ ATTENTION = FusedOp(
     cpu=Path(__file__).parent / "cpu.cpp",
     cost=cost,
     cases=CASES,
+    only_float32=True,
 )

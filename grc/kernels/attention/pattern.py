@@ -18,7 +18,6 @@ from grc.kernels.attention.products import Product, scores, weighted_sum
 from grc.kernels.attention.result import replacement
 from grc.kernels.fusion import Fused, Fusion
 
-
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

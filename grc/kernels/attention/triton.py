@@ -12,7 +12,10 @@ from grc.kernels.rows import tl, triton
 
 DTYPES = (torch.float16, torch.bfloat16)
 WIDEST = 128  # of a head: keys and values of a block lie in shared memory as a whole
-QUERIES, KEYS = 32, 32  # on an H100, the fastest of 16 to 128 for histories of 10, 50 and 200 steps at batches 1 and 128
+QUERIES, KEYS = (
+    32,
+    32,
+)  # on an H100, the fastest of 16 to 128 for histories of 10, 50 and 200 steps at batches 1 and 128
 STRICT_SOFTMAX, SILU = 1, 2
 
 

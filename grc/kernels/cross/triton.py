@@ -76,7 +76,9 @@ def cross_kernel(  # type: ignore[no-untyped-def]
             )
     elif M <= SOME_ROWS:
         for tile in tl.range(program, tl.cdiv(M, SM) * tl.cdiv(N, SN), programs):
-            tile_of(x0, y, weight, bias, x, out, tile, M, N, K, x0_row, y_row, weight_row, x_row, BIASED, SM, SN, SK, SS)
+            tile_of(
+                x0, y, weight, bias, x, out, tile, M, N, K, x0_row, y_row, weight_row, x_row, BIASED, SM, SN, SK, SS
+            )
     else:
         for tile in tl.range(program, tl.cdiv(M, MM) * tl.cdiv(N, MN), programs):
             tile_of(
