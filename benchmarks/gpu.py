@@ -71,7 +71,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batches", metavar="N,...", help="instead of 1,128,2048,16384 (gr: 1,8,32,128)")
     parser.add_argument("--against", default="compile,aoti,eager", metavar="PEER,...")
     parser.add_argument("--engine", default="auto", metavar="NAME", help="the engine to compile with")
-    parser.add_argument("--static", action="store_true", help="also build for each batch size alone, max-autotuned")
+    parser.add_argument("--static", metavar="N,...", help="also build for each of these alone, max-autotuned")
     parser.add_argument("--seconds", type=float, default=240, help="for one model in one precision, builds included")
     parser.add_argument("--build", nargs=2, metavar=("MODEL", "PATH"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -107,7 +107,11 @@ def measure(name: str, precision: str, options: argparse.Namespace) -> list[str]
             return fault is None
 
         given = [f"--{flag}={getattr(options, flag)}" for flag in ("batches", "engine") if getattr(options, flag)]
-        given += [f"--output={options.output}", f"--precisions={precision}", *(["--static"] if options.static else [])]
+        given += [
+            f"--output={options.output}",
+            f"--precisions={precision}",
+            *([f"--static={options.static}"] if options.static else []),
+        ]
         if run("build", sys.executable, "-m", "benchmarks.gpu", "--build", str(model), str(artifact), *given):
             bench = (sys.executable, "-m", "grc", "bench", str(model), "--device", "cuda", "--artifact", str(artifact))
             rest = ("--against", options.against, "--seconds", str(RECORDED), "--ids", "uniform", "--json")
@@ -121,9 +125,10 @@ def build(model: str, path: str, options: argparse.Namespace) -> None:
     import grc
 
     sizes = batches_of(Path(model).stem, options)
+    alone = tuple(map(int, options.static.split(","))) if options.static else sizes
     chosen = grc.Options(
-        output=Path(path), device="cuda", engine=options.engine, batches=sizes, max_batch=max(sizes), buckets=sizes,
-        static_buckets=options.static,
+        output=Path(path), device="cuda", engine=options.engine, batches=alone, max_batch=max(sizes), buckets=sizes,
+        static_buckets=bool(options.static),
     )  # fmt: skip
     manifest = grc.compile(model, options=chosen).manifest
     for stage in manifest["stages"]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from grc.kernels import FUSIONS, cpp
 from grc.lowering.choose import Choice, Requests, build_all, choose, engines_for, load_built, measure
 from grc.lowering.cuda import Gpu, described, full_precision, gpu_engines, gpu_target, mixed_rows
 from grc.lowering.engine import Built, Engine, Lowerable, Target
+from grc.lowering.traffic import interpolated, learn, read_traffic, told
 from grc.manifest import describe
 from grc.options import Options
 from grc.passes.manager import Proof, Record, run_passes
@@ -172,6 +173,7 @@ def lower(
     guarded = options.on_bad_id != "error"
     unguarded = None if guarded else theirs
     if target.device == "cuda":
+        traffic = read_traffic(options.traffic) if options.traffic else None
         gpu = open_gpu(source, options)
         requests = make_requests(source, optimised, options, gpu.plan.buckets)
         fixed = [(b, Lowerable(optimised.graph, source.inputs(b), ())) for b in fixed_batches(options, gpu.plan)]
@@ -180,8 +182,9 @@ def lower(
             gpu.load,
             gpu.model_runner(theirs, source.inputs),
         )
+        relearn = Relearn(gpu, source, optimised, options, traffic) if traffic and gpu.plan.buckets else None
         with full_precision():
-            return build_and_choose(offered, target, parts, requests, options, progress, load, model, gpu.plan)
+            return build_and_choose(offered, target, parts, requests, options, progress, load, model, gpu.plan, relearn)
     requests = make_requests(source, optimised, options)
     offered = engines_for(ours, unguarded)
     return build_and_choose(offered, target, parts, requests, options, progress, load_built, source.eager_runner())
@@ -200,6 +203,24 @@ def open_gpu(source: Source, options: Options) -> Gpu:
     return Gpu(DeviceWeights(torch.device("cuda", torch.cuda.current_device())), plan)
 
 
+@dataclass(frozen=True)
+class Relearn:
+    """Buckets from traffic: their times must be known first, so they are learnt when the usual ones have been measured."""
+
+    gpu: Gpu
+    source: Source
+    optimised: Optimised
+    options: Options
+    traffic: Mapping[int, int]
+
+    def __call__(self, measured: Mapping[int, float]) -> tuple[Gpu, Requests, str]:
+        usual, seconds = self.gpu.plan.buckets, interpolated(measured)
+        learnt = learn(self.traffic, self.source.min_batch, self.options.max_batch, seconds)
+        gpu = replace(self.gpu, plan=replace(self.gpu.plan, buckets=learnt))
+        requests = make_requests(self.source, self.optimised, self.options, learnt)
+        return gpu, requests, told(self.traffic, learnt, usual, seconds)
+
+
 def fixed_batches(options: Options, plan: Plan) -> list[int]:
     return [b for b in options.batches if b in plan.buckets] if options.static_buckets else []
 
@@ -214,6 +235,7 @@ def build_and_choose(
     load: Callable[[Built, Path], Run],
     model: Callable[[int], Any],
     plan: Plan | None = None,
+    relearn: Relearn | None = None,
 ) -> tuple[Choice, Target, dict[str, float]]:
     """Build and prove every engine, measure them beside the model itself, and keep the files of the winners."""
     start = time.perf_counter()
@@ -224,9 +246,21 @@ def build_and_choose(
     built = time.perf_counter()
     progress.begin("measure")
     eager_times = measure(candidates, model, requests, progress.detail)
+    learnt = ""
+    if relearn is not None:
+        known = {b: min(c.median(b) for c in candidates if b in c.times) for b in eager_times}
+        gpu, requests, learnt = relearn(known)
+        plan = gpu.plan
+        for candidate in candidates:
+            candidate.times = {}
+            candidate.run = gpu.load(candidate.built, parts)
+        eager_times = measure(candidates, model, requests, progress.detail)
     choice = choose(candidates, rejected, eager_times)
     choice.plan = plan
-    progress.end("   ".join(f"batch {b}: {c.built.engine} {microseconds(c.median(b))}" for b, c in choice.winners))
+    progress.end(
+        (f"{learnt}   " if learnt else "")
+        + "   ".join(f"batch {b}: {c.built.engine} {microseconds(c.median(b))}" for b, c in choice.winners)
+    )
     for candidate in candidates:
         if candidate not in choice.parts:
             (parts / candidate.built.file).unlink()

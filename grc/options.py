@@ -26,6 +26,8 @@ class Options:
     """Largest batch a request may have."""
     buckets: tuple[int, ...] = ()
     """On a GPU: batch sizes with a CUDA graph of their own; others are padded up. Empty: 1, 8, 32, 128, … up to max_batch."""
+    traffic: Path | None = None
+    """On a GPU: a file of batch sizes of real requests, one a line; `buckets` are then learnt from it."""
     streams: int = 1
     """On a GPU: requests that run at once, each with graphs and buffers of its own."""
     static_buckets: bool = False

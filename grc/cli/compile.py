@@ -37,6 +37,12 @@ def command(
     buckets: Annotated[
         str, typer.Option(metavar="N,N,…", help="On a GPU: batch sizes with a CUDA graph; 1,8,32,128,… by default.")
     ] = "",
+    traffic: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="On a GPU: batch sizes of real requests, one a line, to learn the buckets from."
+        ),
+    ] = None,
     streams: Annotated[int, typer.Option(metavar="N", min=1, help="On a GPU: requests that run at once.")] = 1,
     static_buckets: Annotated[
         bool, typer.Option("--static-buckets", help="On a GPU: also build for each of --batches alone, autotuned.")
@@ -69,6 +75,7 @@ def command(
         batches=sizes,
         max_batch=max_batch,
         buckets=p.batch_sizes(buckets) if buckets else (),
+        traffic=traffic,
         streams=streams,
         static_buckets=static_buckets,
         on_bad_id=on_bad_id,

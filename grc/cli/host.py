@@ -50,6 +50,7 @@ def findings() -> list[Finding]:
         Finding("software", "grc", True, VERSION),
         *(check() for check in checks),
         *(engine_finding(engine, target) for engine in engines),
+        *(on_gpu(name) for name in ("inductor", "aoti", "eager")),
         *(gpu_engine(name, *entry) for name, entry in PIP_ENGINE.items()),
     ]
 
@@ -128,6 +129,19 @@ def engine_finding(engine: Engine, target: Target) -> Finding:
         return Finding("engine", engine.name, True, "usable")
     words, _, command = reason.partition(": pip")
     return Finding("engine", engine.name, False, words, f"pip{command}" if command else None)
+
+
+def on_gpu(name: str) -> Finding:
+    """An engine for `grc compile --device cuda`: what it lacks here, the GPU first."""
+    label = f"{name} on cuda"
+    found = gpu()
+    if not found.usable:
+        return Finding("engine", label, False, f"needs a GPU: {found.detail}", found.command)
+    if name != "eager":
+        for needed in (triton(), compiler()):
+            if not needed.usable:
+                return Finding("engine", label, False, f"needs {needed.name}: {needed.detail}", needed.command)
+    return Finding("engine", label, True, f"usable, captured in CUDA graphs on {found.detail}")
 
 
 def gpu_engine(name: str, module: str, command: str) -> Finding:

@@ -32,20 +32,13 @@ def mapped(host: torch.Tensor) -> torch.Tensor:
 
 
 def copy_by_kernel(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copy every source into its target by one kernel for each width of word. All are contiguous."""
-    groups: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-    for target, source in zip(targets, sources, strict=True):
-        if target.numel() == 0:
-            continue
-        source = source.contiguous()
-        words = next(
-            w for w in WHOLE if all(t.nbytes % w.itemsize == t.data_ptr() % w.itemsize == 0 for t in (target, source))
-        )
-        own, given = groups.setdefault(words, ([], []))
-        own.append(as_words(target, words))
-        given.append(as_words(source, words))
-    for own, given in groups.values():
-        torch._foreach_copy_(own, given)
+    """Copy every source into its target in one launch. Targets are contiguous."""
+    pairs = [(target, source.contiguous()) for target, source in zip(targets, sources, strict=True) if target.numel()]
+    if not pairs:
+        return
+    every = [tensor for pair in pairs for tensor in pair]
+    words = next(w for w in WHOLE if all(t.nbytes % w.itemsize == t.data_ptr() % w.itemsize == 0 for t in every))
+    torch._foreach_copy_(*([as_words(tensor, words) for tensor in side] for side in zip(*pairs, strict=True)))
 
 
 def as_words(tensor: torch.Tensor, words: torch.dtype) -> torch.Tensor:

@@ -169,6 +169,14 @@ def test_doctor_tells_how_to_mend_a_host_without_a_compiler(grc: Grc, monkeypatc
     assert not found["inductor"]["usable"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the engines are usable on a GPU host")
+def test_doctor_tells_why_there_are_no_engines_on_a_gpu(grc: Grc):
+    found = json.loads(grc("doctor", "--json").out)
+    for name in ("inductor on cuda", "aoti on cuda", "eager on cuda"):
+        assert not found[name]["usable"]
+        assert found[name]["detail"] == f"needs a GPU: {found['gpu']['detail']}"
+
+
 def test_doctor_knows_the_range_of_torch(grc: Grc):
     required = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     (low, high) = (".".join(map(str, version)) for version in TORCH)

@@ -200,3 +200,15 @@ def test_weights_lie_on_the_device_once(path: Path) -> None:
     stored = (path / "weights.safetensors").stat().st_size
     del first
     assert held < stored + (72 << 20), "more than the weights and the workspace of cuBLAS lies on the device"
+
+
+def test_buckets_are_learnt_from_traffic(model: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "sizes.txt").write_text("1 50\n5 30\n11 20\n")
+    found = options(tmp_path / "t.grc", traffic=tmp_path / "sizes.txt", buckets=(), max_batch=16)
+    manifest = grc.compile(model, click_inputs, found).manifest
+    assert manifest["gpu"]["buckets"] == [1, 5, 11, 16]
+    assert any("learnt from 100 requests" in stage["summary"] for stage in manifest["stages"])
+    program = grc.load(tmp_path / "t.grc")
+    for batch in (1, 3, 5, 11, 16):
+        inputs = click_inputs(batch)
+        torch.testing.assert_close(program(*inputs)["scores"], model(*inputs)["scores"].detach(), rtol=1e-4, atol=1e-4)
