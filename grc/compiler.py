@@ -257,10 +257,8 @@ def build_and_choose(
         eager_times = measure(candidates, model, requests, progress.detail)
     choice = choose(candidates, rejected, eager_times)
     choice.plan = plan
-    progress.end(
-        (f"{learnt}   " if learnt else "")
-        + "   ".join(f"batch {b}: {c.built.engine} {microseconds(c.median(b))}" for b, c in choice.winners)
-    )
+    won = [f"batch {b}: {c.built.engine} {microseconds(c.median(b))}" for b, c in choice.winners]
+    progress.end("   ".join([learnt, *won] if learnt else won))
     for candidate in candidates:
         if candidate not in choice.parts:
             (parts / candidate.built.file).unlink()

@@ -92,13 +92,14 @@ def learn(
     chains: list[tuple[int, ...]] = [()] * (len(sizes) + 1)
     winner: tuple[float, tuple[int, ...]] = (math.inf, ())
     for _ in range(most):
-        nearer, chained = [math.inf] * (len(sizes) + 1), [()] * (len(sizes) + 1)
+        nearer = [math.inf] * (len(sizes) + 1)
+        chained: list[tuple[int, ...]] = [()] * (len(sizes) + 1)
         for end in range(1, len(sizes) + 1):
             total, start = min(
                 (best[start] + (before[end] - before[start]) * costs[end - 1], start) for start in range(end)
             )
             nearer[end], chained[end] = total, (*chains[start], sizes[end - 1])
-        best, chains = nearer, chained  # type: ignore[assignment]
+        best, chains = nearer, chained
         winner = min(winner, (best[-1], chains[-1]), key=lambda found: found[0])
     return winner[1]
 

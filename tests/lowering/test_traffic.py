@@ -41,7 +41,7 @@ def test_refuses_what_is_no_traffic(text: str, message: str, tmp_path: Path) -> 
 
 
 def test_names_the_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(LoweringError, match="can't read .*none: No such file"):
+    with pytest.raises(LoweringError, match=r"can't read .*none: No such file"):
         read_traffic(tmp_path / "none")
 
 
