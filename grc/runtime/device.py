@@ -6,17 +6,25 @@ import itertools
 
 import torch
 
+from grc.runtime.mapped import mapped
+
+SMALL = 64 << 20  # bytes: what is no larger is no table, and is read too often to lie anywhere but on the device
+RESERVE = 2 << 30  # bytes of the device left to graphs, workspaces and activations
 CHUNK = 32 << 20  # bytes: two of them in pinned memory keep the bus busy while the next is read from disk
 
 
 class DeviceWeights:
     """Constants on one device. Tensors that share memory on the host share it there too.
 
+    A table that does not fit on a GPU stays in the host's memory, pinned, and kernels read its rows from there: at the
+    speed of the bus, and of address translation where rows lie far apart.
+
     What was uploaded is kept, with the host memory that it came from, as long as this object lives.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.on_host = 0  # bytes that did not fit
         self.pieces: dict[tuple[int, int], tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     def on_device(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -35,6 +43,9 @@ class DeviceWeights:
 
     def upload(self, memory: torch.UntypedStorage) -> torch.UntypedStorage:
         source = torch.empty(0, dtype=torch.uint8).set_(memory)  # type: ignore[call-overload]
+        if self.device.type == "cuda" and not fits(len(source)):
+            self.on_host += len(source)
+            return mapped(source.pin_memory()).untyped_storage()
         target = torch.empty(len(source), dtype=torch.uint8, device=self.device)
         if self.device.type == "cuda" and len(source) > CHUNK:
             copy_in_chunks(source, target)
@@ -45,6 +56,11 @@ class DeviceWeights:
     @property
     def bytes(self) -> int:
         return sum(memory.nbytes() for memory, _ in self.pieces.values())
+
+
+def fits(count: int) -> bool:
+    """Whether this many bytes can be taken of the current GPU's memory."""
+    return count <= SMALL or count + RESERVE <= torch.cuda.mem_get_info()[0]
 
 
 def copy_in_chunks(source: torch.Tensor, target: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import grc
 from grc.errors import ArtifactError, InputError
+from grc.runtime import device as device_memory
 from grc.runtime.artifact import write_manifest
 from grc.runtime.buckets import Buckets
 from grc.runtime.engines import part_loader
@@ -213,3 +214,21 @@ def test_buckets_are_learnt_from_traffic(model: nn.Module, tmp_path: Path) -> No
     for batch in (1, 3, 5, 11, 16):
         inputs = click_inputs(batch)
         torch.testing.assert_close(program(*inputs)["scores"], model(*inputs)["scores"].detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_tables_that_do_not_fit_are_read_from_the_host(
+    path: Path, program: grc.Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_memory, "SMALL", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 20, 1 << 30))
+    before = torch.cuda.memory_allocated()
+    spilled = grc.load(path)
+    held = torch.cuda.memory_allocated() - before
+    for batch in (1, 5, 33):
+        inputs = click_inputs(batch)
+        assert torch.equal(spilled(*inputs)["scores"], program(*inputs)["scores"])
+    dense, ids = click_inputs(3)
+    ids[2, 1] = -1
+    with pytest.raises(InputError, match="has id -1 at row 2, column 1"):
+        spilled(dense, ids)
+    assert held < 72 << 20, "only graphs and workspaces lie on the device"
