@@ -25,7 +25,7 @@ endif
 check = $(if $(filter none,$(VENV)),if $(PY) -c 'import $(1)' 2>/dev/null; then $(2); else echo "skipped: $(PY) has no $(1)"; fi,$(2))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow bench lint format types imports clean toolchain given-python
+.PHONY: help demo test test-slow sanitize bench lint format types imports clean toolchain given-python
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,10 @@ test: $(READY) lint types imports ## all that CI runs: lint, types, imports, tes
 
 test-slow: $(READY) ## the tests marked slow
 	$(PYTEST) -m slow $(TESTS)
+
+sanitize: $(READY) ## the GPU kernels' tests under compute-sanitizer: no access outside of any tensor
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 --target-processes all \
+	  $(PY) -m pytest -q -p no:cacheprovider tests/kernels/test_triton.py tests/kernels/test_triton_products.py
 
 bench: $(READY) ## measure the zoo against its peers
 	$(PY) -m benchmarks.cpu
