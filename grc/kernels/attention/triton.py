@@ -21,9 +21,9 @@ STRICT_SOFTMAX, SILU = 1, 2
 
 @triton.jit
 def attention_kernel(  # type: ignore[no-untyped-def]
-    q, k, v, bias, factor, out, H, N, M, scale, gain,
+    q, k, v, bias, factor, out, H, N, M,
     qb, qn, qh, qd, kb, km, kh, kd, vb, vm, vh, vd, bb, bh, bn, bm, fb, fh, fn, fm,
-    D: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr, FACTOR: tl.constexpr,
+    SCALE: tl.constexpr, GAIN: tl.constexpr, D: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr, FACTOR: tl.constexpr,
     PD: tl.constexpr, PV: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
@@ -50,7 +50,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
             v + user * vb + head * vh + key[:, None] * vm + w[None, :] * vd,
             mask=there[:, None] & (w < V)[None, :], other=0.0,
         )  # fmt: skip
-        score = tl.dot(mine, tl.trans(keys)) * scale
+        score = tl.dot(mine, tl.trans(keys)) * SCALE
         inside = asked[:, None] & there[None, :]
         seen = inside & (key[None, :] <= query[:, None]) if CAUSAL else inside
         if BIAS > 0:
@@ -86,7 +86,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     elif KIND == 1:
         total = total / weight[:, None]  # 0 / 0 where no key is seen: NaN, as aten.softmax gives
     place = out + ((user * N + query[:, None]) * H + head) * V + w[None, :]
-    tl.store(place, (total * gain).to(out.dtype.element_ty), mask=asked[:, None] & (w < V)[None, :])
+    tl.store(place, (total * GAIN).to(out.dtype.element_ty), mask=asked[:, None] & (w < V)[None, :])
 
 
 def able(q: Any, k: Any, v: Any, bias: Any, factor: Any, *rest: Any) -> bool:
@@ -127,8 +127,9 @@ def attention(
     bn, bm = block(queries, QUERIES), block(keys, KEYS)
     mode = 0 if bias is None else 2 if bias.dtype == torch.bool else 1
     wrap_triton(attention_kernel)[(batch * heads, triton.cdiv(queries, bn))](
-        q, k, v, q if bias is None else bias, q if factor is None else factor, out, heads, queries, keys, scale, gain,
+        q, k, v, q if bias is None else bias, q if factor is None else factor, out, heads, queries, keys,
         *q.stride(), *k.stride(), *v.stride(), *spread(bias, shape), *spread(factor, shape),
+        SCALE=scale, GAIN=gain,  # as arguments they would be float64 in a package, and with them all scores
         D=width, V=values, KIND=kind, CAUSAL=causal, BIAS=mode, FACTOR=factor is not None,
         PD=max(16, triton.next_power_of_2(width)), PV=max(16, triton.next_power_of_2(values)), BN=bn, BM=bm,
         STAGES=2, num_warps=4 if bn * bm > 1024 else 2,
