@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -33,7 +34,8 @@ def infer(module: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> Any:
         return mode.from_tensor(tensor, static_shapes=True) if isinstance(tensor, torch.Tensor) else tensor
     args = fx.map_arg(node.args, lambda n: n.meta["val"])
     kwargs = fx.map_arg(node.kwargs, lambda n: n.meta["val"])
-    with mode, torch.no_grad():
+    # Operators that torch composes of others in C++ (linear, matmul) can't take symbolic sizes there in every version.
+    with enable_python_dispatcher(), mode, torch.no_grad():
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

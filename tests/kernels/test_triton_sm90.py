@@ -95,7 +95,8 @@ def test_rows_are_read_16_bytes_at_a_time(name: str, monkeypatch: pytest.MonkeyP
         fm = (a["arena"], None, a["ids"], a["bases"], a["rows"], case.dims[0], a["padding"])
         code.append(ptx(bag_fm, lambda: bag_fm.bag_fm(*fm), monkeypatch))
     for text in code:
-        assert bool(re.search(r"ld\.global\S*\.v4\.b32", text)) == wide
+        # Into registers, or past them into shared memory: cp.async.cg copies 16 bytes and nothing else.
+        assert bool(re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\.", text)) == wide
         assert ".local" not in text, "registers spill into memory"
     assert bool(re.search(r"st\.global\S*\.v4\.b32", code[0])) == wide
 

@@ -99,7 +99,9 @@ class Sizes:
 
         args = fx.node.map_aggregate(tuple(node.args[1:]), known)
         kwargs = fx.node.map_aggregate(dict(node.kwargs), known)
-        return node.target(source, *args, **kwargs)  # type: ignore[operator, misc]
+        # A view fits the strides that its input had in the model; positions lie in an order of their own.
+        target = aten.reshape.default if is_op(node, aten.view, aten._unsafe_view) else node.target
+        return target(source, *args, **kwargs)  # type: ignore[operator, misc]
 
     def positions(self, node: fx.Node, start: fx.Node) -> Tensor:
         """Which element of `start` each element of `node` is, a view of it or a multiple of one."""
