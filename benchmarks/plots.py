@@ -48,6 +48,8 @@ def filled(text: str, results: Path) -> str:
 def block(name: str, results: Path) -> str:
     if name == "overhead":
         return overhead(results / "overhead.jsonl")
+    if name in FIGURES:
+        return figures(results / f"{name}.jsonl", FIGURES[name])
     if name not in ("cpu", "gpu"):
         raise KeyError(f"docs/performance.md has a marker {name}, which nothing fills")
     rows = read(results / f"{name}.jsonl")
@@ -82,6 +84,70 @@ def section(name: str, rows: list[Row]) -> str:
         f"![Times of {model}](performance-{name}-{model}.svg)" for model in sorted({row["model"] for row in rows})
     ]
     return "\n\n".join(parts)
+
+
+# The columns of the pages' smaller tables, by the key of a row.
+FIGURES = {
+    "gpu-builds": {
+        "model": "model", "batch": "batch", "fastest": "fastest", "us": "us", "others": "grc's other candidates, us",
+        "aoti": "plain AOTInductor, us", "eager": "eager, us", "ratio": "AOTInductor / fastest",
+    },
+    "gpu-call": {
+        "batch": "batch", "copies": "copies by", "kernels": "kernels", "graph": "with copies", "replay": "launched and awaited",
+        "fill": "fill", "check": "check", "call": "call", "over": "call - kernels",
+    },
+    "gpu-kernels": {
+        "op": "op", "batch": "batch", "us": "us", "GBps": "GB/s", "of_copy": "of copy bandwidth", "torch_us": "plain torch, us",
+        "error": "error",
+    },
+    "gpu-streams": {"batch": "batch", "streams": "streams", "threads": "threads", "requests_per_s": "requests a second"},
+}  # fmt: skip
+
+
+def figures(file: Path, columns: dict[str, str]) -> str:
+    """One table of a file, below where, when and how it was measured."""
+    if not file.exists():
+        return NOT_MEASURED
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    where = sorted({f"{row['machine']}; {row['versions']}; {row['date']}; `{row['command']}`" for row in rows})
+    if "engine" in rows[0]:
+        rows = beside_plain(rows)
+    number = {key for key in columns if all(isinstance(row[key], (int, float)) for row in rows)}
+    lines = [
+        "\n".join(where),
+        "",
+        "| " + " | ".join(columns.values()) + " |",
+        "| " + " | ".join("---:" if key in number else "---" for key in columns) + " |",
+    ]
+    lines += ["| " + " | ".join(shown(row[key]) for key in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def beside_plain(rows: list[Row]) -> list[Row]:
+    """For each model and batch the fastest candidate of a build, its others, and the two that are not grc's."""
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    for row in rows:
+        found.setdefault((row["model"], row["batch"]), {})[row["engine"]] = row["p50_us"]
+    lines = []
+    for (model, batch), times in sorted(found.items()):
+        ours = {name: us for name, us in times.items() if name.startswith("inductor")}
+        best = min(ours, key=ours.__getitem__)
+        others = ", ".join(f"{name} {us:.1f}" for name, us in sorted(ours.items()) if name != best)
+        lines.append(
+            {"model": model, "batch": batch, "fastest": best, "us": ours[best], "others": others, "aoti": times["aoti"],
+             "eager": times["eager"], "ratio": f"{times['aoti'] / ours[best]:.2f}x"}
+        )  # fmt: skip
+    return lines
+
+
+def shown(value: object) -> str:
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and abs(value) < 10
+        else f"{value:.1f}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def overhead(file: Path) -> str:
