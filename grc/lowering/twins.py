@@ -32,8 +32,16 @@ def twin_of(node: fx.Node) -> Any | None:
 
 def optional_twins(graph: fx.GraphModule) -> list[str]:
     """The names of the fused ops that a kernel could take and Inductor could too: which is faster must be measured."""
+    if importlib.util.find_spec("triton") is None:
+        return []  # no package with kernels can be built here, and its engine says why
     names = [n.target._opname for n in graph.graph.nodes if n.op == "call_function" and is_optional(twin_of(n))]
     return list(dict.fromkeys(names))
+
+
+def is_lookup(node: fx.Node) -> bool:
+    """Whether a call reads rows of an arena."""
+    own = getattr(node.target, "namespace", "") == "grc"
+    return own and any(argument.name == "arena" for argument in node.target._schema.arguments)  # type: ignore[union-attr]
 
 
 def is_optional(module: Any | None) -> bool:
@@ -47,11 +55,13 @@ def with_twins(
     fused ops that have a kernel are such operators too, but for those named in `without`.
 
     With `count`, the number of ids outside of their tables (int64, 0-dim) follows the outputs, and the answer is whether
-    it does: the kernels read zeros for such ids, and the runtime refuses the request by this number.
+    it does: the kernels read zeros for such ids, and the runtime refuses the request by this number. It does not where one
+    look-up has no kernel, whose ids would not be in it.
     """
     copy = copy_graph(graph)
     edit = Constants(copy, device)
     counted: list[fx.Node] = []
+    lookups = sum(is_lookup(node) for node in copy.graph.nodes)
     for node in list(copy.graph.nodes):
         module = twin_of(node)
         if module is None or (is_optional(module) and node.target._opname in without):
@@ -73,7 +83,7 @@ def with_twins(
                 only = copy.graph.call_function(operator.getitem, (node, 0))
                 node.replace_all_uses_with(only, delete_user_cb=lambda user, keep=(only, counted[-1]): user not in keep)
                 only.meta = dict(node.meta)
-    counts = count and bool(counted)
+    counts = count and 0 < len(counted) == lookups
     if counts:
         add_output(copy.graph, counted)
     copy.graph.eliminate_dead_code()

@@ -12,13 +12,13 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 
 from grc.errors import ArtifactError
+from grc.runtime.bucket import Bucket
 from grc.runtime.mapped import BY_KERNEL, copy_by_kernel, mapped
-from grc.runtime.plan import Plan, Spec, layout, views
+from grc.runtime.plan import Plan, layout, views
 
 Tensors = list[torch.Tensor]
 Run = Callable[[Tensors], Sequence[torch.Tensor]]
@@ -88,63 +88,8 @@ class Buckets:
         return self.plan.joined(answers)
 
 
-@dataclass
-class Bucket:
-    """One batch size: its buffers, which are views of the lane's arenas, and its graphs."""
-
-    batch: int
-    host: Tensors
-    device: Tensors
-    graph: torch.cuda.CUDAGraph
-    answers: Tensors
-    kept: Sequence[torch.Tensor]
-    bare: tuple[torch.cuda.CUDAGraph, Sequence[torch.Tensor]] | None = None
-    cuts: dict[tuple[int, bool], Cut] = field(default_factory=dict)
-
-    def cut(self, plan: Plan, batch: int, host: bool) -> Cut:
-        """The buffers on one side, cut for a request of `batch` rows; made once for each size."""
-        found = self.cuts.get((batch, host))
-        if found is None:
-            taken, given = (self.host, self.answers) if host else (self.device, [])
-            found = self.cuts[batch, host] = Cut.of(plan, taken, given, batch)
-        return found
-
-
-@dataclass(frozen=True)
-class Cut:
-    """The rows of every input buffer that a request fills, their rows beyond it, and its rows of every answer."""
-
-    rows: Tensors
-    rest: list[tuple[torch.Tensor, int, int]]
-    answers: Tensors
-
-    @classmethod
-    def of(cls, plan: Plan, taken: Tensors, given: Tensors, batch: int) -> Cut:
-        rows, rest = [], []
-        for at, (buffer, entry) in enumerate(zip(taken, plan.inputs, strict=True)):
-            rows.append(narrowed(buffer, entry, batch))
-            dim = entry.batch_dim
-            if dim is not None and buffer.shape[dim] > batch:
-                rest.append((buffer.narrow(dim, batch, buffer.shape[dim] - batch), at, dim))
-        answers = [narrowed(a, s, batch) for a, s in zip(given, plan.outputs, strict=True)] if given else []
-        return cls(rows, rest, answers)
-
-    def fill(self, inputs: Tensors) -> None:
-        """Copy a request in, and its row 0 into all rows beyond: its ids are as valid as the request's own."""
-        for own, tensor in zip(self.rows, inputs, strict=True):
-            own.copy_(tensor, True)
-        for own, at, dim in self.rest:
-            own.copy_(inputs[at].narrow(dim, 0, 1), True)
-
-
-def narrowed(buffer: torch.Tensor, entry: Spec, batch: int) -> torch.Tensor:
-    """The first `batch` rows of a buffer that has rows."""
-    dim = entry.batch_dim
-    return buffer if dim is None or buffer.shape[dim] == batch else buffer.narrow(dim, 0, batch)
-
-
 class On:
-    """Makes a stream the current one for a block: torch.cuda.stream without its three look-ups, which cost 3 us a call."""
+    """Makes a stream the current one for a block: torch.cuda.stream without its look-ups of devices."""
 
     __slots__ = ("before", "device", "own")
 

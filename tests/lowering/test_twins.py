@@ -11,6 +11,7 @@ from grc.compiler import optimise
 from grc.graph.capture import capture
 from grc.graph.model_file import from_module
 from grc.kernels import OPS
+from grc.lowering import twins
 from grc.lowering.engine import Lowerable
 from grc.lowering.export import export_graph
 from grc.lowering.twins import optional_twins, with_twins
@@ -59,6 +60,32 @@ def test_the_count_follows_the_outputs_and_survives_the_export(lowerable: Lowera
     assert counts and len(program.graph_signature.user_outputs) == 2
     assert [n for n in program.graph.nodes if n.target is torch.ops.grc_cuda.lookup.default]
     assert not program.constants, "a constant made while tracing would be copied to the device in every run"
+
+
+class Mixed(nn.Module):
+    """Two tables in float32, and two in half precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(n, 8) for n in (20, 30))
+        self.half_tables = nn.ModuleList(nn.Embedding(n, 8, dtype=torch.half) for n in (20, 30))
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            torch.cat([table(ids[:, i]) for i, table in enumerate(tables)], 1)
+            for tables in (self.tables, self.half_tables)
+        )
+
+
+@pytest.mark.parametrize(("known", "count"), [((torch.float32,), False), ((torch.float32, torch.half), True)])
+def test_ids_are_counted_where_every_look_up_has_a_kernel(
+    known: tuple[torch.dtype, ...], count: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(twins, "KERNELS", known)
+    source = capture(from_module(Mixed().eval(), lambda batch: (torch.arange(2 * batch).view(batch, 2) % 20,)))
+    graph = optimise(source, Options(), Silent()).graph
+    found, counts = with_twins(graph, CPU, count=True)
+    assert calls(found) == ["grc_cuda.lookup.default"] * len(known) and counts == count
 
 
 class Crossed(nn.Module):

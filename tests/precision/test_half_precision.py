@@ -28,5 +28,5 @@ def test_half_precision_answers_inside_of_the_budget(precision: str, tmp_path: P
     inputs = ranker_inputs(50)
     with torch.no_grad():
         assert 0 < (program(*inputs) - model(*inputs)).abs().max() <= 0.05
-    with pytest.raises(ValueError, match="table items"):
+    with pytest.raises(ValueError, match="table users"):
         program(inputs[0], inputs[1] + 400)

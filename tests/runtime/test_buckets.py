@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from grc.runtime import buckets
-from grc.runtime.buckets import Buckets, Cut
+from grc.runtime.bucket import Cut
+from grc.runtime.buckets import Buckets
 from grc.runtime.device import DeviceWeights
 from grc.runtime.plan import LINE, Plan, Spec, bucket_sizes, layout, obstacle, views
 
