@@ -46,10 +46,12 @@ def command(
     max_delay: Annotated[
         int, typer.Option("--max-delay", metavar="US", min=0, help="How long a lone request may wait for others.")
     ] = 0,
-    max_queue: Annotated[int, typer.Option(metavar="N", min=1, help="Requests that may wait; more get 503.")] = 1024,
+    max_queue: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Requests that may wait, more get 503; 0: any number.")
+    ] = 0,
     timeout: Annotated[
         int, typer.Option(metavar="US", min=0, help="How long one may wait before it gets 503; 0: for ever.")
-    ] = 10_000_000,
+    ] = 0,
     priorities: Annotated[int, typer.Option(metavar="N", min=0, help="Levels of priority, 1 the highest.")] = 0,
     cache: Annotated[bool, typer.Option("--cache", help="Keep answers by their exact inputs.")] = False,
     warmup: Annotated[bool, typer.Option(help="Answer golden requests before the server is ready.")] = True,

@@ -51,7 +51,8 @@ def test_fused_is_one_model_of_the_artifacts_name(dlrm: Path, tmp_path: Path) ->
     assert ports(found.input) == [("dense", "TYPE_FP32", [13]), ("ids", "TYPE_INT64", [26])]
     assert ports(found.output) == [("output", "TYPE_FP32", [1])]
     assert (found.backend, found.max_batch_size) == ("python", 64)
-    assert found.HasField("dynamic_batching") and not found.response_cache.enable
+    assert found.HasField("dynamic_batching") and not found.dynamic_batching.HasField("default_queue_policy")
+    assert not found.response_cache.enable
 
 
 def test_stages_are_the_models_of_a_ranking_line(dlrm: Path, tmp_path: Path) -> None:

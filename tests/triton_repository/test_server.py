@@ -69,7 +69,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def fused(dlrm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    chosen = Settings(max_delay_us=DELAY, max_queue=64, priorities=2, instances=2)
+    chosen = Settings(max_delay_us=DELAY, max_queue=64, timeout_us=10_000_000, priorities=2, instances=2)
     made = export(dlrm, tmp_path_factory.mktemp("fused") / "repo", chosen)
     with serving(made.path) as server:
         yield Served(made, server)

@@ -30,9 +30,9 @@ class Settings:
     """Most rows that are merged into one call; the artifact's own limit by default."""
     max_delay_us: int = 0
     """How long a lone request may wait for others. 0 merges only what waits anyway."""
-    max_queue: int = 1024
-    """Requests that may wait; more are refused with 503."""
-    timeout_us: int = 10_000_000
+    max_queue: int = 0
+    """Requests that may wait; more are refused with 503. 0: any number."""
+    timeout_us: int = 0
     """How long a request may wait before it is refused with 503; a request may ask for less. 0: for ever, whatever it asks."""
     priorities: int = 0
     """Levels of priority, 1 the highest; a request without one gets the lowest. 0: first come, first served."""
