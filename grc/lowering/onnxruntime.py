@@ -18,7 +18,9 @@ from grc.lowering.engine import Built, Lowerable, Target
 from grc.lowering.export import plain_program
 
 FILE = "model.onnx"  # initialisers point at the file itself: ONNX Runtime wants a path that exists, and reads none
-INLINE = 1024  # bytes: smaller constants stay in the file, where shape inference needs them
+# Bytes: smaller constants stay in the file, where shape inference and constant folding read them. ONNX Runtime folds masks
+# and biases of attention (160 KB in HSTU) and looks for them in the file alone.
+INLINE = 256 * 1024
 
 
 class OnnxRuntime:
