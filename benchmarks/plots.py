@@ -72,14 +72,15 @@ def section(name: str, rows: list[Row]) -> str:
     parts = []
     for machine in sorted({row["machine"] for row in rows}):
         own = [row for row in rows if row["machine"] == machine]
-        ratios = [cell.ratio for cell in cells(own) if cell.ratio is not None]
+        found = [cell for cell in cells(own) if cell.ratio is not None]
+        means = [
+            f"**{geometric_mean(ratios):.2f}x** over {len(ratios)} cells of {precision}"
+            for precision in sorted({cell.precision for cell in found})
+            if (ratios := [cell.ratio for cell in found if cell.precision == precision and cell.ratio is not None])
+        ]
         versions = sorted({f"{k} {v}" for row in own for k, v in row["versions"].items()})
         dates = sorted({row["date"] for row in own})
-        mean = (
-            f" Geometric mean of the ratios: **{geometric_mean(ratios):.2f}x** over {len(ratios)} cells."
-            if ratios
-            else ""
-        )
+        mean = f" Geometric mean of the ratios: {', '.join(means)}." if means else ""
         memory = " and ".join(sorted({row["allocator"] for row in own}))
         when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
         parts.append(f"### {machine}\n\n{when}; {', '.join(versions)}; {memory}.{mean}\n\n{markdown_table(own)}")

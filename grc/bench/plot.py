@@ -56,7 +56,9 @@ def plot_ratios(rows: Sequence[Row], path: Path) -> None:
     axes.axhline(1.0, color="#44403c", linewidth=0.8)
     axes.axhline(geometric_mean(ratios), color=COLOURS["grc"], linewidth=0.8, linestyle="--")
     axes.set_ylabel("best peer's median / grc's median")
-    axes.set_xticks(range(len(found)), [f"{c.model} {c.ids[0]}{c.batch}" for c in found], rotation=70, fontsize=7)
+    axes.set_xticks(
+        range(len(found)), [f"{c.model} {c.precision} {c.ids[0]}{c.batch}" for c in found], rotation=70, fontsize=7
+    )
     shown = sorted({cell.best_peer["engine"] for cell in found if cell.best_peer})
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in shown]
     axes.legend(handles, [f"best peer: {name}" for name in shown], frameon=False, fontsize=7)
@@ -65,7 +67,7 @@ def plot_ratios(rows: Sequence[Row], path: Path) -> None:
 
 
 def label(cell: Cell) -> str:
-    return f"{cell.model}\n{cell.ids}\nbatch {cell.batch}"
+    return f"{cell.model} {cell.precision}\n{cell.ids}\nbatch {cell.batch}"
 
 
 def drawing(path: Path) -> Any:

@@ -146,7 +146,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
         own = by_name.get("grc")
         lines.append(
             [
-                cell.model,
+                f"{cell.model} {cell.precision}",
                 cell.ids,
                 str(cell.batch),
                 shown(own),
