@@ -42,7 +42,7 @@ KEY = ("model", "precision", "isa", "machine", "batch")
 
 def main() -> int:
     options = arguments()
-    restart_tuned(options.threads)
+    restart_tuned(options.threads, "benchmarks.precision")
     torch.set_num_threads(options.threads)
     os.environ["GRC_ZOO_SIZE"] = "small" if options.small else "full"
     for name in options.only.split(","):

@@ -31,13 +31,13 @@ def tuned_environment(environment: Mapping[str, str], threads: int | None) -> di
     return {**environment, **wanted}
 
 
-def restart_tuned(threads: int | None) -> None:
+def restart_tuned(threads: int | None, module: str = "grc") -> None:
     """Start this command over with malloc tuned: glibc reads its settings only when a process starts."""
     environment = tuned_environment(os.environ, threads)
     if environment is not None:
         sys.stdout.flush()
         sys.stderr.flush()
-        os.execve(sys.executable, [sys.executable, "-m", "grc", *sys.argv[1:]], environment)
+        os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], environment)
 
 
 def allocator() -> str:
