@@ -50,7 +50,9 @@ def reference(
 
 def cost(arena: Tensor, linear: Tensor | None, ids: Tensor, *rest: object) -> Cost:
     """Every row read and written once, every linear weight read once; three operations an element."""
-    elements = ids.numel() * arena.shape[1]
+    dim = rest[2]
+    assert isinstance(dim, int)
+    elements = ids.numel() * dim
     moved = 2 * elements + ids.shape[0] + (0 if linear is None else ids.numel())
     return Cost(moved * arena.element_size() + ids.numel() * ids.element_size(), 3 * elements)
 
