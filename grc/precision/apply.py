@@ -17,7 +17,7 @@ from grc.graph.rewrite import Rewriter, copy_graph
 from grc.kernels import LOOKUP
 from grc.kernels.lookup.pooling import NO_PADDING, SUM
 from grc.kernels.lookup.row_formats import LINE, pack_table, packing, row_bytes
-from grc.precision.sites import TABLE, Site
+from grc.precision.sites import LOOKUPS, TABLE, Site
 
 
 def with_tables(
@@ -81,7 +81,7 @@ def rewrite(node: fx.Node, path: str, place: Place, edit: Rewriter) -> None:
     if is_op(node, aten.embedding) and str(node.args[0].target) == path:  # type: ignore[union-attr]
         rewrite_embedding(node, place, edit)
         return
-    if getattr(node.target, "namespace", "") != "grc" or "packing" not in call_argument_names(node):
+    if node.target not in LOOKUPS:
         return
     given = call_arguments(node)
     if not isinstance(given["arena"], fx.Node) or str(given["arena"].target) != path:
@@ -105,7 +105,3 @@ def rewrite_embedding(node: fx.Node, place: Place, edit: Rewriter) -> None:
         )  # fmt: skip
         sizes = [size if isinstance(size, int) else -1 for size in value(ids).shape]
         edit.replace(node, edit.reshape(found, *sizes, dim))
-
-
-def call_argument_names(node: fx.Node) -> list[str]:
-    return [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
