@@ -1,6 +1,6 @@
 """Times of the Triton look-ups on one GPU, beside its copy bandwidth, plain torch, and the error against float64.
 
-    python benchmarks/gpu_kernels.py --json kernels.json [--only lookup,bag_dot,bag_fm,pooled,float32,aoti]
+    python benchmarks/gpu_kernels.py --json kernels.json [--only lookup,bag_dot,bag_fm,pooled,int8,int4,float32,aoti]
 
 Each figure is the median over replays of a CUDA graph that holds many launches, each with its own ids and output, so
 that neither comes from the last-level cache. Bytes are counted once for every row, id and output element.
@@ -27,6 +27,7 @@ from torch import Tensor
 from grc.kernels.bag_dot import triton as bag_dot
 from grc.kernels.bag_fm import triton as bag_fm
 from grc.kernels.lookup import triton as lookup
+from grc.kernels.lookup.row_formats import pack_table, packing, row_bytes, unpacked
 
 FEATURES, ROWS, DIM, LENGTH = 26, 1_000_000, 128, 10
 BATCHES = (128, 2048, 8192, 16384, 65536)
@@ -190,7 +191,7 @@ def problems(arena: Tensor, rows: int, only: set[str], batches: tuple[int, ...])
             )  # fmt: skip
         if "bag_dot" in only:
             op = bag_dot.register()
-            rest = (bases, sizes, DIM, ones, 0, NO_PADDING, False, False, True, None, width)
+            rest = (bases, sizes, DIM, ones, 0, NO_PADDING, False, False, True, None, None, width)
 
             def plain_dot(x: Tensor, dense: Tensor = dense) -> Tensor:
                 head = dense[: len(x)]
@@ -238,8 +239,50 @@ def problems(arena: Tensor, rows: int, only: set[str], batches: tuple[int, ...])
             )  # fmt: skip
 
 
+def packed_problems(form: str, rows: int, batches: tuple[int, ...]) -> Iterator[Problem]:
+    """The look-ups on 26 equal tables of 8 or 4 bits, whose rows hold a scale; the answers are float16."""
+    pitch, item = row_bytes(form, DIM), 2
+    piece = torch.empty(1024 * pitch, dtype=torch.uint8)
+    pack_table(torch.randn(1024, DIM), form, piece)
+    arena = piece.cuda().repeat(-(-FEATURES * rows // 1024))[: FEATURES * rows * pitch].contiguous()
+    table = arena.view(FEATURES * rows, pitch)
+    sizes, dims, ones = [rows] * FEATURES, [DIM] * FEATURES, [1] * FEATURES
+    bases = [f * rows for f in range(FEATURES)]
+    where = packing([form] * FEATURES, [base * pitch for base in bases])
+    at = torch.tensor(bases, device="cuda")
+    i, j = torch.tril_indices(FEATURES + 1, FEATURES + 1, -1, device="cuda")
+    width = -(-(DIM + i.numel()) // 8) * 8
+    gather, dot = lookup.register(), bag_dot.register()
+
+    def plain(ids: Tensor) -> Tensor:
+        return unpacked(table[ids + at], form, DIM).half().flatten(1)
+
+    def plain_dot(ids: Tensor, head: Tensor, widen: Any = Tensor.half) -> Tensor:
+        nodes = torch.cat([head[: len(ids), None], widen(unpacked(table[ids + at], form, DIM))], 1)
+        return torch.cat([head[: len(ids)], torch.bmm(nodes, nodes.transpose(1, 2))[:, i, j]], 1)
+
+    for batch in batches:
+        head = torch.randn(batch, DIM, device="cuda").half()
+        fixed = batch * FEATURES * (pitch + 8)
+        yield Problem(
+            "lookup", lookup, batch, fixed + batch * FEATURES * DIM * item, random_ids(rows, batch),
+            lambda x: gather(arena, x, None, None, bases, sizes, dims, ones, 0, NO_PADDING, where),
+            plain, lambda x: unpacked(table[x + at], form, DIM).double().flatten(1), {"dtype": form},
+        )  # fmt: skip
+        yield Problem(
+            "bag_dot", bag_dot, batch, fixed + batch * item * (DIM + width), random_ids(rows, batch),
+            lambda x, head=head: dot(
+                arena, x, None, None, head[: len(x)], bases, sizes, DIM, ones, 0, NO_PADDING, False, False, True, where,
+                None, width,
+            ),
+            lambda x, head=head: plain_dot(x, head),
+            lambda x, head=head: F.pad(plain_dot(x, head.double(), Tensor.double), (0, width - DIM - i.numel())),
+            {"dtype": form},
+        )  # fmt: skip
+
+
 def main() -> None:
-    everything = "lookup,bag_dot,bag_fm,pooled,float32,aoti"
+    everything = "lookup,bag_dot,bag_fm,pooled,int8,int4,float32,aoti"
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", default=everything)
@@ -270,6 +313,13 @@ def main() -> None:
             save()
             torch.cuda.empty_cache()
         del arena
+    for form in ("int8", "int4"):
+        for problem in (
+            packed_problems(form, options.rows, tuple(map(int, options.batches.split(",")))) if form in only else ()
+        ):
+            measure(problem, bandwidth)
+            save()
+            torch.cuda.empty_cache()
     if "float32" in only:
         rows = options.rows // 2
         arena = torch.empty(FEATURES * rows, DIM, device="cuda").normal_()

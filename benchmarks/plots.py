@@ -109,30 +109,32 @@ FIGURES = {
         "fill": "fill", "check": "check", "call": "call", "over": "call - kernels",
     },
     "gpu-kernels": {
-        "op": "op", "batch": "batch", "us": "us", "GBps": "GB/s", "of_copy": "of copy bandwidth", "torch_us": "plain torch, us",
-        "error": "error",
+        "op": "op", "dtype": "rows", "batch": "batch", "us": "us", "GBps": "GB/s", "of_copy": "of copy bandwidth",
+        "torch_us": "plain torch, us", "error": "error",
     },
     "gpu-streams": {"batch": "batch", "streams": "streams", "threads": "threads", "requests_per_s": "requests a second"},
 }  # fmt: skip
 
 
 def figures(file: Path, columns: dict[str, str]) -> str:
-    """One table of a file, below where, when and how it was measured."""
+    """A table for each place of a file, below where, when and how it was measured."""
     if not file.exists():
         return NOT_MEASURED
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    where = sorted({f"{row['machine']}; {row['versions']}; {row['date']}; `{row['command']}`" for row in rows})
-    if "engine" in rows[0]:
-        rows = beside_plain(rows)
-    number = {key for key in columns if all(isinstance(row[key], (int, float)) for row in rows)}
-    lines = [
-        "\n".join(where),
-        "",
-        "| " + " | ".join(columns.values()) + " |",
-        "| " + " | ".join("---:" if key in number else "---" for key in columns) + " |",
-    ]
-    lines += ["| " + " | ".join(shown(row[key]) for key in columns) + " |" for row in rows]
-    return "\n".join(lines)
+    places = [f"{row['machine']}; {row['versions']}; {row['date']}; `{row['command']}`" for row in rows]
+    parts = []
+    for place in sorted(set(places)):
+        own = [row for row, where in zip(rows, places, strict=True) if where == place]
+        own = beside_plain(own) if "engine" in own[0] else own
+        number = {key for key in columns if all(isinstance(row[key], (int, float)) for row in own)}
+        lines = [
+            place,
+            "",
+            "| " + " | ".join(columns.values()) + " |",
+            "| " + " | ".join("---:" if key in number else "---" for key in columns) + " |",
+        ]
+        parts.append("\n".join(lines + ["| " + " | ".join(shown(row[key]) for key in columns) + " |" for row in own]))
+    return "\n\n".join(parts)
 
 
 def beside_plain(rows: list[Row]) -> list[Row]:

@@ -1,10 +1,12 @@
-"""Time, bytes and quality of the zoo by precision, on this CPU: every precision of a model in one run, in turns.
+"""Time, bytes and quality of the zoo by precision: every precision of a model in one run, in turns.
 
     python -m benchmarks.precision [--only gr,dlrm] [--precisions fp32,bf16,int8,int4] [--small] [--seconds S]
+    python -m benchmarks.precision --device cuda [--precisions fp32,fp16,bf16,int8,fp8]
 
 The ISA is the CPU's own, or what ATEN_CPU_CAPABILITY lowers it to. Each precision is compiled with the inductor engine and
-the budget below, so that what is compared is grc beside grc; `grc bench --precision` holds it against ONNX Runtime. Rows go
-to benchmarks/results/precision.jsonl, where they replace those of the same model, precision, ISA and machine.
+the budget below, so that what is compared is grc beside grc; `grc bench --precision` holds it against ONNX Runtime. On a
+GPU times are from host memory to host memory. Rows go to benchmarks/results/precision.jsonl, or --output, where they
+replace those of the same model, precision, ISA and machine.
 """
 
 from __future__ import annotations
@@ -34,15 +36,18 @@ from grc.report.summary import microseconds, size
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "precision.jsonl"
-BATCHES = {"gr": (1, 8, 64)}
-PRECISIONS = ("fp32", "bf16", "int8", "int4")
+BATCHES = {"cpu": {"gr": (1, 8, 64)}, "cuda": {"gr": (1, 8, 32, 128)}}
+USUAL = {"cpu": (1, 64, 1024), "cuda": (1, 128, 2048)}
+PRECISIONS = {"cpu": "fp32,bf16,int8,int4", "cuda": "fp32,fp16,bf16,int8,fp8"}
+FORMATS = ("fp32", "fp16", "bf16", "int8", "fp8", "int4")
 BUDGET = ("max-error=0.03",)  # what onnxruntime's dynamic int8 costs gr is 0.033
 KEY = ("model", "precision", "isa", "machine", "batch")
 
 
 def main() -> int:
     options = arguments()
-    restart_tuned(options.threads, "benchmarks.precision")
+    if options.device == "cpu":
+        restart_tuned(options.threads, "benchmarks.precision")
     torch.set_num_threads(options.threads)
     os.environ["GRC_ZOO_SIZE"] = "small" if options.small else "full"
     for name in options.only.split(","):
@@ -50,14 +55,16 @@ def main() -> int:
             rows = measured(name, Path(folder), options)
         shown(name, rows)
         if not options.small:
-            kept(rows)
+            kept(rows, options.output)
     return 0
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.precision", description=__doc__.splitlines()[0])
     parser.add_argument("--only", metavar="NAME,…", default="gr,dlrm,dcnv2,deepfm,din,sasrec,hstu")
-    parser.add_argument("--precisions", metavar="P,…", default=",".join(PRECISIONS))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--precisions", metavar="P,…")
     parser.add_argument(
         "--small", action="store_true", help="small sizes, to check that everything runs; keeps nothing"
     )
@@ -69,13 +76,14 @@ def arguments() -> argparse.Namespace:
 def measured(name: str, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Compile a model in every precision, then time all of them in turns at each batch size."""
     file = ROOT / "examples" / "zoo" / f"{name}.py"
-    batches = BATCHES.get(name, (1, 64, 1024))
+    batches = BATCHES[options.device].get(name, USUAL[options.device])
     programs: dict[str, grc.Program] = {}
-    for precision in options.precisions.split(","):
+    for precision in (options.precisions or PRECISIONS[options.device]).split(","):
         sys.stderr.write(f"{name}: compile {precision}\n")
         settings = grc.Options(
-            folder / f"{precision}.grc", engine="inductor", batches=batches, precision=precision, budget=BUDGET
-        )
+            folder / f"{precision}.grc", options.device, engine="inductor", batches=batches, precision=precision,
+            budget=BUDGET, buckets=batches if options.device == "cuda" else (), max_batch=max(batches),
+        )  # fmt: skip
         compile(str(file), options=settings)
         programs[precision] = grc.load(settings.output)  # type: ignore[arg-type]
     model = load_model(file)
@@ -86,7 +94,7 @@ def measured(name: str, folder: Path, options: argparse.Namespace) -> list[dict[
         interleave(list(turns.values()), 1, options.seconds)
         for precision, program in programs.items():
             timing = summarise(turns[precision].seconds)
-            rows.append(row(name, precision, batch, program, timing.p50, timing.spread))
+            rows.append(row(name, precision, batch, program, timing.p50, timing.spread, options.device))
     return rows
 
 
@@ -94,21 +102,23 @@ def call(program: grc.Program, args: Any, kwargs: Any, index: int) -> None:
     program(*args, **kwargs)
 
 
-def row(name: str, precision: str, batch: int, program: grc.Program, p50: float, spread: float) -> dict[str, Any]:
+def row(
+    name: str, precision: str, batch: int, program: grc.Program, p50: float, spread: float, device: str
+) -> dict[str, Any]:
     found = program.artifact.manifest["precision"]
     sites = [] if found is None else found["sites"]
     return {
         "model": name,
         "precision": precision,
         "batch": batch,
-        "isa": target_isa(),
+        "isa": target_isa() if device == "cpu" else program.artifact.manifest["target"]["sm"],
         "p50_us": round(p50, 2),
         "spread": round(spread, 4),
         "weight_bytes": (program.artifact.path / "weights.safetensors").stat().st_size,
-        "formats": {f: sum(s["format"] == f for s in sites) for f in ("fp32", "fp16", "bf16", "int8", "int4")},
+        "formats": {f: sum(s["format"] == f for s in sites) for f in FORMATS},
         "quality": program.artifact.manifest["budget_quality"].get("inductor", {}),
         "budget": list(BUDGET),
-        "machine": host.machine("cpu"),
+        "machine": host.machine(device),
         "versions": host.versions(),
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", "-m", "benchmarks.precision", *sys.argv[1:]]),
@@ -127,12 +137,12 @@ def shown(name: str, rows: list[dict[str, Any]]) -> None:
     print("\n".join(table(lines, indent="")), flush=True)
 
 
-def kept(rows: list[dict[str, Any]]) -> None:
+def kept(rows: list[dict[str, Any]], file: Path) -> None:
     """Replace the rows of the same place."""
     new = {tuple(r[name] for name in KEY) for r in rows}
-    old = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    old = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     staying = [r for r in old if tuple(r[name] for name in KEY) not in new]
-    RESULTS.write_text("".join(json.dumps(r) + "\n" for r in [*staying, *rows]))
+    file.write_text("".join(json.dumps(r) + "\n" for r in [*staying, *rows]))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from grc.passes.pipeline import pipeline
 from grc.precision.apply import with_tables
 from grc.precision.calibration import calibration_of
 from grc.precision.formats import check_precision
-from grc.precision.half import with_half
+from grc.precision.gpu import halved_layers, narrowed, tables_of_bytes
 from grc.precision.quality import budget
 from grc.precision.search import Lowered, Search
 from grc.precision.sites import find_sites
@@ -77,8 +77,8 @@ def compile(
         raise LoweringError(
             "stages are built for the CPU in fp32 only", "leave out --stages, or --device cuda and --precision"
         )
-    target_of(options)  # a GPU that is not there, or a precision that has no kernels, is told before any work is done
-    check_precision(options.precision, options.device)
+    target = target_of(options)  # a GPU that is not there, or a precision that has no kernels, is told before any work
+    check_precision(options.precision, options.device, target.sm)
     budget(options.budget)
     declared = as_model(model, inputs)
     output = options.output or Path(f"{declared.name}.grc")
@@ -87,10 +87,9 @@ def compile(
         plain = source.graph
         optimised = optimise(source, options, told, after=after)
         line = cut_line(source, optimised) if options.stages else None  # before minutes are spent on building
-        lowered, graph = lower_precision(source, optimised, options, folder, told)
-        built = replace(optimised, graph=graph)
-        choice, target, optimised_seconds = lower(source, plain, built, options, folder, told, lowered)
-        optimised.seconds |= optimised_seconds
+        lowered, graphs = lower_precision(source, optimised, options, folder, told)
+        choice, target, seconds = lower(source, plain, optimised, graphs, options, folder, told, lowered)
+        optimised.seconds |= seconds
         stages = lower_stages(line, options, folder, told) if line else []
         told.begin("write")
         manifest = describe(
@@ -165,17 +164,18 @@ def optimise(
 
 def lower_precision(
     source: Source, optimised: Optimised, options: Options, folder: Path, progress: Progress
-) -> tuple[Lowered | None, fx.GraphModule]:
-    """Find out which tables and layers may be kept in fewer bits, and convert the tables in the graph that is built.
+) -> tuple[Lowered | None, dict[str, fx.GraphModule]]:
+    """Find out what may be kept in fewer bits, and the graphs to build, the best guess under "".
 
     None, and the graph as it is, where no fewer bits were asked for.
     """
+    graph = optimised.graph
     if options.precision == "fp32":
-        return None, optimised.graph
+        return None, {"": graph}
     progress.begin("precision")
-    sites = find_sites(optimised.graph)
+    sites = find_sites(graph)
     found = Search(
-        optimised.graph,
+        graph,
         sites,
         calibration_of(source, options.calibration),
         budget(options.budget),
@@ -183,20 +183,25 @@ def lower_precision(
         progress.detail,
         options.device,
     ).run()
+    scratch = folder / SCRATCH
+    scratch.mkdir()
     if options.device == "cuda":
-        graph = with_half(optimised.graph, sites, found.formats)
+        tabled = with_tables(graph, sites, tables_of_bytes(sites, found.formats), scratch)
+        graphs = {"": narrowed(tabled, sites, found.formats)}
+        halved = halved_layers(sites, found.formats)
+        if halved != found.formats:  # what its 8-bit rows cost may be more than the products save
+            graphs["half-layers"] = narrowed(tabled, sites, halved)
     else:
-        scratch = folder / SCRATCH
-        scratch.mkdir()
-        graph = with_tables(optimised.graph, sites, found.formats, scratch)
+        graphs = {"": with_tables(graph, sites, found.formats, scratch)}
     progress.end(found.summary())
-    return found, graph
+    return found, graphs
 
 
 def lower(
     source: Source,
     plain: fx.GraphModule,
     optimised: Optimised,
+    graphs: Mapping[str, fx.GraphModule],
     options: Options,
     folder: Path,
     progress: Progress,
@@ -208,31 +213,30 @@ def lower(
     parts.mkdir()
     example = source.inputs(EXPORT_BATCH)
     shapes = source.shapes()
-    ours, theirs = Lowerable(optimised.graph, example, shapes), Lowerable(plain, example, shapes)
-    guarded = options.on_bad_id != "error"
-    unguarded = None if guarded else theirs
+    ours = {label: Lowerable(graph, example, shapes) for label, graph in graphs.items()}
+    theirs = Lowerable(plain, example, shapes)
+    unguarded = theirs if options.on_bad_id == "error" else None
     if target.device == "cuda":
         traffic = read_traffic(options.traffic) if options.traffic else None
         gpu = open_gpu(source, options)
         requests = make_requests(source, optimised, options, gpu.plan.buckets)
-        fixed = [(b, Lowerable(optimised.graph, source.inputs(b), ())) for b in fixed_batches(options, gpu.plan)]
-        offered, load, model = (
-            gpu_engines(gpu, ours, unguarded, fixed),
-            gpu.load,
-            gpu.model_runner(theirs, source.inputs),
-        )
+        fixed = [(b, source.inputs(b)) for b in fixed_batches(options, gpu.plan)]
+        offered = gpu_engines(gpu, ours, unguarded, fixed)
         if lowered is not None and lowered.formats:
             requests = replace(requests, judge=lowered.judge)
             offered = [(engine, lowerable) for engine, lowerable in offered if engine.name.startswith("inductor")]
         relearn = Relearn(gpu, source, optimised, options, traffic) if traffic and gpu.plan.buckets else None
+        model = gpu.model_runner(theirs, source.inputs)
         with full_precision():
-            return build_and_choose(offered, target, parts, requests, options, progress, load, model, gpu.plan, relearn)
+            return build_and_choose(
+                offered, target, parts, requests, options, progress, gpu.load, model, gpu.plan, relearn
+            )
     requests = make_requests(source, optimised, options)
     if lowered is not None and lowered.formats:
         requests = replace(requests, judge=lowered.judge)
-        offered = engines_for(ours, None, lowered.formats)
+        offered = engines_for(ours[""], None, lowered.formats)
     else:
-        offered = engines_for(ours, unguarded)
+        offered = engines_for(ours[""], unguarded)
     return build_and_choose(offered, target, parts, requests, options, progress, load_built, source.eager_runner())
 
 

@@ -9,10 +9,12 @@ from grc.kernels.fusion import FusedOp
 from grc.kernels.lookup import LOOKUP
 from grc.kernels.packed_linear import PACKED_LINEAR
 from grc.kernels.quantised_linear import QUANTISED_LINEAR
+from grc.kernels.scaled_linear import SCALED_LINEAR
 from grc.kernels.score_topk import PACKED_SCORE_TOPK, SCORE_TOPK
 
 OPS: tuple[FusedOp, ...] = (
-    LOOKUP, BAG_DOT, BAG_FM, CROSS, PACKED_LINEAR, QUANTISED_LINEAR, SCORE_TOPK, PACKED_SCORE_TOPK, ATTENTION,
+    LOOKUP, BAG_DOT, BAG_FM, CROSS, PACKED_LINEAR, QUANTISED_LINEAR, SCALED_LINEAR, SCORE_TOPK, PACKED_SCORE_TOPK,
+    ATTENTION,
 )  # fmt: skip
 
 for op in OPS:

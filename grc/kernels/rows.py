@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from grc.errors import LoweringError
+from grc.kernels.lookup.row_formats import ROW_FORMATS, number_bytes, row_bytes
 
 try:
     import triton
@@ -36,19 +39,49 @@ def table(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
 
-def vector(arena: torch.Tensor, *multiples: int) -> int:
-    """How many elements one access may take: at most 16 bytes, and a divisor of every row's start and width."""
-    return math.gcd(16 // arena.element_size(), *multiples)
+ARENA, INT8, INT4 = 0, ROW_FORMATS.index("int8"), ROW_FORMATS.index("int4")
 
 
-def pitches(arena: torch.Tensor, dims: Sequence[int]) -> list[int]:
-    """Elements from one row to the next, for each feature: a 2-D arena may be a view of a wider one."""
-    return [arena.stride(0)] * len(dims) if arena.dim() == 2 else list(dims)
+class Layout(NamedTuple):
+    """Where each feature's rows lie in an arena, in elements of it: the first one, the distance from one to the next, and
+    in a row of 8 or 4 bits the place of its scale. A thread takes `vec` columns at a time, and what it reads begins at a
+    multiple of `align` elements."""
+
+    form: int
+    start: list[int]
+    pitch: list[int]
+    scale: list[int]
+    vec: int
+    align: int
 
 
-def starts(arena: torch.Tensor, bases: Sequence[int]) -> list[int]:
-    """The first element of each feature's table: bases count rows of a 2-D arena, elements of a 1-D one."""
-    return [base * arena.stride(0) for base in bases] if arena.dim() == 2 else list(bases)
+def layout(arena: torch.Tensor, bases: Sequence[int], dims: Sequence[int], packing: Sequence[int] | None) -> Layout:
+    """Bases count rows of a 2-D arena, which may be a view of a wider one, and elements of a 1-D one. An arena of bytes is
+    laid out by its `packing`."""
+    if packing:
+        form, start = packing[0], list(packing[1::2])
+        pitch = [row_bytes(ROW_FORMATS[form], dim) for dim in dims]
+        scale = [number_bytes(ROW_FORMATS[form], dim) for dim in dims]
+        vec = math.gcd(16, *dims)
+        return Layout(form, start, pitch, scale, vec, math.gcd(vec // (2 if form == INT4 else 1), *pitch, *start))
+    flat = arena.dim() == 1
+    pitch = list(dims) if flat else [arena.stride(0)] * len(dims)
+    start = list(bases) if flat else [base * arena.stride(0) for base in bases]
+    vec = math.gcd(16 // arena.element_size(), *dims, *pitch, *start)
+    return Layout(ARENA, start, pitch, [0] * len(dims), vec, vec)
+
+
+def able(arena: torch.Tensor, dims: Sequence[int], packing: Sequence[int] | None) -> bool:
+    """Whether the kernels read the rows of this arena: floats, or all of 8 or all of 4 bits, whole words before the scale."""
+    if not packing:
+        return arena.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    forms = set(packing[::2])
+    return forms in ({INT8}, {INT4}) and all(dim % (4 if forms == {INT8} else 8) == 0 for dim in dims)
+
+
+def answer_dtype(arena: torch.Tensor) -> torch.dtype:
+    """What is written: rows of 8 or 4 bits are exact enough in float16."""
+    return torch.float16 if arena.dtype is torch.uint8 else arena.dtype
 
 
 def columns(lengths: Sequence[int]) -> list[int]:
@@ -69,13 +102,70 @@ def check(arena: torch.Tensor, weights: torch.Tensor | None, pooling: int) -> No
         raise LoweringError("weights of ids are defined for sum pooling only", "use mode='sum'")
 
 
+# 1024 + n is a float16 with n in its lowest bits: four bytes become four of them by two permutations, where conversions
+# would be done one by one. Of a byte that two columns share, the bits of one are
+# picked before.
+HALVES = "prmt.b32 $0, {0}, 0x64646464, 0x4140; prmt.b32 $1, {0}, 0x64646464, 0x4342;"
+EIGHT_BITS = tl.constexpr(HALVES.format("$2"))
+LOW_BITS = tl.constexpr("{ .reg .b32 t; and.b32 t, $2, 0x0f0f0f0f; " + HALVES.format("t") + " }")
+HIGH_BITS = tl.constexpr("{ .reg .b32 t; shr.u32 t, $2, 4; and.b32 t, t, 0x0f0f0f0f; " + HALVES.format("t") + " }")
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
 @triton.jit
-def fetch(arena, start, index, rows, pitch, wanted, column, inside, VEC: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows `index` [N] at columns `column` [K], as [N, K]: zeros for rows not wanted or outside 0..rows-1."""
-    # VEC divides starts, pitches and columns, which the compiler can't see in values that it loads.
-    offset = tl.multiple_of(start + index * pitch, VEC)
+def halves(byte, FORM: tl.constexpr, PART: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The numbers of 8 bits in bytes, or of 4 bits the first or second ones, as float16."""
+    if INTERPRETED:
+        number = byte if FORM == 3 else ((byte >> 4) if PART == 1 else (byte & 15))
+        return number.to(tl.float16)
+    elif FORM == 3:
+        raised = tl.inline_asm_elementwise(EIGHT_BITS, "=r,=r,r", [byte], dtype=tl.float16, is_pure=True, pack=4)
+    elif PART == 1:
+        raised = tl.inline_asm_elementwise(HIGH_BITS, "=r,=r,r", [byte], dtype=tl.float16, is_pure=True, pack=4)
+    else:
+        raised = tl.inline_asm_elementwise(LOW_BITS, "=r,=r,r", [byte], dtype=tl.float16, is_pure=True, pack=4)
+    return raised - 1024.0
+
+
+@triton.jit
+def fetch(  # type: ignore[no-untyped-def]
+    arena, start, index, rows, pitch, scale, wanted, left, width: tl.constexpr,
+    K: tl.constexpr, ALIGN: tl.constexpr, FORM: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Rows `index` [N] at columns left .. left + K - 1, as [N, K]: zeros for columns from `width` on, and for rows not
+    wanted or outside 0..rows-1. They come in the arena's dtype, and of 8 or 4 bits (FORM 3, 4) in float16.
+
+    Of 4 bits two columns share a byte: PART 0 or 1 takes the first or second of each pair only, `left` and `width` counting
+    pairs, and PART 2 both.
+    """
+    # ALIGN divides starts, pitches and columns, which the compiler can't see in values that it loads.
+    offset = start + index * pitch
     known = wanted & (index >= 0) & (index < rows)
-    return tl.load(arena + offset[:, None] + column[None, :], mask=known[:, None] & inside[None, :], other=0.0)
+    if FORM == 0:
+        column = left + tl.arange(0, K)
+        offset = tl.multiple_of(offset, ALIGN)
+        seen = known[:, None] & (column < width)[None, :]
+        return tl.load(arena + offset[:, None] + column[None, :], mask=seen, other=0.0)
+    else:
+        # Scale and offset are one word. It is loaded as a column: of a mask [N] Triton loses the layout beside a product.
+        ends = (arena + tl.multiple_of(offset + scale, 4)).to(tl.pointer_type(tl.int32))[:, None]
+        word = tl.load(ends, mask=known[:, None], other=0)
+        step = word.to(tl.int16).to(tl.float16, bitcast=True)
+        least = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+        SHARED: tl.constexpr = 2 if FORM == 4 and PART == 2 else 1
+        column = left // SHARED + tl.arange(0, K // SHARED)
+        seen = known[:, None]
+        if width % K != 0:
+            seen = seen & (column < width // SHARED)[None, :]
+        place = arena + tl.multiple_of(offset, ALIGN)[:, None] + column[None, :]
+        byte = tl.load(place, mask=seen, other=0)
+        if SHARED == 2:
+            row = tl.interleave(halves(byte, FORM, 0), halves(byte, FORM, 1)) * step + least
+        else:
+            row = halves(byte, FORM, PART) * step + least
+        if width % K != 0:  # a row that is not known has a scale and an offset of zero
+            row = tl.where((left + tl.arange(0, K) < width)[None, :], row, 0.0)
+        return row
 
 
 @triton.jit
@@ -90,8 +180,8 @@ def bag(offsets, feature, sample, B, V, live):
 @triton.jit
 def pool(  # type: ignore[no-untyped-def]
     arena, ids, weights, first, step, weight_first, weight_step, count,
-    start, rows, pitch, padding, column, inside,
-    N: tl.constexpr, K: tl.constexpr, VEC: tl.constexpr,
+    start, rows, pitch, scale, padding, left, width: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, ALIGN: tl.constexpr, FORM: tl.constexpr, PART: tl.constexpr,
     POOLING: tl.constexpr, PADDED: tl.constexpr, WEIGHTED: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Pool N bags of `count` [N] ids over K columns in float32: [N, K], and how many ids of each are outside of its table.
@@ -108,7 +198,9 @@ def pool(  # type: ignore[no-untyped-def]
             index = tl.load(ids + first + (t + u) * step, mask=wanted, other=0).to(tl.int64)
             if PADDED:
                 wanted = wanted & (index != padding)
-            row = fetch(arena, start, index, rows, pitch, wanted, column, inside, VEC).to(tl.float32)
+            row = fetch(arena, start, index, rows, pitch, scale, wanted, left, width, K, ALIGN, FORM, PART).to(
+                tl.float32
+            )
             if WEIGHTED:
                 weight = tl.load(weights + weight_first + (t + u) * weight_step, mask=wanted, other=0.0)
                 row = row * weight.to(tl.float32)[:, None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,13 +94,23 @@ def part_on_gpu(built: Built) -> dict[str, Any]:
 class CudaInductor:
     """AOTInductor for the GPU: with `twins`, fused ops go to our Triton kernels, whose cubins the package carries.
 
-    `without` names fused ops that are left to Inductor all the same. With `bucket`, it is built for that one batch size
-    and max-autotuned.
+    `without` names fused ops that are left to Inductor all the same, and `label` the graph where there are several. With
+    `bucket`, it is built for that one batch size and max-autotuned.
     """
 
-    def __init__(self, gpu: Gpu, twins: bool, count: bool, bucket: int | None = None, without: Sequence[str] = ()):
+    def __init__(
+        self,
+        gpu: Gpu,
+        twins: bool,
+        count: bool,
+        bucket: int | None = None,
+        without: Sequence[str] = (),
+        label: str = "",
+    ):
         self.gpu, self.twins, self.count, self.bucket, self.without = gpu, twins, count, bucket, without
-        name = "-".join(["inductor" if twins else "aoti", *(f"without-{op}" for op in without)])
+        name = "-".join(
+            ["inductor" if twins else "aoti", *([label] if label else []), *(f"without-{op}" for op in without)]
+        )
         self.name = f"{name}@{bucket}" if bucket else name
 
     def missing(self, target: Target) -> str | None:
@@ -155,18 +165,25 @@ def on_host(constants: dict[str, torch.Tensor], originals: dict[str, torch.Tenso
 
 
 def gpu_engines(
-    gpu: Gpu, optimised: Lowerable, source: Lowerable | None, fixed: Sequence[tuple[int, Lowerable]]
+    gpu: Gpu,
+    optimised: Mapping[str, Lowerable],
+    source: Lowerable | None,
+    fixed: Sequence[tuple[int, list[torch.Tensor]]],
 ) -> list[tuple[Engine, Lowerable]]:
-    """The engines in the order in which ties go. `source` is the graph as it came; without it bad ids are guarded in the
-    graph, and nothing is counted. `fixed` are the optimised graph's inputs at batch sizes to build for alone."""
+    """The engines in the order in which ties go. `optimised` are the graphs to build, by label; `source` is the graph as
+    it came; without it bad ids are guarded in the graph, and nothing is counted. `fixed` are batch sizes to build for
+    alone, and inputs of those."""
     count = source is not None
     offered: list[tuple[Engine, Lowerable]] = []
-    for without in choices(optional_twins(optimised.graph)):
-        offered.append((CudaInductor(gpu, True, count, None, without), optimised))
-        offered += [(CudaInductor(gpu, True, count, bucket, without), lowerable) for bucket, lowerable in fixed]
+    for label, lowerable in optimised.items():
+        for without in choices(optional_twins(lowerable.graph)):
+            offered.append((CudaInductor(gpu, True, count, None, without, label), lowerable))
+            for bucket, inputs in fixed:
+                alone = Lowerable(lowerable.graph, inputs, ())
+                offered.append((CudaInductor(gpu, True, count, bucket, without, label), alone))
     if source is not None:
         offered.append((CudaInductor(gpu, False, False), source))
-    return [*offered, (CudaEager(gpu), source or optimised)]
+    return [*offered, (CudaEager(gpu), source or next(iter(optimised.values())))]
 
 
 def choices(optional: Sequence[str]) -> list[tuple[str, ...]]:

@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from grc.graph.match import call_arguments, value
+from grc.graph.match import aten, call_arguments, is_op, value
 from grc.graph.rewrite import copy_graph
-
-KERNELS = (torch.float32, torch.float16, torch.bfloat16)  # the arenas that the kernels read
 
 
 def twin_of(node: fx.Node) -> Any | None:
@@ -27,7 +25,9 @@ def twin_of(node: fx.Node) -> Any | None:
     if not hasattr(module, "lists"):
         able = module.able(*(value(a) if isinstance(a, fx.Node) else a for a in given.values()))
         return module if able else None
-    return module if value(given["arena"]).dtype in KERNELS else None
+    rows = importlib.import_module("grc.kernels.rows")
+    dims = given.get("dims") or [given["dim"]]
+    return module if rows.able(value(given["arena"]), dims, given["packing"]) else None
 
 
 def optional_twins(graph: fx.GraphModule) -> list[str]:
@@ -45,7 +45,7 @@ def is_lookup(node: fx.Node) -> bool:
 
 
 def is_optional(module: Any | None) -> bool:
-    return module is not None and not hasattr(module, "lists")
+    return module is not None and not hasattr(module, "lists") and getattr(module, "OPTIONAL", True)
 
 
 def with_twins(
@@ -67,13 +67,14 @@ def with_twins(
         if module is None or (is_optional(module) and node.target._opname in without):
             continue
         given = call_arguments(node)
-        given.pop("packing", None)  # of rows in fewer bits, which no kernel here reads
-        if is_optional(module):
+        if not hasattr(module, "lists"):
             node.args, node.kwargs, node.target = tuple(given.values()), {}, module.register()
             continue
         wanted = inspect.signature(module.lists).parameters
         values = module.lists(value(given["arena"]), *(given[parameter] for parameter in list(wanted)[1:]))
         answers = len(node.target._schema.returns)  # type: ignore[union-attr]
+        if given["packing"]:
+            widen(node, answers)
         node.args = (*given.values(), edit.constant(f"{node.name}_tables", values))
         node.kwargs = {}
         node.target = module.register()
@@ -89,6 +90,18 @@ def with_twins(
     copy.graph.eliminate_dead_code()
     copy.recompile()
     return copy, counts
+
+
+def widen(node: fx.Node, answers: int) -> None:
+    """Cast the answers of a look-up of 8 or 4 bits to float32, which its readers expect: the kernel gives float16."""
+    for place in [node] if answers == 1 else list(node.users):
+        with place.graph.inserting_after(place):
+            wide = place.graph.call_function(aten.to.dtype, (place, torch.float32))
+        wide.meta = dict(place.meta)
+        place.replace_all_uses_with(wide, delete_user_cb=lambda user, wide=wide: user is not wide)
+        for user in list(wide.users):
+            if is_op(user, aten.to) and user.args[1] is torch.float16:
+                user.replace_all_uses_with(place)
 
 
 class Constants:

@@ -10,36 +10,58 @@ from grc.errors import GrcError
 Precision = Literal["fp32", "bf16", "fp16", "int8", "int4", "fp8", "auto"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "int8", "int4", "fp8", "auto")
 
-BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4}
+BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "fp8": 8, "int4": 4}
+
+FIRST_FP8 = 89  # compute capability
 
 # What each precision allows, the smallest first. "At most this precision": what the budget refuses goes one step up. int4 is
-# a format of tables; layers beside them are int8. On a GPU what is not in half precision stays in float32.
-LAYERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "cpu": {
-        "bf16": ("bf16",),
-        "int8": ("int8", "bf16"),
-        "int4": ("int8", "bf16"),
-        "auto": ("int8", "bf16"),
+# a format of tables; layers beside them are int8. Attention has no weights to make smaller: on a GPU its operands are.
+FORMATS: Mapping[str, Mapping[str, Mapping[str, tuple[str, ...]]]] = {
+    "layer": {
+        "cpu": {
+            "bf16": ("bf16",),
+            "int8": ("int8", "bf16"),
+            "int4": ("int8", "bf16"),
+            "auto": ("int8", "bf16"),
+        },
+        "cuda": {
+            "bf16": ("bf16",),
+            "fp16": ("fp16",),
+            "int8": ("int8", "fp16"),
+            "int4": ("int8", "fp16"),
+            "fp8": ("fp8", "fp16"),
+            "auto": ("int8", "fp16"),
+        },
     },
-    "cuda": {"bf16": ("bf16",), "fp16": ("fp16",), "auto": ("fp16",)},
-}
-TABLES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "cpu": {
-        "bf16": ("bf16",),
-        "fp16": ("fp16",),
-        "int8": ("int8", "fp16"),
-        "int4": ("int4", "int8", "fp16"),
-        "auto": ("int4", "int8", "fp16"),
+    "table": {
+        "cpu": {
+            "bf16": ("bf16",),
+            "fp16": ("fp16",),
+            "int8": ("int8", "fp16"),
+            "int4": ("int4", "int8", "fp16"),
+            "auto": ("int4", "int8", "fp16"),
+        },
+        "cuda": {
+            "bf16": ("bf16",),
+            "fp16": ("fp16",),
+            "int8": ("int8", "fp16"),
+            "int4": ("int4", "int8", "fp16"),
+            "fp8": ("fp16",),
+            "auto": ("int4", "int8", "fp16"),
+        },
     },
-    "cuda": {"bf16": ("bf16",), "fp16": ("fp16",), "auto": ("fp16",)},
+    "attention": {
+        "cpu": {},
+        "cuda": {"bf16": ("bf16",), **dict.fromkeys(("fp16", "int8", "int4", "fp8", "auto"), ("fp16",))},
+    },
 }
 
 
-def check_precision(precision: str, device: str) -> None:
-    """Raise GrcError for a precision that does not exist, or that has no kernels on this device."""
+def check_precision(precision: str, device: str, gpu: str | None = None) -> None:
+    """Raise GrcError for a precision that does not exist, or that this device (a GPU by its name, "sm_90") does not have."""
     if precision not in PRECISIONS:
         raise GrcError(f"there is no precision {precision}", f"choose one of {', '.join(PRECISIONS)}")
     if device == "cpu" and precision == "fp8":
         raise GrcError("no CPU has fp8", "choose --precision int8 or bf16, or --device cuda")
-    if device == "cuda" and precision in ("int8", "int4", "fp8"):
-        raise GrcError(f"--precision {precision} has no kernels for a GPU so far", "choose --precision fp16 or bf16")
+    if precision == "fp8" and gpu is not None and int(gpu[3:]) < FIRST_FP8:
+        raise GrcError(f"{gpu} has no fp8, which begins with sm_{FIRST_FP8}", "choose --precision int8 or fp16")

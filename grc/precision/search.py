@@ -13,9 +13,9 @@ from torch import Tensor, fx
 
 from grc.errors import GrcError
 from grc.precision.calibration import ROWS, Calibration
-from grc.precision.formats import BITS, LAYERS, TABLES
+from grc.precision.formats import BITS, FORMATS
 from grc.precision.quality import Limit, Truth, inside, lost
-from grc.precision.sites import LAYER, TABLE, Site
+from grc.precision.sites import TABLE, Site
 from grc.precision.trial import Rounded, Trial
 from grc.report.summary import size
 from grc.runtime.weights import write_weights
@@ -179,7 +179,7 @@ class Search:
         return outcome
 
     def options(self, site: Site) -> tuple[str, ...]:
-        return (LAYERS if site.kind == LAYER else TABLES)[self.device].get(self.precision, ())
+        return FORMATS[site.kind][self.device].get(self.precision, ())
 
     def nothing(self, site: Site) -> str:
         return f"{self.precision} has no format for a {site.kind}"
@@ -219,15 +219,18 @@ class Search:
         return formats, reasons
 
     def one_format_an_arena(self, formats: dict[str, str], reasons: dict[str, str]) -> None:
-        """On a GPU an arena is one tensor: its tables go down together, or not at all."""
+        """On a GPU the kernels read all rows of an arena alike: its tables take the widest of their formats."""
         arenas: dict[str, list[Site]] = {}
         for site in self.sites:
             if site.kind == TABLE:
                 arenas.setdefault(site.arena, []).append(site)
         for own in arenas.values():
-            if len({formats.get(site.name, "fp32") for site in own}) > 1:
-                for site in own:
-                    if formats.pop(site.name, None) is not None:
+            widest = max((formats.get(site.name, "fp32") for site in own), key=lambda form: BITS[form])
+            for site in own:
+                if site.name in formats and formats[site.name] != widest:
+                    formats[site.name] = widest
+                    if widest == "fp32":
+                        del formats[site.name]
                         reasons[site.name] = "another table of its arena stays in float32"
 
     def verified(self, formats: Mapping[str, str], outcome: Lowered) -> str | None:

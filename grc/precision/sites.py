@@ -1,4 +1,7 @@
-"""Sites: the tables and layers of a graph that may be kept in fewer bits, each under the name of its weight."""
+"""Sites: the tables, layers and attentions of a graph that may be kept in fewer bits, each under the name of its weight.
+
+An attention has none, and goes by its place in the graph.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,13 @@ from torch import fx
 
 from grc.graph.cost import rows_per_sample
 from grc.graph.match import aten, attribute, call_arguments, is_op, value
+from grc.kernels import ATTENTION as ATTENTION_OP
 from grc.kernels import BAG_DOT, BAG_FM, CROSS, LOOKUP, SCORE_TOPK
 from grc.kernels.lookup.row_formats import row_bytes
 from grc.kernels.quantised_linear import MAX_DEPTH
 from grc.precision.formats import BITS
 
-LAYER, TABLE = "layer", "table"
+LAYER, TABLE, ATTENTION = "layer", "table", "attention"
 LOOKUPS = tuple(op.overload for op in (LOOKUP, BAG_DOT, BAG_FM))
 
 
@@ -48,9 +52,11 @@ class Site:
 
 
 def find_sites(graph: fx.GraphModule) -> list[Site]:
-    """Every float32 layer of a constant weight, in the order of the graph, then every table."""
+    """Every float32 layer of a constant weight and attention, in the order of the graph, then every table."""
     found: dict[str, Site] = {}
     for node in graph.graph.nodes:
+        if node.target is ATTENTION_OP.overload and value(node).dtype is torch.float32:
+            found[node.name] = Site(node.name, ATTENTION, [node], 0, attention_work(node))
         weight = layer_weight(node)
         tensor = attribute(graph, weight)
         if tensor is None or tensor.dim() != 2 or tensor.dtype is not torch.float32:
@@ -65,6 +71,13 @@ def find_sites(graph: fx.GraphModule) -> list[Site]:
         if node.target is SCORE_TOPK.overload:
             site.reason = "its scores are ranked in float32"
     return [*found.values(), *tables(graph)]
+
+
+def attention_work(node: fx.Node) -> int:
+    """Products of one row of the batch; of steps whose number varies, as if there were one."""
+    (_, n, heads, d), (_, m, *_), (*_, v) = (value(arg).shape for arg in node.args[:3])
+    steps = [size if isinstance(size, int) else 1 for size in (n, m)]
+    return math.prod(steps) * heads * (d + v)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from grc.errors import ArtifactError
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
 }  # fmt: skip
 LINE = 64  # bytes: every tensor whose size is a multiple of a cache line begins on one
 CHUNK = 1 << 26  # bytes written at a time, so that writing a table copies no table

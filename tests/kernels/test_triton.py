@@ -105,7 +105,7 @@ def test_bag_dot_follows_its_pairs_by_zeros_up_to_a_width(keep: bool) -> None:
     dense = torch.randn(len(a["ids"]), a["dims"][0]).to(DEVICE, torch.float16)
     out = run_dot(a, dense, False, False, keep)
     head = (a["arena"], a["ids"], None, None, dense, a["bases"], a["rows"], a["dims"][0], a["lengths"], 0, a["padding"])
-    wide, _ = bag_dot.register()(*head, False, False, keep, None, 24)
+    wide, _ = bag_dot.register()(*head, False, False, keep, [], None, 24)
     assert wide.shape == (len(out), 24)
     assert torch.equal(wide, torch.nn.functional.pad(out, (0, 24 - out.shape[1])))
 

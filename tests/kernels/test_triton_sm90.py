@@ -51,9 +51,11 @@ def ptx(module: Any, call: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     kernel, kwargs = seen["kernel"], dict(seen["kwargs"])
     options = {"num_warps": kwargs.pop("num_warps")}
     names = {torch.float16: "*fp16", torch.float32: "*fp32", torch.bfloat16: "*bf16"}
-    names |= {torch.int64: "*i64", torch.int32: "*i32"}
+    names |= {torch.int64: "*i64", torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8"}
+    names[torch.float8_e4m3fn] = "*fp8e4nv"
     signature, constants, attributes = {}, {}, {}
-    values = dict(zip(kernel.arg_names, seen["args"], strict=False)) | kwargs
+    given = dict(zip(kernel.arg_names, seen["args"], strict=False)) | kwargs
+    values = {name: given[name] for name in kernel.arg_names}
     for at, (parameter, value) in enumerate(values.items()):
         if isinstance(value, torch.Tensor):
             signature[parameter] = names[value.dtype]

@@ -6,12 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from grc.errors import GrcError
 from grc.graph.spec import verify
 from grc.kernels import cpp
+from grc.kernels.lookup.row_formats import ROW_FORMATS
 from grc.lowering.pack import pack_linears
 from grc.precision.apply import with_tables
 from grc.precision.calibration import Calibration, calibration_of
-from grc.precision.half import with_half
+from grc.precision.formats import FORMATS, check_precision
+from grc.precision.gpu import halved_layers, narrowed, tables_of_bytes
 from grc.precision.quality import budget
 from grc.precision.search import Search
 from grc.precision.sites import find_sites
@@ -93,14 +96,11 @@ def test_trials_of_layers_answer_as_the_packed_graph_does(form: str) -> None:
         assert torch.allclose(trial[0], packed(*inputs)[0], atol=1e-5)
 
 
-FORMATS = ("fp32", "fp16", "bf16", "int8", "int4")
-
-
-@pytest.mark.parametrize("shift", range(len(FORMATS)))
+@pytest.mark.parametrize("shift", range(len(ROW_FORMATS)))
 def test_trials_of_tables_answer_as_the_graph_of_bytes_does(shift: int, tmp_path) -> None:
     source, graph = captured(Ranker(), ranker_inputs)
     sites = find_sites(graph)
-    formats = {"users.weight": FORMATS[shift], "items.weight": FORMATS[(shift + 1) % len(FORMATS)]}
+    formats = {"users.weight": ROW_FORMATS[shift], "items.weight": ROW_FORMATS[(shift + 1) % len(ROW_FORMATS)]}
     formats = {name: form for name, form in formats.items() if form != "fp32"}
     lowered = with_tables(graph, sites, formats, tmp_path)
     assert "uint8" in str({n.meta["val"].dtype for n in lowered.graph.nodes if n.op == "get_attr"})
@@ -151,35 +151,87 @@ def test_tables_of_bags_and_of_offsets(tmp_path) -> None:
         assert not torch.equal(trial[0], graph(*inputs)[0])
 
 
-@pytest.mark.parametrize("form", ["fp16", "bf16"])
-def test_the_graph_of_halves_answers_as_the_trial_does(form: str) -> None:
-    source, graph = captured(Bags(), bag_inputs)
+class Steps(nn.Module):
+    """Attention over the steps of a history, between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Linear(16, 96), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        found = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.head(found.transpose(1, 2).flatten(2).mean(1))
+
+
+def step_inputs(batch: int) -> tuple[Tensor]:
+    return (torch.randn(batch, 6, 16, generator=torch.Generator().manual_seed(batch)),)
+
+
+def smallest(sites, precision: str) -> dict[str, str]:
+    """Every site in the smallest format that a precision has for it on a GPU."""
+    wanted = {site.name: FORMATS[site.kind]["cuda"][precision] for site in sites if site.reason is None}
+    return {name: options[0] for name, options in wanted.items() if options}
+
+
+# How far results may be from a trial, which leaves out that they are rounded to half precision.
+ROUNDED = {"fp16": 0.02, "bf16": 0.2, "int8": 0.02, "int4": 0.02, "fp8": 0.02}
+
+
+@pytest.mark.parametrize("precision", ROUNDED)
+@pytest.mark.parametrize(("model", "inputs"), [(Bags, bag_inputs), (Steps, step_inputs)])
+def test_the_graph_that_a_gpu_is_given_answers_as_the_trial_does(precision: str, model, inputs, tmp_path) -> None:
+    source, graph = captured(model(), inputs)
     sites = find_sites(graph)
-    formats = {site.name: form for site in sites if site.reason is None}
-    halves = with_half(graph, sites, formats)
-    verify(halves)
-    stored = {str(n.target): n.meta["val"].dtype for n in halves.graph.nodes if n.op == "get_attr"}
-    half = torch.float16 if form == "fp16" else torch.bfloat16
-    # A bag that stands alone is not a fused look-up, and offsets are ids.
-    assert {name for name, dtype in stored.items() if dtype is not half} == {"bag.weight", "offsets"}
+    formats = smallest(sites, precision)
+    tabled = with_tables(graph, sites, tables_of_bytes(sites, formats), tmp_path)
+    narrow = narrowed(tabled, sites, formats)
+    verify(narrow)
     for batch in (3, 20):
-        inputs = source.inputs(batch)
-        trial = Trial(graph, sites, formats, Rounded(graph)).answers(inputs)
-        # Results are rounded to half precision too, which a trial leaves out.
-        assert torch.allclose(trial[0], halves(*inputs)[0], atol=0.02 if form == "fp16" else 0.2)
-        assert not torch.equal(halves(*inputs)[0], graph(*inputs)[0])
+        given = source.inputs(batch)
+        trial = Trial(graph, sites, formats, Rounded(graph)).answers(given)
+        assert torch.allclose(trial[0], narrow(*given)[0], atol=ROUNDED[precision])
+        assert not torch.equal(narrow(*given)[0], graph(*given)[0])
 
 
-def test_on_a_gpu_an_arena_goes_down_together_or_not_at_all() -> None:
+@pytest.mark.parametrize(("precision", "dtypes"), [("fp16", {torch.float16}), ("bf16", {torch.bfloat16})])
+def test_halves_are_stored_as_such(precision: str, dtypes: set[torch.dtype]) -> None:
+    _, graph = captured(Steps(), step_inputs)
+    sites = find_sites(graph)
+    assert [site.kind for site in sites] == ["layer", "attention", "layer"]
+    narrow = narrowed(graph, sites, smallest(sites, precision))
+    assert {n.meta["val"].dtype for n in narrow.graph.nodes if n.op == "get_attr"} == dtypes
+    (attention,) = [n for n in narrow.graph.nodes if "attention" in str(n.target)]
+    assert {attention.meta["val"].dtype} == dtypes
+
+
+def test_layers_of_8_bits_have_a_second_form_in_halves() -> None:
+    _, graph = captured(Ranker(), ranker_inputs)
+    sites = find_sites(graph)
+    assert halved_layers(sites, {"deep.weight": "int8", "head.weight": "fp8", "users.weight": "int8"}) == {
+        "deep.weight": "fp16", "head.weight": "fp16", "users.weight": "int8"
+    }  # fmt: skip
+
+
+def test_on_a_gpu_the_tables_of_an_arena_take_the_widest_of_their_formats() -> None:
     source, graph = captured(Ranker(), ranker_inputs)
     sites = find_sites(graph)
-    tables = [site for site in sites if site.kind == "table"]
+    users, items = (site.name for site in sites if site.kind == "table")
     search = Search(graph, sites, calibration_of(source, None), budget(["max-error=0.5"]), "fp16", print, "cuda")
-    formats, reasons = {tables[0].name: "fp16", "deep.weight": "fp16"}, {}
+    formats, reasons = {users: "fp16", "deep.weight": "fp16"}, {}
     search.one_format_an_arena(formats, reasons)
     assert formats == {"deep.weight": "fp16"}
-    assert reasons == {tables[0].name: "another table of its arena stays in float32"}
+    assert reasons == {users: "another table of its arena stays in float32"}
+    mixed = {users: "int4", items: "fp16"}
+    search.one_format_an_arena(mixed, reasons)
+    assert mixed == {users: "fp16", items: "fp16"}
     assert {d.format for d in search.run().decisions} == {"fp16"}
+
+
+def test_a_gpu_without_fp8_is_named() -> None:
+    check_precision("fp8", "cuda", "sm_90")
+    with pytest.raises(GrcError, match="sm_80 has no fp8, which begins with sm_89"):
+        check_precision("fp8", "cuda", "sm_80")
 
 
 def test_calibration_names_an_id_that_its_table_lacks() -> None:

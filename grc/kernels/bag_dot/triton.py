@@ -10,20 +10,20 @@ import torch
 from torch.library import triton_op, wrap_triton
 
 from grc.kernels.rows import (
+    INT4,
     NO_PADDING,
+    answer_dtype,
     bag,
     check,
     columns,
     fetch,
-    pitches,
+    layout,
     pool,
-    starts,
     strides,
     table,
     tell,
     tl,
     triton,
-    vector,
 )
 
 
@@ -82,13 +82,16 @@ def config(batch: int | torch.SymInt, features: int, dim: int, dtype: torch.dtyp
 def bag_dot_kernel(  # type: ignore[no-untyped-def]
     arena, ids, offsets, weights, dense, tables, out, counter, B, V,
     id_row, id_step, weight_row, weight_step, dense_row, dense_step,
-    F: tl.constexpr, D: tl.constexpr, PITCH: tl.constexpr, VEC: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr,
+    F: tl.constexpr, D: tl.constexpr, PITCH: tl.constexpr, SCALE: tl.constexpr, ALIGN: tl.constexpr, FORM: tl.constexpr,
+    PAIRS: tl.constexpr, WIDTH: tl.constexpr,
     DENSE: tl.constexpr, IN_PLACE: tl.constexpr, KEEP: tl.constexpr, UPPER: tl.constexpr, DIAGONAL: tl.constexpr,
     ONE: tl.constexpr, JAGGED: tl.constexpr, WEIGHTED: tl.constexpr, PADDED: tl.constexpr, POOLING: tl.constexpr,
     P: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     N: tl.constexpr = F + DENSE
     HEAD: tl.constexpr = D if KEEP else 0
+    # Columns of 4 bits that share a byte: a product of rows is the sum of that of their first and of their second ones.
+    SHARED: tl.constexpr = 2 if FORM == 4 else 1
     n = tl.arange(0, P)
     feature = n - DENSE
     known = (feature >= 0) & (feature < F)
@@ -119,38 +122,47 @@ def bag_dot_kernel(  # type: ignore[no-untyped-def]
             first = tl.load(tables + 3 * F + feature, mask=known, other=0)
             count = tl.load(tables + 4 * F + feature, mask=known, other=0)
         gram = tl.zeros([P, P], tl.float32)
-        for left in tl.static_range(0, D, BLOCK):
-            column = left + tl.arange(0, BLOCK)
-            inside = column < D
-            if ONE and (IN_PLACE or not DENSE):
-                offset = tl.multiple_of(start + index * PITCH, VEC)
-                place = arena + offset[:, None] + column[None, :]
-                if DENSE:
-                    # The dense row is one more row to fetch, so that nothing stands between the loads and the product.
-                    place = tl.where(i == 0, (dense + sample * dense_row + column)[None, :], place)
-                    tile = tl.load(place, mask=(sound | (n == 0))[:, None] & inside[None, :], other=0.0)
+        for step in tl.static_range(0, D, BLOCK * SHARED):
+            for part in tl.static_range(SHARED):
+                left = step // SHARED
+                inner = left + tl.arange(0, BLOCK)
+                column = inner * SHARED + part
+                inside = inner < D // SHARED
+                if ONE and FORM == 0 and (IN_PLACE or not DENSE):
+                    offset = tl.multiple_of(start + index * PITCH, ALIGN)
+                    place = arena + offset[:, None] + column[None, :]
+                    if DENSE:
+                        # The dense row is one more row to fetch: nothing stands between the loads and the product.
+                        place = tl.where(i == 0, (dense + sample * dense_row + column)[None, :], place)
+                        tile = tl.load(place, mask=(sound | (n == 0))[:, None] & inside[None, :], other=0.0)
+                    else:
+                        tile = tl.load(place, mask=sound[:, None] & inside[None, :], other=0.0)
                 else:
-                    tile = tl.load(place, mask=sound[:, None] & inside[None, :], other=0.0)
-            else:
-                if ONE:
-                    tile = fetch(arena, start, index, rows, PITCH, wanted, column, inside, VEC)
-                else:
-                    pooled, met = pool(
-                        arena, ids, weights, sample * id_row + first * id_step, id_step,
-                        sample * weight_row + first * weight_step, weight_step, count,
-                        start, rows, PITCH, padding, column, inside,
-                        P, BLOCK, VEC, POOLING, PADDED, WEIGHTED, 1,
-                    )  # fmt: skip
-                    tile = pooled.to(arena.dtype.element_ty)
-                    if left == 0:
-                        bad += met
-                if DENSE:
+                    if ONE:
+                        found = fetch(
+                            arena, start, index, rows, PITCH, SCALE, wanted, left, D // SHARED, BLOCK, ALIGN, FORM, part
+                        )
+                        tile = found.to(out.dtype.element_ty)
+                    else:
+                        pooled, met = pool(
+                            arena, ids, weights, sample * id_row + first * id_step, id_step,
+                            sample * weight_row + first * weight_step, weight_step, count,
+                            start, rows, PITCH, SCALE, padding, left, D // SHARED,
+                            P, BLOCK, ALIGN, FORM, part, POOLING, PADDED, WEIGHTED, 1,
+                        )  # fmt: skip
+                        tile = pooled.to(out.dtype.element_ty)
+                        if step + part == 0:
+                            bad += met
+                    if DENSE:
+                        head = tl.load(dense + sample * dense_row + column * dense_step, mask=inside, other=0.0)
+                        if FORM > 0:  # row 0 holds zeros; a choice takes elements one by one, a product two at once
+                            tile += (i == 0).to(tl.float16) * head.to(tl.float16)[None, :]
+                        else:
+                            tile = tl.where(i == 0, head.to(out.dtype.element_ty)[None, :], tile)
+                if KEEP:
                     head = tl.load(dense + sample * dense_row + column * dense_step, mask=inside, other=0.0)
-                    tile = tl.where(i == 0, head.to(arena.dtype.element_ty)[None, :], tile)
-            if KEEP:
-                head = tl.load(dense + sample * dense_row + column * dense_step, mask=inside, other=0.0)
-                tl.store(line + column, head.to(arena.dtype.element_ty), mask=inside)
-            gram = tl.dot(tile, tl.trans(tile), gram, input_precision=PRECISION)
+                    tl.store(line + column, head.to(out.dtype.element_ty), mask=inside)
+                gram = tl.dot(tile, tl.trans(tile), gram, input_precision=PRECISION)
         tl.store(line + pair, gram.to(out.dtype.element_ty), mask=chosen)
         if REST > 0:
             beyond = tl.arange(0, REST)
@@ -167,12 +179,15 @@ def lists(
     arena: torch.Tensor,
     bases: Sequence[int],
     rows: Sequence[int],
+    dim: int,
     lengths: Sequence[int],
     padding: Sequence[int],
+    packing: Sequence[int] | None = None,
 ) -> tuple[int, ...]:
     """What the kernel reads of each feature: its `tables`."""
     sizes = lengths or [0] * len(bases)
-    return (*starts(arena, bases), *rows, *padding, *columns(sizes), *sizes)
+    start = layout(arena, bases, [dim] * len(bases), packing).start
+    return (*start, *rows, *padding, *columns(sizes), *sizes)
 
 
 def bag_dot(
@@ -190,16 +205,18 @@ def bag_dot(
     upper: bool,
     diagonal: bool,
     keep_dense: bool,
+    packing: list[int] | None = None,
     tables: torch.Tensor | None = None,
     width: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All pairs of T = [dense; pooled rows]: [B, pairs], or [B, dim + pairs] if keep_dense (DLRM; Naumov et al. 2019),
     and how many ids are outside of their tables (int64, 0-dim).
 
-    arena [R, dim] or [E], float32, float16 or bfloat16; ids [B, sum(lengths)] of any strides, or [V] with offsets
-    [F * B + 1]; dense [B, dim]. The strict lower triangle in row-major order, or with `upper` the upper one, with
-    `diagonal` the diagonal too. Sums in float32; pooled rows are rounded to the arena's dtype, as in plain torch; a
-    float32 result is within TF32X3 of |T| @ |T|^T. Ids outside their table read nothing and count as rows of zeros.
+    arena [R, dim] or [E], float32, float16 or bfloat16, or bytes with their `packing`, all of 8 or all of 4 bits, which
+    give float16; ids [B, sum(lengths)] of any strides, or [V] with offsets [F * B + 1]; dense [B, dim]. The strict lower
+    triangle in row-major order, or with `upper` the upper one, with `diagonal` the diagonal too. Sums in float32; pooled
+    rows are rounded to the answer's dtype, as in plain torch; a float32 result is within TF32X3 of |T| @ |T|^T. Ids
+    outside their table read nothing and count as rows of zeros.
     `tables` are this call's `lists` on the device; without them they are made here. With `width`, columns of zeros follow
     up to it: rows that begin on 16 bytes are stored, and read by a product, in whole vectors. Raises LoweringError for an
     arena whose rows are not contiguous and for weights with a pooling other than sum.
@@ -207,32 +224,33 @@ def bag_dot(
     check(arena, weights, pooling)
     count = len(bases)
     batch = ids.shape[0] if offsets is None else (offsets.shape[0] - 1) // count
-    pitch, start = pitches(arena, [dim]), starts(arena, bases)
-    choice = config(batch, count, dim, arena.dtype)
+    form, _, pitch, scale, _, align = layout(arena, bases, [dim] * count, packing)
+    dtype = answer_dtype(arena)
+    choice = config(batch, count, dim, dtype)
     has_dense = dense is not None
     keep = keep_dense and has_dense
     nodes = count + has_dense
     pairs = nodes * (nodes + 1 if diagonal else nodes - 1) // 2
     head = dim if keep else 0
     width = max(width, pairs + head)
-    out, counter = arena.new_empty(batch, width), ids.new_zeros((), dtype=torch.int64)
+    out, counter = arena.new_empty(batch, width, dtype=dtype), ids.new_zeros((), dtype=torch.int64)
     id_row, id_step = strides(ids)
     weight_row, weight_step = (0, 0) if weights is None else strides(weights)
     dense_row, dense_step = (0, 0) if dense is None else strides(dense)
     if tables is None:
-        tables = table(lists(arena, bases, rows, lengths, padding), arena.device)
+        tables = table(lists(arena, bases, rows, dim, lengths, padding, packing), arena.device)
     wrap_triton(bag_dot_kernel)[(torch.sym_min(batch, choice.programs),)](
         arena, ids, ids if offsets is None else offsets.contiguous(), arena if weights is None else weights,
         arena if dense is None else dense, tables, out, counter, batch, ids.shape[0],
         id_row, id_step, weight_row, weight_step, dense_row, dense_step,
-        F=count, D=dim, PITCH=pitch[0], VEC=vector(arena, dim, *pitch, *start), PAIRS=pairs, WIDTH=width,
+        F=count, D=dim, PITCH=pitch[0], SCALE=scale[0], ALIGN=align, FORM=form, PAIRS=pairs, WIDTH=width,
         DENSE=int(has_dense), KEEP=keep, UPPER=upper, DIAGONAL=diagonal,
         IN_PLACE=dense is not None and dense.dtype == arena.dtype and dense_step == 1,
         ONE=offsets is None and weights is None and set(lengths) == {1},
         JAGGED=offsets is not None, WEIGHTED=weights is not None, PADDED=any(p != NO_PADDING for p in padding),
         POOLING=pooling, P=square(nodes), REST=triton.next_power_of_2(width - head - pairs) if width > head + pairs else 0,
-        BLOCK=max(16, min(choice.block, triton.next_power_of_2(dim))), STAGES=choice.stages,
-        PRECISION=FLOAT32 if arena.dtype == torch.float32 else "ieee", num_warps=choice.warps,
+        BLOCK=max(16, min(choice.block, triton.next_power_of_2(dim // (2 if form == INT4 else 1)))), STAGES=choice.stages,
+        PRECISION=FLOAT32 if dtype == torch.float32 else "ieee", num_warps=choice.warps,
     )  # fmt: skip
     return out, counter
 

@@ -10,7 +10,7 @@ import torch
 from torch.library import triton_op, wrap_triton
 
 from grc.errors import LoweringError
-from grc.kernels.rows import NO_PADDING, check, fetch, pitches, starts, strides, table, tell, tl, triton, vector
+from grc.kernels.rows import NO_PADDING, answer_dtype, check, fetch, layout, strides, table, tell, tl, triton
 
 
 class Config(NamedTuple):
@@ -36,7 +36,8 @@ def config(batch: int | torch.SymInt, features: int, dim: int, dtype: torch.dtyp
 @triton.jit
 def bag_fm_kernel(  # type: ignore[no-untyped-def]
     arena, linear, ids, tables, rows_out, fm_out, counter, B, id_row, id_step,
-    F: tl.constexpr, D: tl.constexpr, PITCH: tl.constexpr, LINEAR_PITCH: tl.constexpr, VEC: tl.constexpr,
+    F: tl.constexpr, D: tl.constexpr, PITCH: tl.constexpr, SCALE: tl.constexpr, FORM: tl.constexpr, ALIGN: tl.constexpr,
+    LINEAR_PITCH: tl.constexpr,
     LINEAR: tl.constexpr, PADDED: tl.constexpr,
     P: tl.constexpr, BLOCK: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
@@ -57,7 +58,8 @@ def bag_fm_kernel(  # type: ignore[no-untyped-def]
         for at in tl.static_range(0, D, BLOCK):
             column = at + tl.arange(0, BLOCK)
             inside = column < D
-            tile = fetch(arena, start, index, rows, PITCH, wanted, column, inside, VEC)
+            found = fetch(arena, start, index, rows, PITCH, SCALE, wanted, at, D, BLOCK, ALIGN, FORM, 2)
+            tile = found.to(rows_out.dtype.element_ty)
             place = sample * (F * D) + feature[:, None] * D + column[None, :]
             tl.store(rows_out + place, tile, mask=live[:, None] & inside[None, :])
             wide = tile.to(tl.float32)
@@ -72,9 +74,16 @@ def bag_fm_kernel(  # type: ignore[no-untyped-def]
     tell(bad, counter)
 
 
-def lists(arena: torch.Tensor, bases: Sequence[int], rows: Sequence[int], padding: Sequence[int]) -> tuple[int, ...]:
+def lists(
+    arena: torch.Tensor,
+    bases: Sequence[int],
+    rows: Sequence[int],
+    dim: int,
+    padding: Sequence[int],
+    packing: Sequence[int] | None = None,
+) -> tuple[int, ...]:
     """What the kernel reads of each feature: its `tables`."""
-    return (*starts(arena, bases), *rows, *padding, *bases)
+    return (*layout(arena, bases, [dim] * len(bases), packing).start, *rows, *padding, *bases)
 
 
 def bag_fm(
@@ -85,32 +94,35 @@ def bag_fm(
     rows: list[int],
     dim: int,
     padding: list[int],
+    packing: list[int] | None = None,
     tables: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rows [B, F * dim], their factorisation machine [B, 1] (Rendle 2010; DeepFM, Guo et al. 2017), and how many ids are
     outside of their tables (int64, 0-dim).
 
-    arena [R, dim], float32, float16 or bfloat16; linear [R] or [R, 1]; ids [B, F] of any strides, int32 or int64. The
+    arena [R, dim], float32, float16 or bfloat16, or bytes with their `packing`, all of 8 or all of 4 bits, which give
+    float16; linear [R] or [R, 1]; ids [B, F] of any strides, int32 or int64. The
     sums are taken in float32. Ids outside their table read nothing and count as zeros. `tables` are this call's `lists`
     on the device; without them they are made here. Raises LoweringError for an arena whose rows are not contiguous, and
     for linear weights beside a 1-D arena, whose bases don't count rows.
     """
     check(arena, None, 0)
-    if linear is not None and arena.dim() != 2:
+    if linear is not None and arena.dim() != 2 and not packing:
         raise LoweringError("linear weights are numbered by rows, and a 1-D arena counts elements", "use a 2-D arena")
     count = len(bases)
     batch = ids.shape[0]
-    pitch, start = pitches(arena, [dim]), starts(arena, bases)
-    choice = config(batch, count, dim, arena.dtype)
-    flat = arena.new_empty(batch, count * dim)
-    fm, counter = arena.new_empty(batch, 1), ids.new_zeros((), dtype=torch.int64)
+    form, _, pitch, scale, _, align = layout(arena, bases, [dim] * count, packing)
+    dtype = answer_dtype(arena)
+    choice = config(batch, count, dim, dtype)
+    flat = arena.new_empty(batch, count * dim, dtype=dtype)
+    fm, counter = arena.new_empty(batch, 1, dtype=dtype), ids.new_zeros((), dtype=torch.int64)
     id_row, id_step = strides(ids)
     if tables is None:
-        tables = table(lists(arena, bases, rows, padding), arena.device)
+        tables = table(lists(arena, bases, rows, dim, padding, packing), arena.device)
     wrap_triton(bag_fm_kernel)[(triton.cdiv(batch, choice.samples),)](
         arena, arena if linear is None else linear, ids, tables, flat, fm, counter, batch, id_row, id_step,
-        F=count, D=dim, PITCH=pitch[0], LINEAR_PITCH=0 if linear is None else linear.stride(0),
-        VEC=vector(arena, dim, *pitch, *start), LINEAR=linear is not None,
+        F=count, D=dim, PITCH=pitch[0], SCALE=scale[0], FORM=form,
+        LINEAR_PITCH=0 if linear is None else linear.stride(0), ALIGN=align, LINEAR=linear is not None,
         PADDED=any(p != NO_PADDING for p in padding),
         P=triton.next_power_of_2(count), BLOCK=min(128, triton.next_power_of_2(dim)), SAMPLES=choice.samples,
         num_warps=choice.warps,

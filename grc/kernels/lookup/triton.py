@@ -14,20 +14,20 @@ import torch
 from torch.library import triton_op, wrap_triton
 
 from grc.kernels.rows import (
+    ARENA,
     NO_PADDING,
+    answer_dtype,
     bag,
     check,
     columns,
     fetch,
-    pitches,
+    layout,
     pool,
-    starts,
     strides,
     table,
     tell,
     tl,
     triton,
-    vector,
 )
 
 
@@ -52,9 +52,14 @@ CONFIGS = (
 # or a sum of ten.
 BY_BYTES = ((1 << 22, Config(128, 4)), (1 << 62, Config(512, 8)))
 
+# Rows of 8 and 4 bits have chunks of twice the columns: the fastest there at every batch.
+PACKED = Config(128, 4)
 
-def config(batch: int | torch.SymInt, features: int, dim: int, dtype: torch.dtype) -> Config:
+
+def config(batch: int | torch.SymInt, features: int, dim: int, dtype: torch.dtype, packed: bool = False) -> Config:
     """The tile for an output [batch, features * dim]; a batch unknown while compiling counts as a large one."""
+    if packed:
+        return PACKED
     if not isinstance(batch, int):
         return BY_BYTES[-1][1]
     size = batch * features * dim * dtype.itemsize
@@ -65,9 +70,9 @@ def config(batch: int | torch.SymInt, features: int, dim: int, dtype: torch.dtyp
 def lookup_kernel(  # type: ignore[no-untyped-def]
     arena, ids, offsets, weights, tables, out, counter, B, V,
     id_row, id_step, weight_row, weight_step,
-    F: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PITCH: tl.constexpr, VEC: tl.constexpr,
+    F: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PITCH: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr,
     ONE: tl.constexpr, JAGGED: tl.constexpr, WEIGHTED: tl.constexpr, PADDED: tl.constexpr,
-    POOLING: tl.constexpr, UNROLL: tl.constexpr, CHUNKS: tl.constexpr,
+    POOLING: tl.constexpr, UNROLL: tl.constexpr, CHUNKS: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     begin = tl.program_id(0).to(tl.int64) * CHUNKS
     # 64-bit division once a program; the chunks divide small numbers by a constant.
@@ -80,20 +85,20 @@ def lookup_kernel(  # type: ignore[no-untyped-def]
         feature = chunk // COLUMNS
         column = (chunk % COLUMNS) * VEC
     else:
-        feature = tl.load(tables + 7 * F + chunk).to(tl.int32)
-        column = chunk * VEC - tl.load(tables + 6 * F + feature).to(tl.int32)
+        feature = tl.load(tables + 8 * F + chunk).to(tl.int32)
+        column = chunk * VEC - tl.load(tables + 7 * F + feature).to(tl.int32)
     leading = column == 0
-    start = tl.load(tables + feature) + column
+    ahead = column // 2 if FORM == 4 else column  # elements of the arena before this chunk of a row
+    start = tl.load(tables + feature) + ahead
+    scale = tl.load(tables + 6 * F + feature) - ahead if FORM > 0 else 0
     rows = tl.load(tables + F + feature)
     pitch = PITCH if PITCH > 0 else tl.load(tables + 2 * F + feature)
     padding = tl.load(tables + 3 * F + feature) if PADDED else 0
-    lane = tl.arange(0, VEC)
-    every = lane < VEC
     if ONE:
         index = tl.load(ids + sample * id_row + feature * id_step, mask=live, other=0).to(tl.int64)
         wanted = live & (index != padding) if PADDED else live
         bad = (wanted & ((index < 0) | (index >= rows))).to(tl.int32)
-        value = fetch(arena, start, index, rows, pitch, wanted, lane, every, VEC)
+        value = fetch(arena, start, index, rows, pitch, scale, wanted, 0, VEC, VEC, ALIGN, FORM, 2)
     else:
         if JAGGED:
             first, count = bag(offsets, feature, sample, B, V, live)
@@ -103,12 +108,12 @@ def lookup_kernel(  # type: ignore[no-untyped-def]
         value, bad = pool(
             arena, ids, weights, sample * id_row + first * id_step, id_step,
             sample * weight_row + first * weight_step, weight_step, count,
-            start, rows, pitch, padding, lane, every,
-            CHUNKS, VEC, VEC, POOLING, PADDED, WEIGHTED, UNROLL,
+            start, rows, pitch, scale, padding, 0, VEC,
+            CHUNKS, VEC, ALIGN, FORM, 2, POOLING, PADDED, WEIGHTED, UNROLL,
         )  # fmt: skip
     tell(tl.where(leading, bad, 0), counter)  # the chunks of one row read the same ids: the first one counts them
     place = (begin + tl.arange(0, CHUNKS)) * VEC
-    tl.store(out + place[:, None] + lane[None, :], value.to(out.dtype.element_ty), mask=live[:, None])
+    tl.store(out + place[:, None] + tl.arange(0, VEC)[None, :], value.to(out.dtype.element_ty), mask=live[:, None])
 
 
 def lists(
@@ -118,15 +123,15 @@ def lists(
     dims: Sequence[int],
     lengths: Sequence[int],
     padding: Sequence[int],
+    packing: Sequence[int] | None = None,
 ) -> tuple[int, ...]:
     """What the kernel reads of each feature, and for features of different widths of each chunk: its `tables`."""
-    pitch, start = pitches(arena, dims), starts(arena, bases)
-    vec = vector(arena, *dims, *pitch, *start)
+    lies = layout(arena, bases, dims, packing)
     sizes = lengths or [0] * len(dims)
-    values = (*start, *rows, *pitch, *padding, *columns(sizes), *sizes)
+    values = (*lies.start, *rows, *lies.pitch, *padding, *columns(sizes), *sizes, *lies.scale)
     if len(set(dims)) == 1:
         return values
-    owner = [f for f, dim in enumerate(dims) for _ in range(dim // vec)]
+    owner = [f for f, dim in enumerate(dims) for _ in range(dim // lies.vec)]
     return (*values, *columns(dims), *owner)
 
 
@@ -141,12 +146,14 @@ def lookup(
     lengths: list[int],
     pooling: int,
     padding: list[int],
+    packing: list[int] | None = None,
     tables: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Look up F features in their tables, pool each bag, and concatenate: [B, sum(dims)] in the arena's dtype, and how
     many ids are outside of their tables (int64, 0-dim).
 
-    arena [R, D] or [E], float32, float16 or bfloat16; ids [B, sum(lengths)] of any strides, or [V] with offsets
+    arena [R, D] or [E], float32, float16 or bfloat16, or bytes with their `packing`, all of 8 or all of 4 bits, which give
+    float16; ids [B, sum(lengths)] of any strides, or [V] with offsets
     [F * B + 1]; int32 or int64. Ids outside their table read nothing and count as rows of zeros. `tables` are this
     call's `lists` on the device; without them they are made here. Raises LoweringError for an arena whose rows are not
     contiguous and for weights with a pooling other than sum.
@@ -154,15 +161,15 @@ def lookup(
     check(arena, weights, pooling)
     count = len(dims)
     batch = ids.shape[0] if offsets is None else (offsets.shape[0] - 1) // count
-    pitch, start = pitches(arena, dims), starts(arena, bases)
-    vec = vector(arena, *dims, *pitch, *start)
+    form, _, pitch, _, vec, align = layout(arena, bases, dims, packing)
     widths = [dim // vec for dim in dims]
     total = sum(widths)
-    choice = config(batch, count, max(dims), arena.dtype)
+    dtype = answer_dtype(arena)
+    choice = config(batch, count, max(dims), dtype, form != ARENA)
     uniform = len(set(dims)) == 1
     if tables is None:
-        tables = table(lists(arena, bases, rows, dims, lengths, padding), arena.device)
-    out, counter = arena.new_empty(batch, total * vec), ids.new_zeros((), dtype=torch.int64)
+        tables = table(lists(arena, bases, rows, dims, lengths, padding, packing), arena.device)
+    out, counter = arena.new_empty(batch, total * vec, dtype=dtype), ids.new_zeros((), dtype=torch.int64)
     id_row, id_step = strides(ids)
     weight_row, weight_step = (0, 0) if weights is None else strides(weights)
     wrap_triton(lookup_kernel)[(triton.cdiv(batch * total, choice.chunks),)](
@@ -172,6 +179,7 @@ def lookup(
         VEC=vec, ONE=offsets is None and weights is None and set(lengths) == {1},
         JAGGED=offsets is not None, WEIGHTED=weights is not None, PADDED=any(p != NO_PADDING for p in padding),
         POOLING=pooling, UNROLL=4 if offsets is not None or max(lengths) > 2 else 2, CHUNKS=choice.chunks,
+        FORM=form, ALIGN=align,
         num_warps=choice.warps,
     )  # fmt: skip
     return out, counter

@@ -12,7 +12,7 @@ from grc.errors import LoweringError
 from grc.kernels.fusion import Cost, FusedOp
 from grc.kernels.packed_linear import ACTIVATIONS
 from grc.kernels.quantised_linear.cases import CASES
-from grc.kernels.quantised_linear.panels import HALVES, MAX_DEPTH, Quantised, quantise, rounded, unpack
+from grc.kernels.quantised_linear.panels import HALVES, MAX_DEPTH, Quantised, quantise, rounded, scaled8, unpack
 
 __all__ = ["MAX_DEPTH", "QUANTISED_LINEAR", "Quantised", "quantise", "rounded", "simulated"]
 
@@ -41,7 +41,7 @@ def reference(
     if scale is None:
         y = functional.linear(x.to(torch.bfloat16).to(x.dtype), weight, bias)
     else:
-        steps, size = stepped(x)
+        steps, size = centred(x)
         y = functional.linear(steps, weight) * (size * scale[:out_features].to(x.dtype))
         y = y if bias is None else y + bias
     y = list(ACTIVATIONS.values())[activation](y)
@@ -49,10 +49,16 @@ def reference(
     return y if add is None else y + add
 
 
-def stepped(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of x as whole numbers of steps (-255..255), and the size of a step, [..., 1]. Zero is a whole number.
+def centred(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of x as whole numbers of steps from zero (-255..255), and the size of a step, [..., 1]."""
+    whole, size, zero = stepped(x)
+    return (whole - zero).to(x.dtype), size.to(x.dtype)
 
-    The steps are computed in float32, whatever the dtype of x, as the kernel does.
+
+def stepped(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of x as whole numbers of steps (0..255), the size of a step, [..., 1], and which step is zero, [..., 1].
+
+    All are float32, in which the kernel computes too. A row that holds NaN or infinity has NaN for its size.
     """
     narrow = x.float()
     low, high = narrow.amin(-1, keepdim=True).clamp(max=0.0), narrow.amax(-1, keepdim=True).clamp(min=0.0)
@@ -61,18 +67,21 @@ def stepped(x: Tensor) -> tuple[Tensor, Tensor]:
     known = torch.isfinite(size) & torch.isfinite(inverse)
     inverse = torch.where(known, inverse, 0.0)
     zero = torch.round(-low * inverse)
-    steps = (torch.round(narrow * inverse) + zero).clamp(0.0, 255.0) - zero
-    steps = torch.where(inverse == 0, torch.zeros_like(steps), steps)
-    size = torch.where(known, size, torch.where(torch.isfinite(size), 0.0, torch.nan))
-    return steps.to(x.dtype), size.to(x.dtype)
+    steps = (torch.round(narrow * inverse) + zero).clamp(0.0, 255.0)
+    steps = torch.where(inverse == 0, zero, steps)
+    return steps, torch.where(known, size, torch.where(torch.isfinite(size), 0.0, torch.nan)), zero
 
 
 def simulated(x: Tensor, weight: Tensor, bias: Tensor | None, form: str) -> Tensor:
     """What a layer in this format gives for a weight [N, K] that `rounded` brought to its values, without packing it."""
     if form in HALVES:
         return functional.linear(x.to(HALVES[form]).float(), weight, bias)
-    steps, size = stepped(x)
-    y = functional.linear(steps, weight) * size
+    if form == "fp8":
+        steps, size = scaled8(x)
+        y = functional.linear(steps.float(), weight) * size
+    else:
+        whole, size = centred(x)
+        y = functional.linear(whole, weight) * size
     return y if bias is None else y + bias
 
 

@@ -13,6 +13,7 @@ from grc.kernels.packed_linear.panels import PANEL
 
 GROUP = {torch.int8: 4, torch.bfloat16: 2}  # `kGroup` in grc/low_gemm.h: what one lane of 32 bits holds
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+LARGEST8 = 448.0  # of float8_e4m3fn
 MAX_DEPTH = 65536  # `kMaxDepth` there: 65536 products of 255 and 127 fit into 32 bits
 
 
@@ -52,10 +53,26 @@ def whole_numbers(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(weight.float() / scale[:, None]).clamp(-127, 127).to(torch.int8), scale
 
 
+def scaled8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [..., K] as float8_e4m3fn, and the size [..., 1] of its one: the largest of each row at the end of the range.
+
+    A row that holds NaN or infinity has NaN for its size.
+    """
+    narrow = rows.float()
+    size = narrow.abs().amax(-1, keepdim=True) / LARGEST8
+    inverse = torch.where(size > 0, 1.0 / size, 0.0)
+    known = torch.isfinite(size) & torch.isfinite(inverse)
+    steps = (narrow * torch.where(known, inverse, 0.0)).clamp(-LARGEST8, LARGEST8)
+    return steps.to(torch.float8_e4m3fn), torch.where(known, size, torch.where(torch.isfinite(size), 0.0, torch.nan))
+
+
 def rounded(weight: Tensor, form: str) -> Tensor:
-    """The values [N, K] that a weight has in "int8", "bf16" or "fp16", in float32."""
+    """The values [N, K] that a weight has in "int8", "fp8", "bf16" or "fp16", in float32."""
     if form in HALVES:
         return weight.to(HALVES[form]).float()
+    if form == "fp8":
+        steps, size = scaled8(weight)
+        return steps.float() * size
     whole, scale = whole_numbers(weight)
     return whole.float() * scale[:, None]
 
