@@ -15,7 +15,7 @@ import grc
 from tests.cli.session import MODEL, SERVED
 from tests.server.running import Running, running
 
-pytest.importorskip("uvicorn", reason="needs grc-compiler[serve]")
+pytest.importorskip("uvloop", reason="needs grc-compiler[serve]")
 
 # Pre- and postprocessing that can be slow and can fail, as users' own may.
 WORDS = """\

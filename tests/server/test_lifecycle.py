@@ -24,7 +24,7 @@ from tests.cli.session import edit_manifest
 from tests.server.running import Running, command, running, until
 from tests.server.test_scheduler import slow
 
-pytest.importorskip("uvicorn", reason="needs grc-compiler[serve]")
+pytest.importorskip("uvloop", reason="needs grc-compiler[serve]")
 
 DENSE = {"name": "dense", "datatype": "FP32", "shape": [1, 3], "data": [0.5, -1.0, 2.0]}
 IDS = {"name": "ids", "datatype": "INT64", "shape": [1, 2], "data": [3, 7]}

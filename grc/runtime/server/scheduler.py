@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
@@ -24,6 +25,15 @@ from grc.runtime.server.version import Version
 Tensors = list[torch.Tensor]
 
 
+class Waiter(Protocol):
+    """Who gets an answer: a future, or what behaves like one. Used on the event loop, but for `cancelled`."""
+
+    def done(self) -> bool: ...
+    def cancelled(self) -> bool: ...
+    def set_result(self, answer: Tensors, /) -> None: ...
+    def set_exception(self, error: Exception, /) -> None: ...
+
+
 @dataclass(slots=True, eq=False)
 class Work:
     """A request that waits for its answer, or has it."""
@@ -32,8 +42,9 @@ class Work:
     inputs: Tensors
     rows: int
     deadline: float
-    future: asyncio.Future[Tensors]
+    future: Waiter
     queued: float
+    call: Any = None
     started: float = 0.0
     ended: float = 0.0
     batch: int = 0
@@ -140,6 +151,17 @@ class Scheduler:
                 self.active[work.version] = line
             line.add(work, next(self.tickets))
             self.changed.notify()
+
+    def submit_all(self, works: list[Work]) -> list[tuple[Work, Refused]]:
+        """`submit` for all of them before any thread can take one. Those that were refused, and why."""
+        refused = []
+        with self.changed:
+            for work in works:
+                try:
+                    self.submit(work)
+                except Refused as error:
+                    refused.append((work, error))
+        return refused
 
     def wait(self, line: Line, rows: int) -> float:
         """Seconds until a request that comes now is answered: what runs, its own line, and as much of the others."""
