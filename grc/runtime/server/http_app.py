@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httptools
@@ -184,7 +184,7 @@ class Inference:
 
     cancelled = done
 
-    def set_result(self, answer: list[torch.Tensor]) -> None:
+    def set_result(self, answer: Sequence[torch.Tensor]) -> None:
         try:
             text, header = messages.write(self.asked, answer, self.version)
         except Exception as error:  # as above

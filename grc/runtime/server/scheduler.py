@@ -12,13 +12,14 @@ import heapq
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
 from grc.runtime.server.execute import execute
+from grc.runtime.server.packed import Packed
 from grc.runtime.server.refusal import Refused
 from grc.runtime.server.version import Version
 
@@ -30,7 +31,7 @@ class Waiter(Protocol):
 
     def done(self) -> bool: ...
     def cancelled(self) -> bool: ...
-    def set_result(self, answer: Tensors, /) -> None: ...
+    def set_result(self, answer: Sequence[torch.Tensor], /) -> None: ...
     def set_exception(self, error: Exception, /) -> None: ...
 
 
@@ -39,7 +40,7 @@ class Work:
     """A request that waits for its answer, or has it."""
 
     version: Version
-    inputs: Tensors
+    inputs: Packed | Tensors
     rows: int
     deadline: float
     future: Waiter
@@ -48,7 +49,7 @@ class Work:
     started: float = 0.0
     ended: float = 0.0
     batch: int = 0
-    answer: Tensors | Exception | None = None
+    answer: Sequence[torch.Tensor] | Exception | None = None
 
     def settle(self) -> None:
         if self.future.done():  # the client went away
@@ -71,9 +72,8 @@ class Line:
     groups: dict[tuple[int, ...], list[tuple[float, int, Work]]] = field(default_factory=dict)
 
     def add(self, work: Work, ticket: int) -> None:
-        merge = self.version.merge
-        alone = merge.reason is not None or not merge.fits(work.inputs)
-        key = (-1, ticket) if alone else merge.key(work.inputs, work.rows)
+        key = self.version.merge.group(work.inputs, work.rows)
+        key = (-1, ticket) if key is None else key
         heapq.heappush(self.groups.setdefault(key, []), (work.deadline, ticket, work))
         self.count += 1
         self.rows += work.rows

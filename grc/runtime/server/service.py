@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,12 +16,14 @@ from grc.runtime.server.cache import Cache
 from grc.runtime.server.features import Features, User
 from grc.runtime.server.logs import Log
 from grc.runtime.server.metrics import Metrics
+from grc.runtime.server.packed import Packed, tensors_of
 from grc.runtime.server.refusal import Refused, refusal
 from grc.runtime.server.scheduler import Scheduler, Waiter, Work
 from grc.runtime.server.settings import Settings
 from grc.runtime.server.version import Version
 
 Tensors = list[torch.Tensor]
+Answer = Sequence[torch.Tensor]
 # Each stage as metrics name it, and as the protocol's statistics do.
 STAGES = (
     ("preprocess", "compute_input"),
@@ -61,13 +63,13 @@ class Service:
         self.arrived: list[Work] = []
         self.processing = ThreadPoolExecutor(PROCESSING, thread_name_prefix="grc-processing")
 
-    async def infer(self, call: Call, version: Version, inputs: Tensors) -> Tensors:
+    async def infer(self, call: Call, version: Version, inputs: Packed) -> Answer:
         """The outputs for one request's inputs. Raises what `refusal` makes an answer of."""
         future = self.loop.create_future()
         self.start(call, version, inputs, future)
         return await future
 
-    def start(self, call: Call, version: Version, inputs: Tensors, future: Waiter) -> None:
+    def start(self, call: Call, version: Version, inputs: Packed, future: Waiter) -> None:
         """Let `future` have the outputs for one request's inputs, out of the cache where they are there."""
         if not self.answers.on:
             self.submit(call, version, inputs, future)
@@ -80,17 +82,19 @@ class Service:
         else:
             future.set_result(found)
 
-    async def compute(self, call: Call, version: Version, inputs: Tensors) -> Tensors:
+    async def compute(self, call: Call, version: Version, inputs: Tensors) -> Answer:
         future = self.loop.create_future()
         self.submit(call, version, inputs, future)
         return await future
 
-    def submit(self, call: Call, version: Version, inputs: Tensors, future: Waiter) -> None:
+    def submit(self, call: Call, version: Version, inputs: Packed | Tensors, future: Waiter) -> None:
         """Let a request wait. Those that come in one turn of the loop reach the scheduler together, and wake it once."""
-        rows = version.program.check.batch(inputs)
+        rows = inputs.rows if isinstance(inputs, Packed) else version.program.check.batch(inputs)
         if rows == 0:
             future.set_result(version.program.empty())
             return
+        if version.merge.ragged:  # how long its histories are is looked at more than once
+            inputs = tensors_of(inputs)
         now = time.monotonic()
         call.preprocess = now - call.arrived
         if not self.arrived:
@@ -200,7 +204,7 @@ class Keeping:
         self.future, self.answers, self.key = future, answers, key
         self.done, self.cancelled, self.set_exception = future.done, future.cancelled, future.set_exception
 
-    def set_result(self, answer: Tensors) -> None:
+    def set_result(self, answer: Answer) -> None:
         own = [tensor.clone() for tensor in answer]  # an answer is a view of its whole batch
         self.answers.put(self.key, own, sum(tensor.nbytes for tensor in own))
         self.future.set_result(answer)
@@ -223,11 +227,10 @@ def guarded(what: str, function: Callable[[], Any]) -> Callable[[], Any]:
     return call
 
 
-def digest(version: Version, inputs: Tensors) -> bytes:
-    found = hashlib.blake2b(f"{version.name}/{version.number}".encode(), digest_size=16)
-    for tensor in inputs:
-        found.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
-        found.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+def digest(version: Version, inputs: Packed) -> bytes:
+    found = hashlib.blake2b(f"{version.name}/{version.number}{inputs.shapes}".encode(), digest_size=16)
+    for data in inputs.data:
+        found.update(data)
     return found.digest()
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,16 @@ from grc.runtime.closeness import QUALITY, largest_error
 from grc.runtime.golden import Golden, read_golden
 from grc.runtime.processing import Processing
 from grc.runtime.program import Program
+from grc.runtime.server.cache import Cache
 from grc.runtime.server.estimate import Estimate
 from grc.runtime.server.merge import Merge
+from grc.runtime.server.packed import Packed
+from grc.runtime.server.refusal import invalid
 from grc.runtime.server.statistics import Statistics
 from grc.runtime.structure import output_names
 
 Tensors = list[torch.Tensor]
+LAYOUTS = 1 << 20  # bytes: some thousand of them
 
 
 class Version:
@@ -57,6 +63,9 @@ class Version:
         quality = self.manifest["quality"]
         self.allowed_error = max(2 * max(quality[part["engine"]] for part in self.manifest["parts"]), QUALITY)
         self.prove(golden)
+        # A client's requests of one size all begin with the same JSON, and have the same shapes: neither is read twice.
+        self.layouts = Cache(LAYOUTS, math.inf)
+        self.rows = Cache(LAYOUTS, math.inf)
         self.merge = Merge(self.manifest)
         self.prove_merging(golden)
         self.load_seconds = time.perf_counter() - start
@@ -97,7 +106,21 @@ class Version:
     def max_rows(self) -> int:
         return self.merge.max_batch
 
-    def answers_rightly(self, answer: Tensors) -> bool:
+    def packed(self, data: Mapping[int, bytes], shapes: Mapping[int, tuple[int, ...]]) -> Packed:
+        """A request's inputs, by their places. Raises Refused where one is missing, InputError where one does not fit."""
+        for name, index in self.input_index.items():
+            if index not in data:
+                raise invalid(f"the request misses input {name}; the inputs are {', '.join(self.input_index)}")
+        places = range(len(data))
+        found = Packed([data[i] for i in places], tuple(shapes[i] for i in places), self.dtypes, 0)
+        rows = self.rows.get(found.shapes)
+        if rows is None:
+            rows = self.program.check.batch(found.tensors())
+            self.rows.put(found.shapes, rows, 0)
+        found.rows = rows
+        return found
+
+    def answers_rightly(self, answer: Sequence[torch.Tensor]) -> bool:
         return largest_error(answer, self.canary.outputs) <= self.allowed_error
 
     def engines(self) -> str:
