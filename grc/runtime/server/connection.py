@@ -139,7 +139,10 @@ class Connection(asyncio.Protocol):
         if self.exchange is not None or self.waiting:
             self.waiting.append(exchange)
             self.transport.pause_reading()
-            return
+        else:
+            self.begin(exchange)
+
+    def begin(self, exchange: Exchange) -> None:
         if self.surplus and exchange.fault is None:
             exchange.fault = Refused(
                 503, f"the server has its {self.limits.max_connections} connections", "connections", 1.0
@@ -159,7 +162,7 @@ class Connection(asyncio.Protocol):
             self.loop.call_soon(self.next)
 
     def next(self) -> None:
-        self.take(self.waiting.popleft())
+        self.begin(self.waiting.popleft())
         if not self.waiting:
             self.transport.resume_reading()
 
