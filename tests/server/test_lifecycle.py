@@ -200,8 +200,9 @@ def test_a_folder_of_versions_serves_the_newest_that_is_proven(tmp_path: Path, c
         assert answer(server, "ranker")[0] == "10"
         assert server.error("/v2/models/ranker/versions/1/infer", BODY) == (
             404,
-            "model ranker has no version 1; it serves 10",
+            "model ranker does not serve version 1, though it is there; it serves 10",
         )
+        assert server.error("/v2/models/ranker/versions/4") == (404, "model ranker has no version 4; it serves 10")
         assert server.ask("/v2/models/ranker/versions/10/infer", BODY)[0] == 200
 
 

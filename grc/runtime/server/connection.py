@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httptools
 
@@ -29,13 +29,13 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, listener: Listener):
         self.listener, self.limits, self.loop = listener, listener.limits, listener.loop
-        self.parser = httptools.HttpRequestParser(self)
+        self.parser: Any = httptools.HttpRequestParser(self)
         self.exchange: Exchange | None = None  # the one that is being answered
         self.waiting: deque[Exchange] = deque()
         self.closing = False  # nothing more is read
         self.slow: asyncio.TimerHandle | None = None
         self.begun = self.headed = False
-        self.headless = 0  # bytes that came of a head that is not complete
+        self.headless = 0  # bytes of a head that is not complete, but for those that came with what was before it
 
     # What the loop tells
 
@@ -49,18 +49,18 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self.closing:
             return
+        head_before = self.begun and not self.headed
         try:
             self.parser.feed_data(data)
-        except (
-            httptools.HttpParserUpgrade
-        ):  # answered as what it also is, plain HTTP; what follows is of no known protocol
+        except httptools.HttpParserUpgrade:
+            # It was answered as what it also is, plain HTTP; what follows is of no known protocol.
             self.closing = True
         except httptools.HttpParserError as error:
             cause = error.__context__
             self.refuse(cause if isinstance(cause, Refused) else Refused(400, f"this is no HTTP: {error}", "http"))
             return
         if self.begun:
-            if not self.headed:
+            if head_before and not self.headed:
                 self.headless += len(data)
                 if self.headless > self.limits.max_head:
                     self.refuse(self.too_long())
@@ -76,6 +76,7 @@ class Connection(asyncio.Protocol):
             self.slow.cancel()
         if self.begun and self.headed:
             self.listener.cut_short()
+        self.parser = None  # it holds this object
         for exchange in (self.exchange, *self.waiting):
             if exchange is not None:
                 exchange.gone = True
@@ -87,7 +88,7 @@ class Connection(asyncio.Protocol):
         self.transport.pause_reading()
 
     def resume_writing(self) -> None:
-        if not self.waiting:
+        if not self.waiting and not self.transport.is_closing():
             self.transport.resume_reading()
 
     # What the parser tells
@@ -162,8 +163,11 @@ class Connection(asyncio.Protocol):
             self.loop.call_soon(self.next)
 
     def next(self) -> None:
-        self.begin(self.waiting.popleft())
-        if not self.waiting:
+        exchange = self.waiting.popleft()
+        if exchange.gone:
+            return
+        self.begin(exchange)
+        if not self.waiting and not self.transport.is_closing():
             self.transport.resume_reading()
 
     def finish(self, exchange: Exchange) -> None:

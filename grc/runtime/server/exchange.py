@@ -39,7 +39,7 @@ class Exchange:
 
     def answer(self, status: int, kind: bytes, body: bytes, id: bytes, more: Sequence[Header] = ()) -> None:
         """Head and body leave in one system call, so that they wake the client once."""
-        if self.gone:
+        if self.gone or self.connection.transport.is_closing():
             return
         parts = [
             LINES[status],
