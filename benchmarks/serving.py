@@ -260,7 +260,7 @@ def main() -> None:
 def served_versions() -> dict[str, str]:
     from importlib import metadata
 
-    return {**versions(), "uvicorn": metadata.version("uvicorn")}
+    return {**versions(), "uvloop": metadata.version("uvloop")}
 
 
 def keep(lines: list[str]) -> None:

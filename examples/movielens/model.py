@@ -120,8 +120,8 @@ def calibration() -> list[dict[str, Any]]:
 
 
 def assets() -> list[Path]:
-    """Files that preprocess and postprocess read: the artifact carries them."""
-    return [checkpoint() / "vocabulary.json"]
+    """Files that preprocess and postprocess read, and a request for people to begin with: the artifact carries them."""
+    return [checkpoint() / "vocabulary.json", Path(__file__).parent / "request.json"]
 
 
 def _encode(requests: list[Request]) -> Tensor:

@@ -28,6 +28,10 @@ def command(
         Literal["fused", "stages"],
         typer.Option(help="One model, or embedding_service, interaction_python and gr_trt (grc compile --stages)."),
     ] = "fused",
+    backend: Annotated[
+        Literal["auto", "python", "onnxruntime"],
+        typer.Option(help="What runs the fused model: our runtime, or Triton's own ONNX Runtime where that is enough."),
+    ] = "auto",
     name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the fused model.")] = None,
     prefix: Annotated[
         str, typer.Option(metavar="TEXT", help="Put before every model's name, for a server of several repositories.")
@@ -85,6 +89,7 @@ def command(
 
     settings = Settings(
         layout=layout,
+        backend=backend,
         name=name,
         prefix=prefix,
         version=version or 1,
@@ -123,6 +128,7 @@ def command(
             | ({"verified": vars(replayed)} if replayed else {})
         )
         return
+    put(f"  backend {written.record['backend']}: {written.record['backend_reason']}")
     put(f"  {output}   clients call {written.entry}   {proven(replayed)}")
     put(f"  try: {output}/run_server.sh")
 

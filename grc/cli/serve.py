@@ -17,7 +17,7 @@ EXAMPLES = (
     "grc serve versions/dlrm                          a folder of versions: versions/dlrm/1, versions/dlrm/2, …",
     "curl -d @request.json localhost:8000/v2/models/films/recommend",
 )
-MB = 1 << 20
+KB, MB = 1 << 10, 1 << 20
 
 
 def command(
@@ -47,6 +47,10 @@ def command(
         float, typer.Option(metavar="S", min=0.001, help="Seconds for a request that names no time of its own.")
     ] = 10.0,
     max_body: Annotated[int, typer.Option(metavar="MB", min=1, help="Size of a request.")] = 64,
+    max_head: Annotated[int, typer.Option(metavar="KB", min=1, help="Size of a request's line and headers.")] = 64,
+    max_connections: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Connections over HTTP; requests of more are refused.")
+    ] = 4096,
     max_depth: Annotated[
         int, typer.Option(metavar="N", min=1, help="How deep the JSON of a request for recommendations may nest.")
     ] = 32,
@@ -98,6 +102,8 @@ def command(
         max_queue=max_queue,
         timeout=timeout,
         max_body=max_body * MB,
+        max_head=max_head * KB,
+        max_connections=max_connections,
         max_depth=max_depth,
         body_timeout=body_timeout,
         feature_cache=feature_cache * MB,

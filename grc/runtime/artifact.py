@@ -173,12 +173,7 @@ def writing(output: Path, force: bool, marker: str = MANIFEST, what: str = "grc 
             )
     partial = output.parent / f".{output.name}.{os.getpid()}.partial"
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-    except OSError as error:
-        reason = f"{error.filename} is no folder" if isinstance(error, FileExistsError) else error.strerror
-        raise ArtifactError(f"can't write {output}: {reason}", "choose another -o") from error
-    try:
+        make(partial, output)
         yield partial
         old = output.parent / f".{output.name}.{os.getpid()}.old"
         if output.exists():
@@ -189,5 +184,15 @@ def writing(output: Path, force: bool, marker: str = MANIFEST, what: str = "grc 
         raise ArtifactError(
             f"can't write {output}: {error.strerror}", "free some space, or choose another -o"
         ) from error
-    finally:
+    finally:  # also of a signal that comes as soon as the folder is there
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def make(partial: Path, output: Path) -> None:
+    """Raises ArtifactError where the folder can't be made."""
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+    except OSError as error:
+        reason = f"{error.filename} is no folder" if isinstance(error, FileExistsError) else error.strerror
+        raise ArtifactError(f"can't write {output}: {reason}", "choose another -o") from error

@@ -21,7 +21,7 @@ EXPORTED = importlib.util.find_spec(triton_server.EXPORT) is not None
 
 
 def test_help_names_every_flag_of_the_settings(grc: Grc) -> None:
-    pytest.importorskip("uvicorn", reason="needs grc-compiler[serve]")
+    pytest.importorskip("uvloop", reason="needs grc-compiler[serve]")
     from dataclasses import fields
 
     from grc.runtime.server.settings import Settings
@@ -33,16 +33,17 @@ def test_help_names_every_flag_of_the_settings(grc: Grc) -> None:
 
 
 def test_defaults_are_those_of_the_settings() -> None:
-    pytest.importorskip("uvicorn", reason="needs grc-compiler[serve]")
+    pytest.importorskip("uvloop", reason="needs grc-compiler[serve]")
     import inspect
     from dataclasses import fields
 
-    from grc.cli.serve import MB, command
+    from grc.cli.serve import KB, MB, command
     from grc.runtime.server.settings import Settings
 
     flags = {name: p.default for name, p in inspect.signature(command).parameters.items()}
+    units = {"max_body": MB, "max_head": KB}
     for field in fields(Settings):
-        own = flags[field.name] * (MB if field.name == "max_body" else 1) if flags[field.name] is not None else None
+        own = flags[field.name] * units[field.name] if field.name in units else flags[field.name]
         assert own == field.default, field.name
 
 
@@ -97,17 +98,17 @@ def test_without_its_packages_it_says_what_to_install(
 
     for name in [name for name in sys.modules if name.startswith("grc.runtime.server")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.setitem(sys.modules, "uvloop", None)
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     ran = grc("serve", artifact, "--server", "own")
     assert (ran.told[1:], ran.code) == (
-        ["error: grc serve needs uvicorn", "hint: pip install 'grc-compiler[serve]'"],
+        ["error: grc serve needs uvloop", "hint: pip install 'grc-compiler[serve]'"],
         1,
     )
 
 
 def test_a_damaged_artifact_is_refused(grc: Grc, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("uvicorn", reason="needs grc-compiler[serve]")
+    pytest.importorskip("uvloop", reason="needs grc-compiler[serve]")
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     (artifact / "parts" / "eager.json").unlink()
     refused(
@@ -125,7 +126,7 @@ def test_the_real_tritonserver_answers(compiled: tuple[Path, object], tmp_path: 
         pytest.skip(reason)
     from tests.server.test_lifecycle import BODY
 
-    pytest.importorskip("uvicorn", reason="needs grc-compiler[serve]")
+    pytest.importorskip("uvloop", reason="needs grc-compiler[serve]")
     from grc.runtime.server.ports import free_port
 
     port = free_port("127.0.0.1", 0, "--port")

@@ -12,7 +12,7 @@ import pytest
 import grc
 from tests.server.running import Running, running
 
-pytest.importorskip("uvicorn", reason="needs grc-compiler[serve]")
+pytest.importorskip("uvloop", reason="needs grc-compiler[serve]")
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "movielens"
 

@@ -15,7 +15,7 @@ import grc
 from tests.cli.session import MODEL, SERVED
 from tests.server.running import Running, running
 
-pytest.importorskip("uvicorn", reason="needs grc-compiler[serve]")
+pytest.importorskip("uvloop", reason="needs grc-compiler[serve]")
 
 # Pre- and postprocessing that can be slow and can fail, as users' own may.
 WORDS = """\
@@ -74,7 +74,8 @@ def forget_model_files() -> None:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served")
     (folder / "tiny.py").write_text(MODEL)
-    (folder / "served.py").write_text(SERVED)
+    (folder / "served.py").write_text(SERVED + '\nassets = ["request.json"]\n')
+    (folder / "request.json").write_text('{"dense": [0.5, -1.0, 2.0], "user": 3, "item": 7}')
     (folder / "words.py").write_text(WORDS)
     return folder
 

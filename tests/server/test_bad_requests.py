@@ -340,9 +340,11 @@ def test_a_body_cut_short_harms_nobody(server: Running) -> None:
 
 
 def test_what_is_no_http_is_refused(server: Running) -> None:
-    assert raw(server, b"hello\r\n\r\n").startswith(b"HTTP/1.1 400 Bad Request")
-    (told, *_) = [event for event in server.events() if event.get("logger") == "uvicorn.error"]
-    assert (told["level"], told["message"]) == ("warning", "Invalid HTTP request received.")
+    answer = raw(server, b"hello\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 400 Bad Request\r\n") and b"\r\nconnection: close\r\n" in answer
+    (told, *_) = [event for event in server.events() if event.get("reason") == "http"]
+    assert (told["level"], told["message"]) == ("warning", "this is no HTTP: Invalid method encountered")
+    assert answer.endswith(b'{"error":"this is no HTTP: Invalid method encountered"}')
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))

@@ -1,64 +1,179 @@
-"""An answer's head and body leave in one system call, in order, and before the connection closes."""
+"""A connection as clients use it, well and badly: every request is answered in its turn, or refused by name."""
 
 from __future__ import annotations
 
-import asyncio
-from typing import Any
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
+from tests.server.running import Running, running, until
+
 pytest.importorskip("httptools", reason="needs grc-compiler[serve]")
 
-from grc.runtime.server.connection import Joined
+LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+INFER = "/v2/models/tiny/infer"
+ROW = {
+    "inputs": [
+        {"name": "dense", "datatype": "FP32", "shape": [1, 3], "data": [0.5, -1.0, 2.0]},
+        {"name": "ids", "datatype": "INT64", "shape": [1, 2], "data": [3, 7]},
+    ]
+}
 
 
-class Transport:
-    """Remembers what reached it, call by call."""
-
-    def __init__(self) -> None:
-        self.calls: list[Any] = []
-        self.closing = False
-
-    def writelines(self, parts: list[bytes]) -> None:
-        self.calls.append(b"".join(parts))
-
-    def close(self) -> None:
-        self.calls.append("close")
-        self.closing = True
-
-    def is_closing(self) -> bool:
-        return self.closing
-
-    def get_extra_info(self, name: str) -> str:
-        return f"the {name}"
+def post(path: str, body: object, *headers: str) -> bytes:
+    text = json.dumps(body).encode()
+    lines = [f"POST {path} HTTP/1.1", "Host: x", f"Content-Length: {len(text)}", *headers, "", ""]
+    return "\r\n".join(lines).encode() + text
 
 
-def test_what_is_written_in_one_turn_is_sent_at_once() -> None:
-    sent = Transport()
+class Peer:
+    """A client that sends bytes as they are."""
 
-    async def story() -> None:
-        joined = Joined(sent, asyncio.get_running_loop())
-        joined.write(b"head ")
-        joined.write(b"body")
-        assert sent.calls == []
-        await asyncio.sleep(0)
-        joined.write(b"next")
-        await asyncio.sleep(0)
-        assert joined.get_extra_info("peername") == "the peername"
+    def __init__(self, peer: socket.socket):
+        self.socket, self.file = peer, peer.makefile("rb")
 
-    asyncio.run(story())
-    assert sent.calls == [b"head body", b"next"]
+    def send(self, data: bytes) -> None:
+        self.socket.sendall(data)
+
+    def answer(self, body: bool = True) -> tuple[int, dict[str, str], bytes]:
+        status = int(self.file.readline().split()[1])
+        headers = {}
+        while line := self.file.readline().strip().decode():
+            name, _, value = line.partition(": ")
+            headers[name] = value
+        return status, headers, self.file.read(int(headers.get("content-length", 0))) if body else b""
+
+    def closed(self) -> bool:
+        return self.file.read() == b""
 
 
-def test_closing_sends_what_is_held_and_nothing_after() -> None:
-    sent = Transport()
+@contextmanager
+def peer(server: Running) -> Iterator[Peer]:
+    with socket.create_connection(("127.0.0.1", server.http), timeout=30) as found:
+        client = Peer(found)
+        with client.file:
+            yield client
 
-    async def story() -> None:
-        joined = Joined(sent, asyncio.get_running_loop())
-        joined.write(b"last words")
-        joined.close()
-        joined.write(b"too late")
-        await asyncio.sleep(0)
 
-    asyncio.run(story())
-    assert sent.calls == [b"last words", "close"]
+def test_requests_sent_at_once_are_answered_in_order(server: Running) -> None:
+    names = [f"r{n}" for n in range(300)]
+    data = b"".join(post(INFER, {**ROW, "id": name}) + LIVE for name in names)
+    with peer(server) as client:
+        client.send(data)
+        found = [client.answer() for _ in range(2 * len(names))]
+        assert {status for status, _, _ in found} == {200}
+        assert [json.loads(body)["id"] for _, _, body in found[::2]] == names
+        assert all(body == b"" for _, _, body in found[1::2])
+
+
+def test_a_request_may_come_byte_by_byte(server: Running) -> None:
+    with peer(server) as client:
+        for byte in post(INFER, ROW):
+            client.send(bytes([byte]))
+        status, headers, body = client.answer()
+        assert (status, json.loads(body)["model_name"]) == (200, "tiny")
+        assert headers["date"].endswith(" GMT") and "connection" not in headers
+        client.send(LIVE)
+        assert client.answer()[0] == 200
+
+
+@pytest.mark.parametrize(
+    "request_", [b"GET /v2 HTTP/1.0\r\n\r\n", b"GET /v2 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"]
+)
+def test_a_connection_ends_where_its_client_says_so(server: Running, request_: bytes) -> None:
+    with peer(server) as client:
+        client.send(request_)
+        status, headers, _ = client.answer()
+        assert (status, headers["connection"], client.closed()) == (200, "close", True)
+
+
+def test_an_answer_to_head_has_no_body(server: Running) -> None:
+    with peer(server) as client:
+        client.send(b"HEAD /v2 HTTP/1.1\r\nHost: x\r\n\r\n" + LIVE)
+        assert client.answer(body=False)[0] == 405
+        assert client.answer()[0] == 200
+
+
+def test_a_client_that_asks_first_is_told_to_go_on(server: Running) -> None:
+    head, _, body = post(INFER, ROW, "Expect: 100-continue").partition(b"\r\n\r\n")
+    with peer(server) as client:
+        client.send(head + b"\r\n\r\n")
+        assert client.file.readline() + client.file.readline() == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.send(body)
+        assert client.answer()[0] == 200
+
+
+def test_an_upgrade_is_answered_as_plain_http(server: Running) -> None:
+    with peer(server) as client:
+        client.send(b"GET /v2 HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\nnot http")
+        status, headers, _ = client.answer()
+        assert (status, headers["connection"], client.closed()) == (200, "close", True)
+
+
+@pytest.mark.parametrize(("size", "end"), [(65, b"\r\n\r\n"), (400, b"")])
+@pytest.mark.parametrize("begin", [b"GET /v2?", b"GET /v2 HTTP/1.1\r\nHost: x\r\nX-Long: "])
+def test_heads_are_limited(server: Running, begin: bytes, size: int, end: bytes) -> None:
+    """Also those that never end."""
+    with peer(server) as client:
+        client.send(LIVE + begin + b"a" * (size << 10) + (b" HTTP/1.1" if b"?" in begin else b"") + end)
+        assert client.answer()[0] == 200
+        status, headers, body = client.answer()
+        told = {"error": "the head of the request is longer than 65536 bytes"}
+        assert (status, json.loads(body), headers["connection"], client.closed()) == (431, told, "close", True)
+
+
+def test_many_small_headers_are_one_long_head(tmp_path: Path, tiny: Path) -> None:
+    with running(tmp_path, f"tiny={tiny}", "--max-head", 1) as server, peer(server) as client:
+        lines = b"".join(b"x-%d: y\r\n" % n for n in range(200))
+        client.send(b"GET /v2 HTTP/1.1\r\nHost: x\r\n" + lines + b"\r\n")
+        status, _, body = client.answer()
+        assert (status, json.loads(body)) == (431, {"error": "the head of the request is longer than 1024 bytes"})
+
+
+def test_a_head_that_does_not_come_is_not_waited_for(tmp_path: Path, tiny: Path) -> None:
+    with running(tmp_path, f"tiny={tiny}", "--body-timeout", 0.3) as server, peer(server) as client:
+        client.send(b"GET /v2 HTTP/1.1\r\nHo")
+        status, _, body = client.answer()
+        assert (status, json.loads(body)) == (408, {"error": "the head did not come within 0.3 s"})
+        assert client.closed()
+
+
+def test_connections_are_limited(tmp_path: Path, tiny: Path) -> None:
+    with running(tmp_path, f"tiny={tiny}", "--max-connections", 2) as server:
+        with peer(server) as one, peer(server) as two:
+            for client in (one, two):
+                client.send(LIVE)
+                assert client.answer()[0] == 200
+            with peer(server) as three:
+                three.send(LIVE)
+                status, headers, body = three.answer()
+                assert (status, headers["retry-after"], headers["connection"]) == (503, "1", "close")
+                assert json.loads(body) == {"error": "the server has its 2 connections"} and three.closed()
+            one.send(LIVE)
+            assert one.answer()[0] == 200
+        for _ in until("room again"):
+            if server.ask("/v2/health/live")[0] == 200:
+                break
+        assert server.metric('grc_refusals_total{model="",reason="connections"}') >= 1
+
+
+def test_a_client_that_left_is_not_computed_for(tmp_path: Path, compiled: Callable[..., Path]) -> None:
+    from tests.server.test_scheduler import slow
+
+    artifact = compiled(tmp_path / "slow.grc", edit=slow)
+    with running(tmp_path, f"tiny={artifact}", "--max-rows", 1) as server:
+        with peer(server) as stays:
+            stays.send(post(INFER, ROW) * 2)
+            with peer(server) as leaves:
+                leaves.send(post(INFER, ROW))
+                time.sleep(0.01)
+            assert [stays.answer()[0] for _ in range(2)] == [200, 200]
+        for _ in until("the client that left"):
+            if server.metric('grc_refusals_total{model="tiny",reason="gone"}') == 1:
+                break
+        assert server.metric('grc_requests_total{code="200",model="tiny",protocol="http"}') == 2

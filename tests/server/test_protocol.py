@@ -213,6 +213,19 @@ def test_recommendations_in_the_users_words(server: Running, program: grc.Progra
     assert server.ask("/v2/models/tiny/recommend", packed, content_encoding="gzip")[1] == text
 
 
+def test_an_example_that_preprocess_refuses_is_not_shown(models: Path, compiled: Any, tmp_path: Path) -> None:
+    from grc.runtime.server.version import Version
+
+    good = (models / "request.json").read_text()
+    for text in ('{"user": 3}', "[1]", '{"dense": [1.0], "user": 3, "item": 7}'):
+        (models / "request.json").write_text(text)
+        try:
+            artifact = compiled(tmp_path / "model.grc")
+        finally:
+            (models / "request.json").write_text(good)
+        assert Version("tiny", "1", artifact).example is None, text
+
+
 def test_openapi_names_every_path_and_an_example_that_works(server: Running) -> None:
     document = json.loads(server.ask("/openapi.json")[1])
     assert document["openapi"] == "3.1.0"
@@ -223,6 +236,9 @@ def test_openapi_names_every_path_and_an_example_that_works(server: Running) -> 
         "example"
     ]
     assert server.ask("/v2/models/tiny/infer", json.dumps(example).encode())[0] == 200
+    words = recommend["requestBody"]["content"]["application/json"]["example"]
+    assert words == {"dense": [0.5, -1.0, 2.0], "user": 3, "item": 7}
+    assert server.ask("/v2/models/tiny/recommend", json.dumps(words).encode())[0] == 200
     for path, methods in document["paths"].items():
         if "get" in methods:
             assert server.ask(path)[0] == 200, path

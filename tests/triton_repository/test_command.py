@@ -38,6 +38,7 @@ def test_it_tells_what_clients_call(grc: Grc, artifact: Path, tmp_path: Path) ->
     ran = grc("export-triton", artifact, "-o", tmp_path / "repo", "--layout", "stages")
     assert ran.code == 0, ran.err
     assert ran.out.splitlines() == [
+        "  backend python: stages run on our runtime",
         f"  {tmp_path / 'repo'}   clients call ensemble_model   "
         "not verified: --verify replays golden requests on the real server",
         f"  try: {tmp_path / 'repo'}/run_server.sh",

@@ -1,41 +1,208 @@
-"""A connection that writes an answer at once: its head and its body in one system call, so that it wakes the client once."""
+"""A client's connection: HTTP/1.1 as llhttp reads it, whose requests are handed over whole, one after the other.
+
+An ASGI server hands over head and body apart, to a task of its own for every request: for a request as small as one to a
+recommender that is as much work as all the rest.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections import deque
+from typing import TYPE_CHECKING, Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import httptools
 
+from grc.runtime.server.exchange import Exchange
+from grc.runtime.server.refusal import Refused, too_large
 
-class Joined:
-    """A transport whose writes wait until the loop's next turn. uvicorn writes head and body one after the other within
-    one turn; apart, each costs a system call and a packet, a fifth of what a small request costs in all."""
+if TYPE_CHECKING:
+    from grc.runtime.server.listener import Listener
 
-    __slots__ = ("held", "loop", "transport")
-
-    def __init__(self, transport: Any, loop: asyncio.AbstractEventLoop):
-        self.transport, self.loop = transport, loop
-        self.held: list[bytes] = []
-
-    def write(self, data: bytes) -> None:
-        if not self.held:
-            self.loop.call_soon(self.flush)
-        self.held.append(data)
-
-    def flush(self) -> None:
-        held, self.held = self.held, []
-        if held and not self.transport.is_closing():
-            self.transport.writelines(held)
-
-    def close(self) -> None:
-        self.flush()
-        self.transport.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.transport, name)
+KEEP_ALIVE = 75.0  # seconds; longer than clients and proxies idle, so that they close and not this side
+LINGER = 2.0  # seconds in which a client may read why it was refused, while what it still sends is dropped
 
 
-class Connection(HttpToolsProtocol):
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(Joined(transport, self.loop))  # type: ignore[arg-type]
+class Connection(asyncio.Protocol):
+    """Reads one request at a time; what a client sends before it has its answer waits."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, listener: Listener):
+        self.listener, self.limits, self.loop = listener, listener.limits, listener.loop
+        self.parser: Any = httptools.HttpRequestParser(self)
+        self.exchange: Exchange | None = None  # the one that is being answered
+        self.waiting: deque[Exchange] = deque()
+        self.closing = False  # nothing more is read
+        self.slow: asyncio.TimerHandle | None = None
+        self.begun = self.headed = False
+        self.headless = 0  # bytes of a head that is not complete, but for those that came with what was before it
+
+    # What the loop tells
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport  # type: ignore[assignment]
+        self.surplus = len(self.listener.connections) >= self.limits.max_connections
+        self.listener.connections.add(self)
+        self.used = self.loop.time()
+        self.idle = self.loop.call_later(KEEP_ALIVE, self.check_idle)
+
+    def data_received(self, data: bytes) -> None:
+        if self.closing:
+            return
+        head_before = self.begun and not self.headed
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            # It was answered as what it also is, plain HTTP; what follows is of no known protocol.
+            self.closing = True
+        except httptools.HttpParserError as error:
+            cause = error.__context__
+            self.refuse(cause if isinstance(cause, Refused) else Refused(400, f"this is no HTTP: {error}", "http"))
+            return
+        if self.begun:
+            if head_before and not self.headed:
+                self.headless += len(data)
+                if self.headless > self.limits.max_head:
+                    self.refuse(self.too_long())
+                    return
+            if self.slow is None:
+                self.slow = self.loop.call_later(self.limits.body_timeout, self.too_slow)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.closing = True
+        self.listener.connections.discard(self)
+        self.idle.cancel()
+        if self.slow is not None:
+            self.slow.cancel()
+        if self.begun and self.headed:
+            self.listener.cut_short()
+        self.parser = None  # it holds this object
+        for exchange in (self.exchange, *self.waiting):
+            if exchange is not None:
+                exchange.gone = True
+                if exchange.lost is not None:
+                    exchange.lost()
+
+    def pause_writing(self) -> None:
+        """A client that does not read its answers may send no more requests."""
+        self.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if not self.waiting and not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    # What the parser tells
+
+    def on_message_begin(self) -> None:
+        self.begun, self.headed = True, False
+        self.url, self.headers = b"", {}  # type: tuple[bytes, dict[bytes, bytes]]
+        self.head = self.size = self.headless = 0
+        self.parts: list[bytes] = []
+
+    def on_url(self, url: bytes) -> None:
+        self.url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.head += len(name) + len(value)
+        if self.head > self.limits.max_head:
+            raise self.too_long()
+        self.headers[name.lower()] = value
+
+    def on_headers_complete(self) -> None:
+        self.headed = True
+        if len(self.url) + self.head > self.limits.max_head:
+            raise self.too_long()
+        if int(self.headers.get(b"content-length", 0)) > self.limits.max_body:
+            raise too_large(self.limits.max_body)
+        if self.headers.get(b"expect", b"").lower() == b"100-continue" and self.exchange is None:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def on_body(self, body: bytes) -> None:
+        self.size += len(body)
+        if self.size > self.limits.max_body:
+            raise too_large(self.limits.max_body)
+        self.parts.append(body)
+
+    def on_message_complete(self) -> None:
+        self.begun = False
+        if self.slow is not None:
+            self.slow.cancel()
+            self.slow = None
+        parts = self.parts
+        body = parts[0] if len(parts) == 1 else b"".join(parts)
+        parser = self.parser
+        stays = parser.should_keep_alive() and not parser.should_upgrade() and parser.get_http_version() != "1.0"
+        self.take(Exchange(self, parser.get_method(), self.url, self.headers, body, stays))
+
+    # Requests and answers, in order
+
+    def take(self, exchange: Exchange) -> None:
+        if self.exchange is not None or self.waiting:
+            self.waiting.append(exchange)
+            self.transport.pause_reading()
+        else:
+            self.begin(exchange)
+
+    def begin(self, exchange: Exchange) -> None:
+        if self.surplus and exchange.fault is None:
+            exchange.fault = Refused(
+                503, f"the server has its {self.limits.max_connections} connections", "connections", 1.0
+            )
+        if exchange.fault is not None:
+            exchange.keep_alive = False
+        self.exchange = exchange
+        self.listener.handle(exchange)
+
+    def answered(self, exchange: Exchange, data: bytes) -> None:
+        self.transport.write(data)
+        self.exchange = None
+        self.used = self.loop.time()
+        if not exchange.keep_alive:
+            self.finish(exchange)
+        elif self.waiting:
+            self.loop.call_soon(self.next)
+
+    def next(self) -> None:
+        exchange = self.waiting.popleft()
+        if exchange.gone:
+            return
+        self.begin(exchange)
+        if not self.waiting and not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    def finish(self, exchange: Exchange) -> None:
+        self.closing = True
+        if exchange.fault is None:
+            self.transport.close()
+            return
+        # Closed now, what the client still sends would be answered by a reset, and the answer be lost with it.
+        self.transport.write_eof()
+        self.loop.call_later(LINGER, self.transport.close)
+
+    def refuse(self, fault: Refused) -> None:
+        """A request that never became whole gets its answer in its turn, and none is read after it."""
+        self.closing, self.begun = True, False
+        if self.slow is not None:
+            self.slow.cancel()
+        self.take(Exchange(self, b"", b"", {}, b"", False, fault))
+
+    def too_slow(self) -> None:
+        what = "body" if self.headed else "head"
+        self.refuse(Refused(408, f"the {what} did not come within {self.limits.body_timeout:g} s", "slow"))
+
+    def too_long(self) -> Refused:
+        return Refused(431, f"the head of the request is longer than {self.limits.max_head} bytes", "too_large")
+
+    def check_idle(self) -> None:
+        left = KEEP_ALIVE if self.exchange or self.begun else self.used + KEEP_ALIVE - self.loop.time()
+        if left <= 0:
+            self.transport.close()
+        else:
+            self.idle = self.loop.call_later(left, self.check_idle)
+
+    def shut(self) -> None:
+        """Close when what is being answered is answered."""
+        if self.exchange is None:
+            self.transport.close()
+        else:
+            self.exchange.keep_alive = False

@@ -1,7 +1,8 @@
-"""The protocol's names for dtypes, and tensors from its bytes and its JSON."""
+"""The protocol's names for dtypes, and what its bytes and its JSON must be to become a tensor of one."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -26,26 +27,23 @@ ARRAYS = {dtype: np.dtype(np.int16 if dtype is torch.bfloat16 else str(dtype)[6:
 INTEGERS, NUMBERS = "iu", "iuf"
 
 
-def from_bytes(
-    name: str, data: bytes | memoryview, start: int, size: int, shape: list[int], dtype: Any
-) -> torch.Tensor:
-    """A tensor of its own from little-endian bytes: compiled code wants it aligned, which a body's middle is not."""
-    array = ARRAYS[dtype]
-    count = elements(shape)
-    if size != count * array.itemsize:
-        raise invalid(f'input "{name}" has {size} bytes; shape {shape} of {NAMES[dtype]} has {count * array.itemsize}')
-    tensor = torch.from_numpy(np.frombuffer(data, array, count, start).reshape(shape).copy())
-    return tensor.view(torch.bfloat16) if dtype is torch.bfloat16 else tensor
+def check_size(name: str, size: int, shape: list[int], dtype: torch.dtype) -> None:
+    """Raises a refusal where little-endian bytes are not as many as their shape needs."""
+    needed = math.prod(shape) * ARRAYS[dtype].itemsize
+    if size != needed:
+        raise invalid(f'input "{name}" has {size} bytes; shape {shape} of {NAMES[dtype]} has {needed}')
 
 
-def from_list(name: str, data: Any, shape: list[int], dtype: Any) -> torch.Tensor:
-    """A tensor from numbers as they stand in JSON, flat or nested. Raises a refusal where they don't fit."""
+def bytes_of_list(name: str, data: Any, shape: list[int], dtype: torch.dtype) -> bytes:
+    """Little-endian bytes of numbers as they stand in JSON, flat or nested. Raises a refusal where they don't fit."""
     try:
         found = np.asarray(data)
     except ValueError:
         raise invalid(f'input "{name}" has rows of different lengths') from None
-    if found.size != elements(shape):
-        raise invalid(f'input "{name}" has {found.size} values; shape {shape} has {elements(shape)}')
+    if found.size != math.prod(shape):
+        raise invalid(f'input "{name}" has {found.size} values; shape {shape} has {math.prod(shape)}')
+    if found.dtype == ARRAYS[dtype] and dtype is not torch.bfloat16:
+        return found.tobytes()
     kind = found.dtype.kind
     if dtype is torch.bool:
         fits = kind == "b" or (kind in INTEGERS and bool(((found == 0) | (found == 1)).all()))
@@ -62,19 +60,8 @@ def from_list(name: str, data: Any, shape: list[int], dtype: Any) -> torch.Tenso
         if found.min() < limits.min or found.max() > limits.max:
             raise invalid(f'input "{name}" has a value that is too large; the model takes {NAMES[dtype]}')
     if dtype is torch.bfloat16:
-        return torch.from_numpy(found.astype(np.float32).reshape(shape)).to(dtype)
-    return torch.from_numpy(found.astype(ARRAYS[dtype]).reshape(shape))
-
-
-def elements(shape: list[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
-def to_bytes(tensor: torch.Tensor) -> bytes:
-    return array_of(tensor).tobytes()
+        return array_of(torch.from_numpy(found.astype(np.float32)).to(dtype)).tobytes()
+    return found.astype(ARRAYS[dtype]).tobytes()
 
 
 def array_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from grc.errors import InputError
+from grc.runtime.server.packed import tensors_of
 
 if TYPE_CHECKING:
     from grc.runtime.server.scheduler import Work
@@ -21,7 +22,7 @@ def execute(batch: list[Work]) -> None:
         return
     version = batch[0].version
     try:
-        answers = version.program.run_flat(version.merge.join([work.inputs for work in batch]))
+        answers = version.program.run_flat(version.merge.join_all([work.inputs for work in batch]))
     except Exception:  # whose fault it is shows when suspects run alone, where the error is kept
         apart(batch)
         return
@@ -31,7 +32,7 @@ def execute(batch: list[Work]) -> None:
 
 def alone(work: Work) -> None:
     try:
-        work.answer = list(work.version.program.run_flat(work.inputs))
+        work.answer = list(work.version.program.run_flat(tensors_of(work.inputs)))
     except Exception as error:  # it belongs to this request: the worker goes on
         work.answer = error
 
@@ -46,9 +47,9 @@ def apart(batch: list[Work]) -> None:
 
 
 def suspicious(work: Work) -> bool:
-    check = work.version.program.check
+    inputs = tensors_of(work.inputs)
     try:
-        check.ids(work.inputs)
+        work.version.program.check.ids(inputs)
     except InputError:
         return True
-    return any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in work.inputs)
+    return any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in inputs)

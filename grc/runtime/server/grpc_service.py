@@ -12,17 +12,18 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 from grc.runtime.server import describe
-from grc.runtime.server.datatypes import NAMES, from_bytes, from_list, to_bytes
+from grc.runtime.server.cut import Cut
+from grc.runtime.server.datatypes import NAMES, bytes_of_list, check_size
 from grc.runtime.server.health import Health
 from grc.runtime.server.logs import clean_id, request_id
 from grc.runtime.server.messages import REFUSED, checked_dtype
 from grc.runtime.server.models import Models
+from grc.runtime.server.packed import Packed
 from grc.runtime.server.refusal import invalid
 from grc.runtime.server.service import Call, Service
 from grc.runtime.server.settings import Settings
 from grc.runtime.server.version import Version
 
-Tensors = list[torch.Tensor]
 CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     404: grpc.StatusCode.NOT_FOUND,
@@ -142,12 +143,12 @@ class Grpc(service_pb2_grpc.GRPCInferenceServiceServicer):
         if timeout is not None and timeout.int64_param > 0:
             call.due(timeout.int64_param / 1e6)
         wanted = wanted_outputs(request, version)
-        answer = await self.service.infer(call, version, read_inputs(request, version))
+        cut = Cut.all_of(await self.service.infer(call, version, read_inputs(request, version)))
         found = pb.ModelInferResponse(model_name=version.name, model_version=version.number, id=request.id)
         for index in wanted:
-            tensor = answer[index]
-            found.outputs.add(name=version.output_names[index], datatype=NAMES[tensor.dtype], shape=tensor.shape)
-            found.raw_output_contents.append(to_bytes(tensor))
+            dtype = NAMES[version.output_dtypes[index]]
+            found.outputs.add(name=version.output_names[index], datatype=dtype, shape=cut.shape(index))
+            found.raw_output_contents.append(cut.packed(index))
         self.service.succeeded(call)
         return found
 
@@ -158,8 +159,9 @@ def refuse_unknown(parameters: Any) -> None:
             raise invalid(f"this server knows no {what}", "unsupported")
 
 
-def read_inputs(request: Any, version: Version) -> Tensors:
-    found: dict[int, torch.Tensor] = {}
+def read_inputs(request: Any, version: Version) -> Packed:
+    data: dict[int, bytes] = {}
+    shapes: dict[int, tuple[int, ...]] = {}
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise invalid(f"the request has {len(request.inputs)} inputs and {len(raw)} raw contents", "truncated")
@@ -169,23 +171,22 @@ def read_inputs(request: Any, version: Version) -> Tensors:
             raise invalid(
                 f"the request has an unknown input {entry.name}; the inputs are {', '.join(version.input_index)}"
             )
-        if index in found:
+        if index in data:
             raise invalid(f'input "{entry.name}" is given twice')
         dtype = checked_dtype(entry.name, entry.datatype, version.dtypes[index])
         refuse_unknown(entry.parameters)
         shape = list(entry.shape)
         if any(size < 0 for size in shape):
             raise invalid(f'input "{entry.name}" has no shape: {shape}')
+        shapes[index] = tuple(shape)
         if raw:
-            found[index] = from_bytes(entry.name, raw[place], 0, len(raw[place]), shape, dtype)
+            check_size(entry.name, len(raw[place]), shape, dtype)
+            data[index] = raw[place]
         elif dtype in CONTENTS:
-            found[index] = from_list(entry.name, list(getattr(entry.contents, CONTENTS[dtype])), shape, dtype)
+            data[index] = bytes_of_list(entry.name, list(getattr(entry.contents, CONTENTS[dtype])), shape, dtype)
         else:
             raise invalid(f'input "{entry.name}" is {NAMES[dtype]}, which travels in raw_input_contents only')
-    for name, index in version.input_index.items():
-        if index not in found:
-            raise invalid(f"the request misses input {name}; the inputs are {', '.join(version.input_index)}")
-    return [found[i] for i in range(len(found))]
+    return version.packed(data, shapes)
 
 
 def wanted_outputs(request: Any, version: Version) -> list[int]:

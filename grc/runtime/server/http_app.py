@@ -1,14 +1,20 @@
-"""HTTP: the protocol's paths as one plain ASGI application, without a framework between socket and model."""
+"""HTTP: what the protocol's paths answer, without a framework between connection and model."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+import functools
+import urllib.parse
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import httptools
 import orjson
+import torch
 
 from grc.runtime.server import describe, messages, openapi
-from grc.runtime.server.body import Gone, check_depth, read_body
+from grc.runtime.server.body import check_depth, unpacked
+from grc.runtime.server.exchange import Exchange
 from grc.runtime.server.features import User
 from grc.runtime.server.health import Health
 from grc.runtime.server.logs import clean_id, request_id
@@ -32,48 +38,47 @@ Answer = tuple[int, bytes, bytes, list[tuple[bytes, bytes]]]  # status, kind, bo
 class Http:
     def __init__(self, service: Service, models: Models, health: Health, settings: Settings):
         self.service, self.models, self.health, self.settings = service, models, health, settings
-        self.posts: dict[str, Callable[[Call, Version, Headers, bytes], Awaitable[Answer]]] = {
-            "infer": self.infer,
-            "recommend": self.recommend,
-        }
+        self.tasks: set[asyncio.Task[None]] = set()
         self.gets: dict[str, Callable[[Version], Any]] = {
             "": describe.metadata,
             "config": describe.config,
             "stats": lambda version: {"model_stats": [version.statistics.json(version.name, version.number)]},
         }
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return
-        headers: Headers = dict(scope["headers"])
-        given = clean_id(headers.get(b"x-request-id", b"").decode("latin-1"))
-        call = Call(given or request_id(), "http", self.settings.timeout)
+    def __call__(self, exchange: Exchange) -> None:
+        given = exchange.headers.get(b"x-request-id")
+        call = Call(clean_id(given.decode("latin-1")) if given else request_id(), "http", self.settings.timeout)
         try:
-            status, kind, body, more = await self.answer(call, scope, headers, receive)
-        except Gone:
-            self.service.failed(call, Refused(499, "the client went away before its request was whole", "gone"))
-            return
+            self.route(call, exchange)
         except Exception as error:  # every error is some client's answer, and the server goes on
-            status, kind, body, more = refused(self.service.failed(call, error))
-        head = [
-            (b"content-type", kind),
-            (b"content-length", str(len(body)).encode()),
-            (b"x-request-id", call.id.encode()),
-            *more,
-        ]
-        await send({"type": "http.response.start", "status": status, "headers": head})
-        await send({"type": "http.response.body", "body": body})
+            self.refuse(call, exchange, error)
 
-    async def answer(self, call: Call, scope: Any, headers: Headers, receive: Any) -> Answer:
-        method, path = scope["method"], scope["path"]
+    def answer(self, call: Call, exchange: Exchange, answer: Answer) -> None:
+        status, kind, body, more = answer
+        exchange.answer(status, kind, body, call.id.encode(), more)
+
+    def refuse(self, call: Call, exchange: Exchange, error: Exception) -> None:
+        self.answer(call, exchange, refused(self.service.failed(call, error)))
+
+    def cut_short(self) -> None:
+        """A client left in the middle of its request: there is nobody to answer."""
+        gone = Refused(499, "the client went away before its request was whole", "gone")
+        self.service.failed(Call(request_id(), "http", self.settings.timeout), gone)
+
+    def route(self, call: Call, exchange: Exchange) -> None:
+        if exchange.fault is not None:
+            raise exchange.fault
+        path = path_of(exchange.url)
+        method = exchange.method.decode()
         parts = path.split("/")
         if parts[1:3] == ["v2", "models"] and len(parts) > 3:
-            return await self.model(call, method, path, parts[3:], headers, receive)
+            self.model(call, method, path, parts[3:], exchange)
+            return
         allowed, found = self.page(path)
         if found is None:
             raise Refused(404, f"there is nothing at {path}", "unknown_path")
         check_method(method, allowed, path)
-        return found()
+        self.answer(call, exchange, found())
 
     def page(self, path: str) -> tuple[str, Callable[[], Answer] | None]:
         """What is not about one model: the method it takes, and what answers it."""
@@ -91,73 +96,127 @@ class Http:
         }
         return pages.get(path, ("GET", None))
 
-    async def model(
-        self, call: Call, method: str, path: str, parts: list[str], headers: Headers, receive: Any
-    ) -> Answer:
+    def model(self, call: Call, method: str, path: str, parts: list[str], exchange: Exchange) -> None:
         """`/v2/models/NAME[/versions/V][/ACTION]`."""
-        name, rest, number = call_name(call, parts[0]), parts[1:], None
+        name, rest, number = parts[0], parts[1:], None
+        call.model = name
         if rest[:1] == ["versions"] and len(rest) > 1:
             number, rest = rest[1], rest[2:]
         if name == "stats" and not rest and name not in self.models.all:
             check_method(method, "GET", path)
-            return json({"model_stats": [v.statistics.json(v.name, v.number) for v in self.models.versions()]})
+            stats = [v.statistics.json(v.name, v.number) for v in self.models.versions()]
+            self.answer(call, exchange, json({"model_stats": stats}))
+            return
         action = "/".join(rest)
-        post = self.posts.get(action)
-        if post is not None:
+        if action in ("infer", "recommend"):
             check_method(method, "POST", path)
-            # The body first: a connection whose request was not read to its end can't be used for the next one.
-            body = await read_body(headers, receive, self.settings.max_body, self.settings.body_timeout)
+            body = unpacked(exchange.body, exchange.headers.get(b"content-encoding"), self.settings.max_body)
             version = call.version = self.models.find(name, number)
-            found = await post(call, version, headers, body)
-            self.service.succeeded(call)
-            return found
+            if action == "infer":
+                self.infer(call, version, exchange, body)
+            else:
+                self.recommend(call, version, exchange, body)
+            return
         version = self.models.find(name, number)
         if action in self.gets:
             check_method(method, "GET", path)
-            return json(self.gets[action](version))
-        if action == "ready":
+            self.answer(call, exchange, json(self.gets[action](version)))
+        elif action == "ready":
             check_method(method, "GET", path)
-            return (200 if self.health.model_ready(name) else 503), TEXT, b"", []
-        if len(rest) == 3 and rest[0] == "users" and rest[2] == "features":
+            self.answer(call, exchange, ((200 if self.health.model_ready(name) else 503), TEXT, b"", []))
+        elif len(rest) == 3 and rest[0] == "users" and rest[2] == "features":
             check_method(method, "DELETE", path)
             self.service.features.forget(name, rest[1])
-            return 204, TEXT, b"", []
-        raise Refused(404, f"there is nothing at {path}", "unknown_path")
+            self.answer(call, exchange, (204, TEXT, b"", []))
+        else:
+            raise Refused(404, f"there is nothing at {path}", "unknown_path")
 
-    async def infer(self, call: Call, version: Version, headers: Headers, body: bytes) -> Answer:
-        given = headers.get(HEADER_LENGTH)
+    def infer(self, call: Call, version: Version, exchange: Exchange, body: bytes) -> None:
+        """Without a task: the scheduler settles an Inference as it would settle a future, and that writes the answer."""
+        given = exchange.headers.get(HEADER_LENGTH)
         asked = messages.read(body, None if given is None else length(given), version)
-        if asked.id and b"x-request-id" not in headers:
+        if asked.id and b"x-request-id" not in exchange.headers:
             call.id = clean_id(asked.id)
         if asked.seconds is not None:
             call.due(asked.seconds)
-        answer = await self.service.infer(call, version, asked.inputs)
-        text, header = messages.write(asked, answer, version)
-        if header is None:
-            return 200, JSON, text, []
-        return 200, BYTES, text, [(HEADER_LENGTH, str(header).encode())]
+        self.service.start(call, version, asked.inputs, Inference(self, call, version, exchange, asked))
 
-    async def recommend(self, call: Call, version: Version, headers: Headers, body: bytes) -> Answer:
+    def recommend(self, call: Call, version: Version, exchange: Exchange, body: bytes) -> None:
         if not version.recommends:
             raise Refused(
                 404, f"model {version.name} has no preprocess and no postprocess: send tensors to infer", "unknown_path"
             )
         request = messages.read_json(body)
         check_depth(request, self.settings.max_depth)
-        seconds = headers.get(b"x-timeout-ms")
+        seconds = exchange.headers.get(b"x-timeout-ms")
         if seconds is not None:
             call.due(whole(seconds, "x-timeout-ms") / 1e3)
-        found = await self.service.recommend(call, version, request, user_of(headers))
-        option = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
+        task = self.service.loop.create_task(
+            self.recommended(call, version, exchange, request, user_of(exchange.headers))
+        )
+        self.tasks.add(task)  # the loop itself would not keep it alive
+        task.add_done_callback(self.tasks.discard)
+
+    async def recommended(
+        self, call: Call, version: Version, exchange: Exchange, request: dict[str, Any], user: User | None
+    ) -> None:
         try:
-            return 200, JSON, orjson.dumps(found, default=listed, option=option), []
-        except orjson.JSONEncodeError as error:
-            raise Refused(500, str(error.__cause__ or error), "postprocess") from error
+            found = await self.service.recommend(call, version, request, user)
+            text = written(found)
+        except Exception as error:  # as above
+            self.refuse(call, exchange, error)
+            return
+        self.service.succeeded(call)
+        self.answer(call, exchange, (200, JSON, text, []))
 
 
-def call_name(call: Call, name: str) -> str:
-    call.model = name
-    return name
+class Inference:
+    """A request to infer on its way, in a future's place: what becomes of it is written to its client at once."""
+
+    __slots__ = ("asked", "call", "exchange", "http", "version")
+
+    def __init__(self, http: Http, call: Call, version: Version, exchange: Exchange, asked: messages.Asked):
+        self.http, self.call, self.version, self.exchange, self.asked = http, call, version, exchange, asked
+        exchange.lost = self.lost
+
+    def done(self) -> bool:
+        return self.exchange.gone
+
+    cancelled = done
+
+    def set_result(self, answer: Sequence[torch.Tensor]) -> None:
+        try:
+            text, header = messages.write(self.asked, answer, self.version)
+        except Exception as error:  # as above
+            self.set_exception(error)
+            return
+        self.http.service.succeeded(self.call)
+        found = (200, JSON, text, []) if header is None else (200, BYTES, text, [(HEADER_LENGTH, b"%d" % header)])
+        self.http.answer(self.call, self.exchange, found)
+
+    def set_exception(self, error: Exception) -> None:
+        self.http.refuse(self.call, self.exchange, error)
+
+    def lost(self) -> None:
+        self.http.service.failed(self.call, Refused(499, "the client went away before its answer", "gone"))
+
+
+@functools.lru_cache(1024)
+def path_of(url: bytes) -> str:
+    """Raises Refused for what is no URL."""
+    try:
+        return urllib.parse.unquote((httptools.parse_url(url).path or b"").decode("latin-1"))
+    except httptools.HttpParserInvalidURLError:
+        raise invalid("the request has no path", "http") from None
+
+
+def written(value: Any) -> bytes:
+    """A recommendation as JSON."""
+    option = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
+    try:
+        return orjson.dumps(value, default=listed, option=option)
+    except orjson.JSONEncodeError as error:
+        raise Refused(500, str(error.__cause__ or error), "postprocess") from error
 
 
 def user_of(headers: Headers) -> User | None:
@@ -190,7 +249,5 @@ def json(value: Any) -> Answer:
 
 
 def refused(error: Refused) -> Answer:
-    more = [] if error.retry_after is None else [(b"retry-after", str(error.retry_after).encode())]
-    if error.status in (408, 413):  # the rest of the body would be read as the next request
-        more.append((b"connection", b"close"))
+    more = [] if error.retry_after is None else [(b"retry-after", b"%d" % error.retry_after)]
     return error.status, JSON, orjson.dumps({"error": error.message}), more

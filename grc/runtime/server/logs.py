@@ -41,7 +41,7 @@ class Forwarded(logging.Handler):
 
 
 def forward(log: Log) -> None:
-    for name in ("uvicorn", "grpc", "asyncio"):
+    for name in ("grpc", "asyncio"):
         logger = logging.getLogger(name)
         logger.handlers = [Forwarded(log)]
         logger.propagate = False

@@ -7,6 +7,7 @@ merge counts only when merged golden requests are answered as they are alone.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 
 from grc.runtime.golden import Golden
+from grc.runtime.server.cut import Cut, Whole
+from grc.runtime.server.packed import Packed, joined, tensors_of
 
 Tensors = list[torch.Tensor]
 INTEGERS = (torch.int64, torch.int32)
@@ -95,6 +98,15 @@ class Merge:
             for i, dim, _ in self.free
         )
 
+    def group(self, inputs: Packed | Tensors, rows: int) -> tuple[int, ...] | None:
+        """The key of a request, or None for one that must run alone: its model's do, or its lengths are wrong."""
+        if self.reason is not None:
+            return None
+        if not self.free:
+            return ()
+        tensors = tensors_of(inputs)
+        return self.key(tensors, rows) if self.fits(tensors) else None
+
     def join(self, requests: Sequence[Sequence[torch.Tensor]]) -> Tensors:
         """One batch of requests of one key."""
         merged: Tensors = list(requests[0])
@@ -105,13 +117,23 @@ class Merge:
                 merged[index] = torch.cat([tensors[index] for tensors in requests], dim)
         return merged
 
-    def cut(self, answers: Sequence[torch.Tensor], rows: Sequence[int]) -> list[Tensors]:
-        """The answer to each request of a batch, as views of the whole."""
-        parts = [
-            answer.split(list(rows), dim) if dim is not None else [answer] * len(rows)
-            for answer, dim in zip(answers, self.answer_dims, strict=True)
+    def join_all(self, requests: Sequence[Packed | Tensors]) -> Tensors:
+        """`join`, by one copy for each input where all requests are bytes and their rows lie one after the other."""
+        packed = [request for request in requests if isinstance(request, Packed)]
+        if self.free or any(self.batch_dims) or len(packed) < len(requests):
+            return self.join([tensors_of(request) for request in requests])
+        rows = sum(request.rows for request in packed)
+        first = packed[0]
+        return [
+            joined([request.data[i] for request in packed], (rows, *shape[1:]), dtype)
+            for i, (shape, dtype) in enumerate(zip(first.shapes, first.dtypes, strict=True))
         ]
-        return [[part[i] for part in parts] for i in range(len(rows))]
+
+    def cut(self, answers: Sequence[torch.Tensor], rows: Sequence[int]) -> list[Cut]:
+        """The answer to each request of a batch, as parts of the whole."""
+        ends = list(itertools.accumulate(rows))
+        whole = Whole(answers, self.answer_dims, ends[-1])
+        return [Cut(whole, end - count, end) for end, count in zip(ends, rows, strict=True)]
 
     def fits(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether a request may be merged: jagged ones only where their lengths are right."""

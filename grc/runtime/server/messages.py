@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 import torch
 
-from grc.runtime.server.datatypes import NAMES, from_bytes, from_list, plain_array, to_bytes
+from grc.runtime.server.cut import Cut
+from grc.runtime.server.datatypes import NAMES, bytes_of_list, check_size
+from grc.runtime.server.packed import Packed
 from grc.runtime.server.refusal import invalid
 from grc.runtime.server.version import Version
 
-Tensors = list[torch.Tensor]
 # What a client may ask for beyond the protocol, and this server does not do: silence would be a wrong answer.
 REFUSED = {
     "shared_memory_region": "shared memory",
@@ -21,14 +23,29 @@ REFUSED = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Asked:
     """A request: inputs in the model's order, and the outputs that are wanted, each as bytes or as JSON."""
 
     id: str
-    inputs: Tensors
+    inputs: Packed
     outputs: list[tuple[int, bool]]
     seconds: float | None
+
+
+@dataclass(slots=True)
+class Layout:
+    """What JSON before binary tensors said, and where the bytes of each input lie behind it."""
+
+    like: Asked
+    spans: list[tuple[int, int]]
+
+    def asked(self, body: bytes) -> Asked:
+        like = self.like
+        data = [body[start:stop] for start, stop in self.spans]
+        return Asked(
+            "", Packed(data, like.inputs.shapes, like.inputs.dtypes, like.inputs.rows), like.outputs, like.seconds
+        )
 
 
 def read_json(data: bytes | memoryview) -> dict[str, Any]:
@@ -48,22 +65,27 @@ def json_type(value: Any) -> str:
 
 def read(body: bytes, header: int | None, version: Version) -> Asked:
     """The request in a body; `header` is where the JSON ends and binary tensors begin."""
-    if header is None:
-        request = read_json(body)
-        header = len(body)
-    elif header > len(body):
+    header = len(body) if header is None else header
+    if header > len(body):
         raise invalid(f"the body has {len(body)} bytes; its JSON alone should have {header}", "truncated")
-    else:
-        request = read_json(memoryview(body)[:header])
+    text = body[:header]
+    if header < len(body):
+        known = version.layouts.get((text, len(body)))
+        if known is not None:
+            return known.asked(body)
+    request = read_json(text)
     parameters = object_at(request, "parameters")
     refuse_unknown(parameters)
-    inputs = read_inputs(request, body, header, version)
+    inputs, spans = read_inputs(request, body, header, version)
     binary = bool(parameters.get("binary_data_output", False))
     outputs = read_outputs(request, binary, version)
     id = request.get("id", "")
     if type(id) is not str:
         raise invalid(f"id is a JSON {json_type(id)}, not a string")
-    return Asked(id, inputs, outputs, timeout(parameters))
+    asked = Asked(id, inputs, outputs, timeout(parameters))
+    if not id and len(spans) == len(inputs.data):
+        version.layouts.put((text, len(body)), Layout(asked, [spans[i] for i in range(len(spans))]), len(text))
+    return asked
 
 
 def object_at(entry: dict[str, Any], key: str) -> dict[str, Any]:
@@ -91,11 +113,16 @@ def timeout(parameters: dict[str, Any]) -> float | None:
     return found / 1e6
 
 
-def read_inputs(request: dict[str, Any], body: bytes, at: int, version: Version) -> Tensors:
+def read_inputs(
+    request: dict[str, Any], body: bytes, at: int, version: Version
+) -> tuple[Packed, dict[int, tuple[int, int]]]:
+    """The inputs, and where those that came as bytes lie in the body."""
     given = request.get("inputs")
     if type(given) is not list:
         raise invalid("the request has no list of inputs")
-    found: dict[int, torch.Tensor] = {}
+    data: dict[int, bytes] = {}
+    shapes: dict[int, tuple[int, ...]] = {}
+    spans: dict[int, tuple[int, int]] = {}
     for entry in given:
         if type(entry) is not dict or type(entry.get("name")) is not str:
             raise invalid("an input has no name")
@@ -103,17 +130,18 @@ def read_inputs(request: dict[str, Any], body: bytes, at: int, version: Version)
         index = version.input_index.get(name)
         if index is None:
             raise invalid(f"the request has an unknown input {name}; the inputs are {', '.join(version.input_index)}")
-        if index in found:
+        if index in data:
             raise invalid(f'input "{name}" is given twice')
         dtype = checked_dtype(name, entry.get("datatype"), version.dtypes[index])
         shape = checked_shape(name, entry.get("shape"))
+        shapes[index] = tuple(shape)
         parameters = object_at(entry, "parameters")
         refuse_unknown(parameters)
         size = parameters.get("binary_data_size")
         if size is None:
             if "data" not in entry:
                 raise invalid(f'input "{name}" has neither data nor binary_data_size')
-            found[index] = from_list(name, entry["data"], shape, dtype)
+            data[index] = bytes_of_list(name, entry["data"], shape, dtype)
             continue
         if type(size) is not int or size < 0:
             raise invalid(f'input "{name}" has a binary_data_size that is no size: {size!r}')
@@ -121,14 +149,13 @@ def read_inputs(request: dict[str, Any], body: bytes, at: int, version: Version)
             raise invalid(
                 f'the body ends inside of input "{name}": {len(body) - at} of its {size} bytes are there', "truncated"
             )
-        found[index] = from_bytes(name, body, at, size, shape, dtype)
+        check_size(name, size, shape, dtype)
+        spans[index] = at, at + size
+        data[index] = body[at : at + size]
         at += size
     if at < len(body):
         raise invalid(f"the body has {len(body) - at} bytes that belong to no input")
-    for name, index in version.input_index.items():
-        if index not in found:
-            raise invalid(f"the request misses input {name}; the inputs are {', '.join(version.input_index)}")
-    return [found[i] for i in range(len(found))]
+    return version.packed(data, shapes), spans
 
 
 def checked_dtype(name: str, given: Any, dtype: torch.dtype) -> torch.dtype:
@@ -161,26 +188,26 @@ def read_outputs(request: dict[str, Any], binary: bool, version: Version) -> lis
     return wanted
 
 
-def write(asked: Asked, answer: Tensors, version: Version) -> tuple[bytes, int | None]:
+def write(asked: Asked, answer: Sequence[torch.Tensor], version: Version) -> tuple[bytes, int | None]:
     """The body of an answer, and how long its JSON is where binary tensors follow."""
     outputs: list[dict[str, Any]] = []
     tail: list[bytes] = []
+    cut = Cut.all_of(answer)
     for index, binary in asked.outputs:
-        tensor = answer[index]
         entry: dict[str, Any] = {
             "name": version.output_names[index],
-            "datatype": NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "datatype": NAMES[cut.whole.tensors[index].dtype],
+            "shape": cut.shape(index),
         }
         if binary:
-            data = to_bytes(tensor)
+            data = cut.packed(index)
             entry["parameters"] = {"binary_data_size": len(data)}
             tail.append(data)
         else:
-            entry["data"] = plain_array(tensor)
+            entry["data"] = orjson.Fragment(cut.json(index))
         outputs.append(entry)
     head: dict[str, Any] = {"model_name": version.name, "model_version": version.number, "outputs": outputs}
     if asked.id:
         head["id"] = asked.id
-    text = orjson.dumps(head, option=orjson.OPT_SERIALIZE_NUMPY)
+    text = orjson.dumps(head)
     return (b"".join([text, *tail]), len(text)) if tail else (text, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import collections
 import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -55,12 +56,13 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         own: dict[str, Any] = {"registry": self.registry}
-        self.requests = Counter("grc_requests", "Requests by status.", ["model", "protocol", "code"], **own)
+        # By model, protocol and status: plain numbers, as in Times.
+        self.requests: collections.Counter[tuple[str, str, str]] = collections.Counter()
         self.refusals = Counter("grc_refusals", "Requests that got no answer, by reason.", ["model", "reason"], **own)
         self.reloads = Counter("grc_version_loads", "Versions that were loaded.", ["model", "result"], **own)
         self.canary = Gauge("grc_canary_ok", "Whether the last golden request was answered rightly.", ["model"], **own)
         self.models: dict[str, ModelMetrics] = {}
-        self.registry.register(Histograms(self.models))
+        self.registry.register(Histograms(self.models, self.requests))
 
     def of(self, model: str) -> ModelMetrics:
         found = self.models.get(model)
@@ -76,12 +78,16 @@ class Metrics:
 
 
 class Histograms:
-    """Every model's, in Prometheus' form."""
+    """Every model's, in Prometheus' form, and the requests by status."""
 
-    def __init__(self, models: dict[str, ModelMetrics]):
-        self.models = models
+    def __init__(self, models: dict[str, ModelMetrics], requests: dict[tuple[str, str, str], int]):
+        self.models, self.requests = models, requests
 
     def collect(self) -> Iterable[Metric]:
+        requests = CounterMetricFamily("grc_requests", "Requests by status.", labels=["model", "protocol", "code"])
+        for labels, count in self.requests.items():
+            requests.add_metric(labels, count)
+        yield requests
         for name, text, which in (
             ("grc_request_duration_seconds", "From the whole request to its answer.", "request"),
             ("grc_batch_rows", "Rows of a batch that was computed.", "rows"),

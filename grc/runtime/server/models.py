@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from grc.errors import ArtifactError, GrcError
 from grc.runtime.server.logs import Log
 from grc.runtime.server.refusal import Refused
-from grc.runtime.server.source import Found, Source, Stamp
+from grc.runtime.server.source import Found, Source, Stamp, numbers
 from grc.runtime.server.version import Version
 
 LONGEST_PAUSE = 60.0  # seconds between attempts to load a version that fails: one that is being copied mends itself
@@ -66,9 +66,9 @@ class Models:
         if model is None:
             raise Refused(404, f"unknown model {name}; this server has {', '.join(self.all)}", "unknown_model")
         if number is not None and number != model.version.number:
-            raise Refused(
-                404, f"model {name} has no version {number}; it serves {model.version.number}", "unknown_version"
-            )
+            there = model.source.versions and number.isdigit() and int(number) in numbers(model.source.path)
+            what = f"does not serve version {number}, though it is there" if there else f"has no version {number}"
+            raise Refused(404, f"model {name} {what}; it serves {model.version.number}", "unknown_version")
         return model.version
 
     def versions(self) -> Iterator[Version]:

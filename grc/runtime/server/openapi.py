@@ -115,7 +115,10 @@ def recommend(version: Version) -> dict[str, Any]:
     found = answered(operation(f"Behaviours to recommendations through {version.name}", schema={"type": "object"}))
     found["description"] = texts.get("preprocess", "")
     found["responses"]["200"]["description"] = texts.get("postprocess") or "The model's answer"
-    body = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
+    sent: dict[str, Any] = {"schema": {"type": "object"}}
+    if version.example is not None:
+        sent["example"] = version.example
+    body = {"required": True, "content": {"application/json": sent}}
     return {**found, "parameters": USER, "requestBody": body}
 
 

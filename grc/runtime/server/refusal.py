@@ -23,6 +23,10 @@ def invalid(message: str, reason: str = "invalid") -> Refused:
     return Refused(400, message, reason)
 
 
+def too_large(limit: int) -> Refused:
+    return Refused(413, f"the body is larger than {limit} bytes", "too_large")
+
+
 def refusal(error: Exception) -> Refused:
     """What a client is told of an error: its own fault is a 400, the server's a 500."""
     if isinstance(error, Refused):

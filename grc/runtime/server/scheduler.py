@@ -12,16 +12,27 @@ import heapq
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
 from grc.runtime.server.execute import execute
+from grc.runtime.server.packed import Packed
 from grc.runtime.server.refusal import Refused
 from grc.runtime.server.version import Version
 
 Tensors = list[torch.Tensor]
+
+
+class Waiter(Protocol):
+    """Who gets an answer: a future, or what behaves like one. Used on the event loop, but for `cancelled`."""
+
+    def done(self) -> bool: ...
+    def cancelled(self) -> bool: ...
+    def set_result(self, answer: Sequence[torch.Tensor], /) -> None: ...
+    def set_exception(self, error: Exception, /) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -29,15 +40,16 @@ class Work:
     """A request that waits for its answer, or has it."""
 
     version: Version
-    inputs: Tensors
+    inputs: Packed | Tensors
     rows: int
     deadline: float
-    future: asyncio.Future[Tensors]
+    future: Waiter
     queued: float
+    call: Any = None
     started: float = 0.0
     ended: float = 0.0
     batch: int = 0
-    answer: Tensors | Exception | None = None
+    answer: Sequence[torch.Tensor] | Exception | None = None
 
     def settle(self) -> None:
         if self.future.done():  # the client went away
@@ -60,9 +72,8 @@ class Line:
     groups: dict[tuple[int, ...], list[tuple[float, int, Work]]] = field(default_factory=dict)
 
     def add(self, work: Work, ticket: int) -> None:
-        merge = self.version.merge
-        alone = merge.reason is not None or not merge.fits(work.inputs)
-        key = (-1, ticket) if alone else merge.key(work.inputs, work.rows)
+        key = self.version.merge.group(work.inputs, work.rows)
+        key = (-1, ticket) if key is None else key
         heapq.heappush(self.groups.setdefault(key, []), (work.deadline, ticket, work))
         self.count += 1
         self.rows += work.rows
@@ -140,6 +151,17 @@ class Scheduler:
                 self.active[work.version] = line
             line.add(work, next(self.tickets))
             self.changed.notify()
+
+    def submit_all(self, works: list[Work]) -> list[tuple[Work, Refused]]:
+        """`submit` for all of them before any thread can take one. Those that were refused, and why."""
+        refused = []
+        with self.changed:
+            for work in works:
+                try:
+                    self.submit(work)
+                except Refused as error:
+                    refused.append((work, error))
+        return refused
 
     def wait(self, line: Line, rows: int) -> float:
         """Seconds until a request that comes now is answered: what runs, its own line, and as much of the others."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,12 +16,14 @@ from grc.runtime.server.cache import Cache
 from grc.runtime.server.features import Features, User
 from grc.runtime.server.logs import Log
 from grc.runtime.server.metrics import Metrics
+from grc.runtime.server.packed import Packed, tensors_of
 from grc.runtime.server.refusal import Refused, refusal
-from grc.runtime.server.scheduler import Scheduler, Work
+from grc.runtime.server.scheduler import Scheduler, Waiter, Work
 from grc.runtime.server.settings import Settings
 from grc.runtime.server.version import Version
 
 Tensors = list[torch.Tensor]
+Answer = Sequence[torch.Tensor]
 # Each stage as metrics name it, and as the protocol's statistics do.
 STAGES = (
     ("preprocess", "compute_input"),
@@ -58,36 +60,52 @@ class Service:
         self.features = Features(Cache(settings.feature_cache, settings.feature_ttl))
         self.answers = Cache(settings.answer_cache, settings.answer_ttl)
         self.scheduler = Scheduler(loop, settings.workers, settings.max_rows, settings.max_queue, self.computed)
+        self.arrived: list[Work] = []
         self.processing = ThreadPoolExecutor(PROCESSING, thread_name_prefix="grc-processing")
 
-    async def infer(self, call: Call, version: Version, inputs: Tensors) -> Tensors:
+    async def infer(self, call: Call, version: Version, inputs: Packed) -> Answer:
         """The outputs for one request's inputs. Raises what `refusal` makes an answer of."""
-        key = None
-        if self.answers.on:
-            key = digest(version, inputs)
-            found = self.answers.get(key)
-            self.looked_up(version, found)
-            if found is not None:
-                return found
-        answer = await self.compute(call, version, inputs)
-        if key is not None:
-            own = [tensor.clone() for tensor in answer]  # an answer is a view of its whole batch
-            self.answers.put(key, own, sum(tensor.nbytes for tensor in own))
-        return answer
+        future = self.loop.create_future()
+        self.start(call, version, inputs, future)
+        return await future
 
-    async def compute(self, call: Call, version: Version, inputs: Tensors) -> Tensors:
-        rows = version.program.check.batch(inputs)
+    def start(self, call: Call, version: Version, inputs: Packed, future: Waiter) -> None:
+        """Let `future` have the outputs for one request's inputs, out of the cache where they are there."""
+        if not self.answers.on:
+            self.submit(call, version, inputs, future)
+            return
+        key = digest(version, inputs)
+        found = self.answers.get(key)
+        self.looked_up(version, found)
+        if found is None:
+            self.submit(call, version, inputs, Keeping(future, self.answers, key))
+        else:
+            future.set_result(found)
+
+    async def compute(self, call: Call, version: Version, inputs: Tensors) -> Answer:
+        future = self.loop.create_future()
+        self.submit(call, version, inputs, future)
+        return await future
+
+    def submit(self, call: Call, version: Version, inputs: Packed | Tensors, future: Waiter) -> None:
+        """Let a request wait. Those that come in one turn of the loop reach the scheduler together, and wake it once."""
+        rows = inputs.rows if isinstance(inputs, Packed) else version.program.check.batch(inputs)
         if rows == 0:
-            return version.program.empty()
+            future.set_result(version.program.empty())
+            return
+        if version.merge.ragged:  # how long its histories are is looked at more than once
+            inputs = tensors_of(inputs)
         now = time.monotonic()
         call.preprocess = now - call.arrived
-        work = Work(version, inputs, rows, call.deadline, self.loop.create_future(), now)
-        self.scheduler.submit(work)
-        try:
-            return await work.future
-        finally:
-            if work.ended:
-                call.stages = work.started - work.queued, work.ended - work.started
+        if not self.arrived:
+            self.loop.call_soon(self.hand_over)
+        self.arrived.append(Work(version, inputs, rows, call.deadline, future, now, call))
+
+    def hand_over(self) -> None:
+        arrived, self.arrived = self.arrived, []
+        for work, refused in self.scheduler.submit_all(arrived):
+            if not work.future.done():
+                work.future.set_exception(refused)
 
     async def recommend(self, call: Call, version: Version, request: dict[str, Any], user: User | None) -> Any:
         """From a request in its users' words to its answer, through the artifact's own functions."""
@@ -134,6 +152,9 @@ class Service:
         version, rows = batch[0].version, sum(work.rows for work in batch)
         version.statistics.batch(rows, batch[0].ended - batch[0].started)
         metrics = self.metrics.of(version.name)
+        for work in batch:
+            if work.call is not None:
+                work.call.stages = work.started - work.queued, work.ended - work.started
         metrics.rows.observe(rows)
         metrics.merged.observe(len(batch))
 
@@ -151,7 +172,7 @@ class Service:
                 statistics.by_stage[name].add(seconds)
         metrics.request.observe(total)
         statistics.succeed(total)
-        self.metrics.requests.labels(version.name, call.protocol, "200").inc()
+        self.metrics.requests[version.name, call.protocol, "200"] += 1
         if self.settings.access_log:
             self.log("info", "request", id=call.id, model=version.name, status=200, ms=round(total * 1e3, 3))
 
@@ -163,7 +184,7 @@ class Service:
             call.version.statistics.by_stage["fail"].add(total)
         # Only names of models that are there become labels: a client must not fill the memory with made-up ones.
         model = call.version.name if call.version is not None else ""
-        self.metrics.requests.labels(model, call.protocol, str(told.status)).inc()
+        self.metrics.requests[model, call.protocol, str(told.status)] += 1
         self.metrics.refusals.labels(model, told.reason).inc()
         level = "error" if told.status == 500 else "warning"
         self.log(
@@ -174,6 +195,19 @@ class Service:
     def close(self) -> None:
         self.scheduler.close()
         self.processing.shutdown()
+
+
+class Keeping:
+    """A future that also keeps its answer in the cache."""
+
+    def __init__(self, future: Waiter, answers: Cache, key: bytes):
+        self.future, self.answers, self.key = future, answers, key
+        self.done, self.cancelled, self.set_exception = future.done, future.cancelled, future.set_exception
+
+    def set_result(self, answer: Answer) -> None:
+        own = [tensor.clone() for tensor in answer]  # an answer is a view of its whole batch
+        self.answers.put(self.key, own, sum(tensor.nbytes for tensor in own))
+        self.future.set_result(answer)
 
 
 def preprocess(version: Version, request: dict[str, Any]) -> Tensors:
@@ -193,11 +227,10 @@ def guarded(what: str, function: Callable[[], Any]) -> Callable[[], Any]:
     return call
 
 
-def digest(version: Version, inputs: Tensors) -> bytes:
-    found = hashlib.blake2b(f"{version.name}/{version.number}".encode(), digest_size=16)
-    for tensor in inputs:
-        found.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
-        found.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+def digest(version: Version, inputs: Packed) -> bytes:
+    found = hashlib.blake2b(f"{version.name}/{version.number}{inputs.shapes}".encode(), digest_size=16)
+    for data in inputs.data:
+        found.update(data)
     return found.digest()
 
 

@@ -30,10 +30,14 @@ class Settings:
     """Seconds that a request may take where it names no time of its own."""
     max_body: int = 64 << 20
     """Bytes of a request, also after it is unpacked."""
+    max_head: int = 64 << 10
+    """Bytes of a request's line and headers."""
+    max_connections: int = 4096
+    """Connections over HTTP; requests of further ones are refused."""
     max_depth: int = 32
     """How deep the JSON of a request for recommendations may nest."""
     body_timeout: float = 10.0
-    """Seconds in which the body of a request must have come."""
+    """Seconds in which a request must have come."""
     feature_cache: int = 0
     """Bytes for the features of users; 0 keeps none."""
     feature_ttl: float = 60.0

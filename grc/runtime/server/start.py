@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import uvicorn
 import uvloop
 
-from grc.runtime.server.connection import Connection
 from grc.runtime.server.health import Health
 from grc.runtime.server.http_app import Http
+from grc.runtime.server.listener import Listener
 from grc.runtime.server.logs import Log, forward
 from grc.runtime.server.models import Models
 from grc.runtime.server.ports import free_port, listen
@@ -38,14 +36,6 @@ class Listening:
     host: str
     http: int
     grpc: int | None
-
-
-class HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers: this server drains before it stops."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 def serve(
@@ -88,21 +78,8 @@ async def run(
     models.replaced = service.scheduler.forget
     models.loaded = lambda name, ok: service.metrics.reloads.labels(name, "ok" if ok else "refused").inc()
     health = Health(service, models, settings.timeout)
-    config = uvicorn.Config(
-        Http(service, models, health, settings),
-        http=Connection,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=75,  # longer than the idle times of clients and proxies, so that they close and not this side
-        timeout_graceful_shutdown=max(1, round(settings.drain)),
-        backlog=2048,
-    )
-    server = HttpServer(config)
+    answering = Http(service, models, health, settings)
+    listener = Listener(answering, answering.cut_short, settings, loop)
     told = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, told.set)
@@ -112,22 +89,20 @@ async def run(
     if grpc_port is not None:
         from grc.runtime.server import grpc_service
 
-        answering = grpc_service.Grpc(service, models, health, settings)
-        grpc_server, bound = await grpc_service.start(answering, settings.host, grpc_port, settings.max_body)
+        over_grpc = grpc_service.Grpc(service, models, health, settings)
+        grpc_server, bound = await grpc_service.start(over_grpc, settings.host, grpc_port, settings.max_body)
     tasks = [asyncio.create_task(health.watch(settings.canary))]
     if settings.watch:
         tasks.append(asyncio.create_task(models.watch(settings.watch)))
-    serving = asyncio.create_task(server.serve(sockets=[sock]))
-    while not server.started and not serving.done():
-        await asyncio.sleep(0.005)
+    await listener.listen(sock)
     listening(Listening(settings.host, sock.getsockname()[1], bound))
     await told.wait()
     log("info", "draining", seconds=settings.drain)
     health.draining = True
-    server.should_exit = True
+    ends = [listener.drain(settings.drain)]
     if grpc_server is not None:
-        await grpc_server.stop(settings.drain)
-    await serving
+        ends.append(grpc_server.stop(settings.drain))
+    await asyncio.gather(*ends)
     for task in tasks:
         task.cancel()
     await loop.run_in_executor(None, service.close)

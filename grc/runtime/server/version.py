@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from grc.errors import ArtifactError, GrcError
+from grc.errors import ArtifactError, GrcError, InputError
 from grc.runtime.artifact import Artifact
 from grc.runtime.closeness import QUALITY, largest_error
 from grc.runtime.golden import Golden, read_golden
-from grc.runtime.processing import Processing
+from grc.runtime.processing import Processing, read_request
 from grc.runtime.program import Program
+from grc.runtime.server.cache import Cache
 from grc.runtime.server.estimate import Estimate
 from grc.runtime.server.merge import Merge
+from grc.runtime.server.packed import Packed
+from grc.runtime.server.refusal import invalid
 from grc.runtime.server.statistics import Statistics
 from grc.runtime.structure import output_names
 
 Tensors = list[torch.Tensor]
+EXAMPLE = "request.json"
+LAYOUTS = 1 << 20  # bytes: some thousand of them
 
 
 class Version:
@@ -57,8 +64,12 @@ class Version:
         quality = self.manifest["quality"]
         self.allowed_error = max(2 * max(quality[part["engine"]] for part in self.manifest["parts"]), QUALITY)
         self.prove(golden)
+        # A client's requests of one size all begin with the same JSON, and have the same shapes: neither is read twice.
+        self.layouts = Cache(LAYOUTS, math.inf)
+        self.rows = Cache(LAYOUTS, math.inf)
         self.merge = Merge(self.manifest)
         self.prove_merging(golden)
+        self.example = self.find_example() if self.recommends else None
         self.load_seconds = time.perf_counter() - start
 
     def prove(self, golden: list[Golden]) -> None:
@@ -93,11 +104,38 @@ class Version:
         except GrcError as error:
             merge.reason = f"merged golden requests are refused: {error.message}"
 
+    def find_example(self) -> dict[str, Any] | None:
+        """The request among the assets, for people to begin with; none where it is not one that preprocess takes."""
+        file = self.processing().folder / EXAMPLE
+        if not file.is_file() or "preprocess" not in self.processing().functions:
+            return None
+        try:
+            request = read_request(file.read_text())
+            args, kwargs = self.processing().preprocess(request)
+            self.program.check.batch(self.program.leaves(args, kwargs))
+        except InputError:
+            return None
+        return request
+
     @property
     def max_rows(self) -> int:
         return self.merge.max_batch
 
-    def answers_rightly(self, answer: Tensors) -> bool:
+    def packed(self, data: Mapping[int, bytes], shapes: Mapping[int, tuple[int, ...]]) -> Packed:
+        """A request's inputs, by their places. Raises Refused where one is missing, InputError where one does not fit."""
+        for name, index in self.input_index.items():
+            if index not in data:
+                raise invalid(f"the request misses input {name}; the inputs are {', '.join(self.input_index)}")
+        places = range(len(data))
+        found = Packed([data[i] for i in places], tuple(shapes[i] for i in places), self.dtypes, 0)
+        rows = self.rows.get(found.shapes)
+        if rows is None:
+            rows = self.program.check.batch(found.tensors())
+            self.rows.put(found.shapes, rows, 0)
+        found.rows = rows
+        return found
+
+    def answers_rightly(self, answer: Sequence[torch.Tensor]) -> bool:
         return largest_error(answer, self.canary.outputs) <= self.allowed_error
 
     def engines(self) -> str:

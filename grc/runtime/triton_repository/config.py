@@ -85,6 +85,29 @@ def program(
     """A model that our runtime runs."""
     inputs = ports(interface.inputs, batched=interface.merges)
     config = python_model(name, inputs, ports(interface.outputs, batched=interface.merges), settings, device)
+    return scheduled(config, inputs, interface, settings, warmups)
+
+
+def onnx_program(name: str, interface: Interface, settings: Settings, warmups: Iterable[Warmup] = ()) -> Config:
+    """A model.onnx that Triton's own backend runs, on a CPU. Its names are the interface's."""
+    pb = messages()
+    inputs, outputs = (ports(tensors, batched=interface.merges) for tensors in (interface.inputs, interface.outputs))
+    config = pb.ModelConfig(name=name, platform="onnxruntime_onnx", backend="onnxruntime")
+    add_ports(config, inputs, outputs)
+    # Triton wants a dim beside the batch, which a model's [B] has not: the backend takes it away and puts it back.
+    for tensors, entries in ((interface.inputs, config.input), (interface.outputs, config.output)):
+        for tensor, entry in zip(tensors, entries, strict=True):
+            if interface.merges and len(tensor.sizes) == 1:
+                entry.reshape.SetInParent()
+    config.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=settings.instances)
+    config.version_policy.latest.num_versions = settings.keep_versions
+    return scheduled(config, inputs, interface, settings, warmups)
+
+
+def scheduled(
+    config: Config, inputs: Sequence[Port], interface: Interface, settings: Settings, warmups: Iterable[Warmup]
+) -> Config:
+    """How the requests of a program are merged, kept and warmed up for."""
     config.max_batch_size = interface.max_batch
     if interface.merges:
         schedule(config.dynamic_batching, settings)

@@ -51,7 +51,7 @@ def values(repository: Repository, options: list[str]) -> dict[str, str]:
 
 def memory(repository: Repository) -> int:
     """GiB for one server: the weights once, and half a GiB for each process with torch and for the server itself."""
-    weights = sum(file.stat().st_size for file in repository.path.glob("*/*/artifact.grc/weights.safetensors"))
+    weights = sum(file.stat().st_size for file in repository.path.glob("*/*/**/weights.safetensors"))
     processes = len(repository.models) * repository.record["settings"]["instances"]
     return math.ceil(weights / 2**30 + (processes + 1) / 2)
 

@@ -15,7 +15,7 @@ from grc.errors import ArtifactError
 from grc.runtime.artifact import Artifact, writing
 from grc.runtime.golden import read_golden
 from grc.runtime.program import load
-from grc.runtime.triton_repository import config, deploy, slices
+from grc.runtime.triton_repository import config, deploy, onnx_model, slices
 from grc.runtime.triton_repository.repository import (
     ENSEMBLE,
     MARKER,
@@ -72,6 +72,7 @@ class Exporter:
         # In an ensemble the version before the newest stays until the ensemble has turned to the new one.
         joined = self.processed or settings.layout == "stages"
         self.members = replace(settings, keep_versions=settings.keep_versions + 1) if joined else settings
+        self.backend, self.reason = onnx_model.choose(self.artifact.manifest, self.interface, settings)
         self.steps: list[config.Step] = []
         self.programs: list[str] = []
         self.engines: set[str] = set()
@@ -92,6 +93,8 @@ class Exporter:
         record = {
             "artifact": self.artifact.manifest["name"],
             "layout": self.settings.layout,
+            "backend": self.backend,
+            "backend_reason": self.reason,
             "entry": models[-1],
             "models": models,
             "programs": self.programs,
@@ -117,6 +120,9 @@ class Exporter:
         name = self.named(self.settings.name or re.sub(r"[^\w.-]", "_", manifest["name"]))
         if name in map(self.named, RESERVED):
             raise ArtifactError(f"the fused model can't be called {name}", "name it with --name")
+        if self.backend == "onnxruntime":
+            self.onnx(name)
+            return
         slices.copy_whole(self.artifact, self.place(name))
         if not manifest["rows"]:
             slices.forbid_merging(self.place(name))
@@ -150,6 +156,21 @@ class Exporter:
         self.engines |= {part["engine"] for part in manifest["parts"]}
         found = warmups(self.folder / name / "warmup", manifest, shapes, request) if self.settings.warmup else []
         self.configure(name, config.program(name, shapes, self.members, manifest["target"]["device"], found))
+        self.step(name, shapes)
+
+    def onnx(self, name: str) -> None:
+        """The fused model as a file that Triton's own backend runs, checked here by ONNX Runtime itself."""
+        self.version(name).mkdir(parents=True)
+        manifest, shapes = self.artifact.manifest, self.interface
+        onnx_model.write(self.artifact, shapes, self.version(name))
+        onnx_model.check(self.version(name), shapes, self.golden, max(manifest["quality"].values(), default=0.0))
+        warmup = self.folder / name / "warmup"
+        found = warmups(warmup, manifest, shapes, self.golden[0].inputs) if self.settings.warmup else []
+        self.configure(name, config.onnx_program(name, shapes, self.members, found))
+        self.programs.append(name)
+        self.step(name, shapes)
+
+    def step(self, name: str, shapes: Interface) -> None:
         reads = {entry.name: self.between(entry.name) for entry in shapes.inputs}
         self.steps.append(config.Step(name, reads, {entry.name: entry.name for entry in shapes.outputs}))
 

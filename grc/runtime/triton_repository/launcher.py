@@ -76,6 +76,12 @@ def missing() -> str | None:
     return None if library_folder() else f"tritonserver needs libpython{version}.so.1.0, which this Python lacks"
 
 
+def has_backend(name: str) -> bool:
+    """Whether the server of this host has a backend. Where there is none, the image's will be used, which has all."""
+    found = find()
+    return found is None or (found.backends / name).is_dir()
+
+
 def library_folder() -> Path | None:
     """Where the shared library of this Python lies. It must be of the same build: another one breaks multiprocessing."""
     name = f"libpython{sys.version_info[0]}.{sys.version_info[1]}.so.1.0"

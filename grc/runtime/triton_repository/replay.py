@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from grc.errors import ArtifactError, InputError
+from grc.errors import ArtifactError, GrcError, InputError
 from grc.runtime.artifact import read_manifest
 from grc.runtime.closeness import QUALITY, largest_error, within
 from grc.runtime.golden import Golden, read_golden
 from grc.runtime.program import Program, load
 from grc.runtime.triton_repository.client import PROTOCOLS, Client, Unavailable
-from grc.runtime.triton_repository.launcher import Server, serving
+from grc.runtime.triton_repository.launcher import Server, has_backend, serving
 from grc.runtime.triton_repository.repository import Repository, server_options
 from grc.runtime.triton_repository.requests import answer_text, tensor_of
 from grc.runtime.triton_repository.rows import single_rows
@@ -49,6 +49,9 @@ def verify(repository: Repository, artifact_path: str | os.PathLike[str], reques
 
     Raises ArtifactError for an answer that is not the model's, GrcError where no server is found or it does not start.
     """
+    backend = repository.record["backend"]
+    if not has_backend(backend):
+        raise GrcError(f"the tritonserver of this host has no {backend} backend", "export with --backend python")
     program = load(artifact_path)
     with serving(repository.path, *server_options(repository)) as server:
         return Replay(repository, program, server).run(list(requests))
@@ -79,7 +82,10 @@ class Replay:
         settings = repository.record["settings"]
         self.whole = interface({**program.artifact.manifest, "rows": repository.record["rows"]}, settings["max_batch"])
         self.budget = max(program.artifact.manifest["quality"].values(), default=0.0)
-        self.stages = [(name, interface(read_manifest(repository.place(name)))) for name in repository.programs]
+        if repository.layout == "fused":
+            self.stages = [(repository.programs[0], self.whole)]
+        else:
+            self.stages = [(name, interface(read_manifest(repository.place(name)))) for name in repository.programs]
         self.entry = repository.entry
         self.done = Replayed(ready_seconds=server.seconds)
 

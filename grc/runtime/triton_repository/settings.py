@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 Layout = Literal["fused", "stages"]
+Backend = Literal["auto", "python", "onnxruntime"]
 LAYOUTS: tuple[Layout, ...] = ("fused", "stages")
 
 
@@ -16,6 +17,9 @@ class Settings:
 
     layout: Layout = "fused"
     """`fused` has one model; `stages` cuts it into embedding_service, interaction_python and gr_trt."""
+    backend: Backend = "auto"
+    """What runs the fused model: the Python backend with our runtime, or Triton's own for ONNX Runtime where that is enough.
+    `auto` takes ONNX Runtime's where the server found on this host has it, or none is found."""
     name: str | None = None
     """Name of the fused model; the artifact's own by default."""
     prefix: str = ""
