@@ -1,6 +1,7 @@
 """Train the recommender on MovieLens-100K, and measure it beside the most popular films.
 
     python examples/movielens/train.py --size small
+    python examples/movielens/train.py --size seed --device cuda
 
 Writes config.json, vocabulary.json, requests.json, targets.json and model.safetensors to .data/checkpoint-SIZE, which
 model.py reads.
@@ -55,11 +56,13 @@ RECIPES = {
 }
 
 
-def train(corpus: Corpus, size: dict[str, int], recipe: Recipe, seed: int = 0, quiet: bool = False) -> Recommender:
+def train(
+    corpus: Corpus, size: dict[str, int], recipe: Recipe, seed: int = 0, quiet: bool = False, device: str = "cpu"
+) -> Recommender:
     """Learn the films that follow a window, and the tasks beside them, from the training part alone."""
     torch.manual_seed(seed)
     order = np.random.default_rng(seed)
-    model = Recommender(films=len(corpus.vocabulary.films), dropout=recipe.dropout, **size).train()
+    model = Recommender(films=len(corpus.vocabulary.films), dropout=recipe.dropout, **size).to(device).train()
     optimizer = torch.optim.AdamW(_groups(model, recipe.decay), lr=recipe.rate)
     examples_per_epoch = max(1, len(corpus.train) // recipe.ahead)
     batches = -(-examples_per_epoch // recipe.batch)
@@ -70,7 +73,7 @@ def train(corpus: Corpus, size: dict[str, int], recipe: Recipe, seed: int = 0, q
         total = 0.0
         for examples in np.array_split(order.permutation(corpus.train)[:examples_per_epoch], batches):
             optimizer.zero_grad(set_to_none=True)
-            outputs = model(torch.from_numpy(corpus.inputs(examples)))
+            outputs = model(torch.from_numpy(corpus.inputs(examples)).to(device))
             cost = loss(outputs, corpus.labels(examples, recipe.ahead), recipe.task_weight)
             cost.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -80,7 +83,7 @@ def train(corpus: Corpus, size: dict[str, int], recipe: Recipe, seed: int = 0, q
         if not quiet:
             hit = rank(model, corpus, corpus.validation)["hr@10"]
             print(f"epoch {epoch + 1}: loss {total / batches:.3f}, validation HR@10 {hit:.4f}", file=sys.stderr)
-    return model.eval()
+    return model.cpu().eval()
 
 
 Model = Recommender | Callable[[Tensor], dict[str, Tensor]]
@@ -89,11 +92,12 @@ Model = Recommender | Callable[[Tensor], dict[str, Tensor]]
 
 def loss(outputs: dict[str, Tensor], labels: Labels, task_weight: float) -> Tensor:
     """Cross-entropy over all films, plus `task_weight` times the tasks' own over the labels that are known."""
-    targets = torch.from_numpy(labels.films)
+    device = outputs["recommendation"].device
+    targets = torch.from_numpy(labels.films).to(device)
     real = (targets >= 0).float()
     likelihood = F.log_softmax(outputs["recommendation"], dim=1).gather(1, targets.clamp(min=0))
     cost = -((likelihood * real).sum(dim=1) / real.sum(dim=1)).mean()
-    tasks = torch.from_numpy(labels.tasks)
+    tasks = torch.from_numpy(labels.tasks).to(device)
     for column, name in enumerate(TASKS):
         known = tasks[:, column] >= 0
         if known.any():
@@ -126,13 +130,15 @@ def predict(model: Model, corpus: Corpus, examples: Index) -> dict[str, NDArray[
     training = isinstance(model, nn.Module) and model.training
     if isinstance(model, nn.Module):
         model.eval()
+    device = next(model.parameters()).device if isinstance(model, nn.Module) else "cpu"
     with torch.inference_mode():
         parts = [
-            model(torch.from_numpy(corpus.inputs(some))) for some in np.array_split(examples, -(-len(examples) // 512))
+            model(torch.from_numpy(corpus.inputs(some)).to(device))
+            for some in np.array_split(examples, -(-len(examples) // 512))
         ]
     if isinstance(model, nn.Module):
         model.train(training)
-    return {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
+    return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
 
 
 def area(scores: NDArray[np.float32], labels: NDArray[np.float32]) -> float:
@@ -170,6 +176,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="folder of the checkpoint")
     parser.add_argument("--epochs", type=int, help="instead of the size's own")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse_args()
     try:
@@ -181,7 +188,7 @@ def main() -> int:
     if options.epochs:
         recipe = Recipe(**{**asdict(recipe), "epochs": options.epochs})
     begun = time.perf_counter()
-    model = train(corpus, SIZES[options.size], recipe, options.seed)
+    model = train(corpus, SIZES[options.size], recipe, options.seed, device=options.device)
     seconds = round(time.perf_counter() - begun, 1)
     figures = {
         "size": options.size,
