@@ -1,14 +1,35 @@
-"""Check a request before a kernel sees it: dtype, rank, sizes, batch, ids, and NaN where an answer shows one."""
+"""Check a request before a kernel sees it: dtype, rank, sizes, batch, bags, ids, and NaN where an answer shows one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from grc.errors import InputError
+
+FEW = 32  # numbers up to which a Python list is cheaper than two calls of torch, at 2.5 us each
+
+
+def add_up(lengths: torch.Tensor, rows: int) -> bool:
+    """Whether lengths are those of bags that hold `rows` values in all."""
+    if lengths.numel() <= FEW:
+        told = lengths.flatten().tolist()
+        return sum(told) == rows and min(told, default=0) >= 0
+    low, high = torch.aminmax(lengths)  # no length above `rows`: then the sum can't overflow
+    return low.item() >= 0 and high.item() <= rows and lengths.sum().item() == rows
+
+
+def ascend(offsets: torch.Tensor, rows: int) -> bool:
+    """Whether offsets are those of bags that lie one after the other within `rows` values."""
+    if offsets.numel() <= FEW:
+        told = offsets.tolist()
+        return told[:1] == [0] and told[-1] <= rows and told == sorted(told)
+    low, high = torch.aminmax(offsets)  # none outside of 0..rows: then the differences can't overflow
+    return low.item() == offsets[0].item() == 0 and high.item() <= rows and offsets.diff().min().item() >= 0
 
 
 @dataclass(frozen=True)
@@ -43,6 +64,13 @@ class InputCheck:
             for dim, s in enumerate(spec["sizes"])
             if s == "batch" or isinstance(s, dict)
         ]
+        named: dict[str, list[tuple[int, int]]] = {}
+        for i, spec in enumerate(self.specs):
+            for dim, size in enumerate(spec["sizes"]):
+                if isinstance(size, str) and size != "batch":
+                    named.setdefault(size, []).append((i, dim))
+        self.equal = [places for places in named.values() if len(places) > 1]
+        self.segments = [(e["values"], e["counts"], e["form"] == "offsets") for e in manifest["segments"]]
         self.limits: dict[int, list[Limit]] = {}
         for entry in manifest["ids"] if manifest["on_bad_id"] == "error" else ():
             limit = Limit(entry["start"], entry["stop"], entry["rows"], entry["table"], entry["padding"])
@@ -86,9 +114,9 @@ class InputCheck:
             batch = inputs[self.lead[0]].shape[self.lead[1]]
         elif self.scaled:
             i, dim, scale, offset = self.scaled[0]
-            batch = (inputs[i].shape[dim] - offset) // scale
+            batch = max(0, (inputs[i].shape[dim] - offset) // scale)
         else:
-            return 1
+            batch = 1
         if batch > self.max_batch:
             raise InputError(
                 f"the request has batch {batch}; the artifact takes up to {self.max_batch}",
@@ -102,6 +130,15 @@ class InputCheck:
                     f"at batch {batch} it must be {scale * batch + offset}",
                     "give every input the same batch",
                 )
+        for (first, at), *others in self.equal:
+            size = inputs[first].shape[at]
+            for i, dim in others:
+                if inputs[i].shape[dim] != size:
+                    raise InputError(
+                        f'input "{self.names[i]}" has size {inputs[i].shape[dim]} in dimension {dim}; '
+                        f'it must be {size}, as in dimension {at} of input "{self.names[first]}"',
+                        "see grc inspect",
+                    )
         return batch
 
     def described(self, index: int) -> str:
@@ -113,6 +150,27 @@ class InputCheck:
             )
             + "]"
         )
+
+    def bags(self, inputs: Sequence[torch.Tensor]) -> None:
+        """Raise InputError where lengths or offsets do not fit the values that they cut into bags."""
+        for values, counts, offsets in self.segments:
+            told, rows = inputs[counts], inputs[values].shape[0]
+            if not (ascend(told, rows) if offsets else add_up(told, rows)):
+                self.refuse_bags(counts, values, offsets, told.flatten().tolist(), rows)
+
+    def refuse_bags(self, counts: int, values: int, offsets: bool, told: list[int], rows: int) -> None:
+        name, other = f'input "{self.names[counts]}"', f'input "{self.names[values]}" has {rows} values'
+        hint = "offsets begin with 0, ascend, and end within the values" if offsets else "send one value for each count"
+        if not offsets:
+            low = next((i for i, length in enumerate(told) if length < 0), None)
+            fault = f"adds up to {sum(told)}; {other}" if low is None else f"has length {told[low]} at position {low}"
+            raise InputError(f"{name} {fault}", hint)
+        fall = next((i for i, (a, b) in enumerate(pairwise(told), 1) if a > b), None)
+        if told[0] != 0:
+            raise InputError(f"{name} begins with {told[0]}, not with 0", hint)
+        if fall is not None:
+            raise InputError(f"{name} falls from {told[fall - 1]} to {told[fall]} at position {fall}", hint)
+        raise InputError(f"{name} ends with {told[-1]}; {other}", hint)
 
     def ids(self, inputs: Sequence[torch.Tensor]) -> None:
         """Raise InputError for the first id outside of its table."""
