@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from grc.graph.jagged import ZEROS, summed_size
 from grc.graph.match import argument, aten, attribute, is_op, same_size, shape, value
 
-LENGTHS, OFFSETS = "lengths", "offsets"
+LENGTHS, STARTS, OFFSETS = "lengths", "starts", "offsets"  # where bags begin, and with the end of the last one
 VIEWS = (
     aten.view, aten.reshape, aten.flatten, aten.unflatten, aten.squeeze, aten.unsqueeze, aten.contiguous, aten.clone,
     aten.alias, aten.detach, aten.to, aten._to_copy,
@@ -20,7 +21,7 @@ VIEWS = (
 
 @dataclass(frozen=True)
 class Segments:
-    """Input `counts` cuts the rows of input `values` into bags: by their lengths, or by the offsets where they begin."""
+    """Input `counts` cuts the rows of input `values` into bags: by their lengths, their starts, or their offsets."""
 
     values: int
     counts: int
@@ -45,7 +46,8 @@ def segments(graph: fx.GraphModule) -> list[Segments]:
 def cuts(node: fx.Node) -> Iterator[tuple[Any, Any, str]]:
     """(number of rows, what tells their bags, its form) of an operator that cuts rows into bags."""
     if is_op(node, aten.embedding_bag):
-        yield shape(node.args[1])[0], node.args[2], OFFSETS  # type: ignore[arg-type]
+        form = OFFSETS if argument(node, "include_last_offset") else STARTS
+        yield shape(node.args[1])[0], node.args[2], form  # type: ignore[arg-type]
     elif is_op(node, aten.repeat_interleave):
         yield value(argument(node, "output_size")), argument(node, "repeats"), LENGTHS
     elif is_op(node, aten.split_with_sizes) and argument(node, "dim") == 0:
@@ -72,31 +74,45 @@ def same_rows(a: fx.Node, b: fx.Node) -> bool:
 
 
 def origin(graph: fx.GraphModule, node: Any, form: str) -> tuple[Any, str]:
-    """What lengths or offsets were computed from, and which of the two that holds."""
+    """What lengths, starts or offsets were computed from, and which of the three that holds."""
     while True:
         while is_op(node, *VIEWS):
             node = node.args[0]
-        before = summed(graph, node) if form == OFFSETS else differences(node)
-        if before is None:
+        before = step(graph, node, form)
+        if before is None or value(before[0]).dim() != 1:
             return node, form
-        node, form = before, LENGTHS if form == OFFSETS else OFFSETS
+        node, form = before
+
+
+def step(graph: fx.GraphModule, node: Any, form: str) -> tuple[Any, str] | None:
+    if form == LENGTHS:
+        offsets = differences(node)
+        return None if offsets is None else (offsets, OFFSETS)
+    if form == STARTS and is_op(node, aten.slice) and argument(node, "start") in (None, 0):
+        return (node.args[0], OFFSETS) if argument(node, "end") == -1 else None
+    lengths = exclusive(node) if form == STARTS else summed(graph, node)
+    return None if lengths is None else (lengths, LENGTHS)
+
+
+def exclusive(node: Any) -> Any:
+    """The lengths whose running sums, each without its own length, are these starts."""
+    if is_op(node, aten.sub) and running(node.args[0]) is node.args[1]:
+        return node.args[1]
+    return node.args[0] if is_op(node, *fbgemm("asynchronous_exclusive_cumsum")) else None
 
 
 def summed(graph: fx.GraphModule, node: Any) -> Any:
-    """The lengths `[N]` whose running sums, with a zero in front and with or without the last, are these offsets."""
-    if is_op(node, aten.slice) and argument(node, "start") in (None, 0) and argument(node, "end") == -1:
-        node = node.args[0]
-    lengths: Any = None
+    """The lengths whose running sums, with a zero in front, are these offsets."""
     if is_op(node, aten.cat) and len(node.args[0]) == 2 and is_zero(graph, node.args[0][0]):
-        lengths = running(node.args[0][1])
-    elif is_op(node, aten.constant_pad_nd, aten.pad) and list(node.args[1]) == [1, 0]:
-        lengths = running(node.args[0])
-    elif is_op(node, aten.sub) and running(node.args[0]) is node.args[1]:
-        lengths = node.args[1]
-    elif getattr(getattr(node, "target", None), "namespace", "") == "fbgemm":
-        name = node.target._opname
-        lengths = node.args[0] if name in ("asynchronous_complete_cumsum", "asynchronous_exclusive_cumsum") else None
-    return lengths if lengths is not None and value(lengths).dim() == 1 else None
+        return running(node.args[0][1])
+    if is_op(node, aten.constant_pad_nd, aten.pad) and list(node.args[1]) == [1, 0]:
+        return running(node.args[0])
+    return node.args[0] if is_op(node, *fbgemm("asynchronous_complete_cumsum")) else None
+
+
+def fbgemm(name: str) -> list[Any]:
+    """An operator of fbgemm, where that is installed."""
+    return [getattr(torch.ops.fbgemm, name)] if hasattr(torch.ops.fbgemm, name) else []
 
 
 def running(node: Any) -> Any:

@@ -23,13 +23,16 @@ def add_up(lengths: torch.Tensor, rows: int) -> bool:
     return low.item() >= 0 and high.item() <= rows and lengths.sum().item() == rows
 
 
-def ascend(offsets: torch.Tensor, rows: int) -> bool:
-    """Whether offsets are those of bags that lie one after the other within `rows` values."""
+def ascend(offsets: torch.Tensor, rows: int, ended: bool) -> bool:
+    """Whether offsets are those of bags that lie one after the other in `rows` values; `ended` with the last one's end."""
     if offsets.numel() <= FEW:
         told = offsets.tolist()
-        return told[:1] == [0] and told[-1] <= rows and told == sorted(told)
-    low, high = torch.aminmax(offsets)  # none outside of 0..rows: then the differences can't overflow
-    return low.item() == offsets[0].item() == 0 and high.item() <= rows and offsets.diff().min().item() >= 0
+        end = told[-1]
+        return told[0] == 0 and (end == rows if ended else end <= rows) and told == sorted(told)
+    low, high = (bound.item() for bound in torch.aminmax(offsets))
+    if offsets[0].item() != low or low != 0 or (high != rows if ended else high > rows):
+        return False  # and where none is outside of 0..rows, the differences can't overflow
+    return offsets.diff().min().item() >= 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class InputCheck:
                 if isinstance(size, str) and size != "batch":
                     named.setdefault(size, []).append((i, dim))
         self.equal = [places for places in named.values() if len(places) > 1]
-        self.segments = [(e["values"], e["counts"], e["form"] == "offsets") for e in manifest["segments"]]
+        self.segments = [(e["values"], e["counts"], e["form"]) for e in manifest["segments"]]
         self.limits: dict[int, list[Limit]] = {}
         for entry in manifest["ids"] if manifest["on_bad_id"] == "error" else ():
             limit = Limit(entry["start"], entry["stop"], entry["rows"], entry["table"], entry["padding"])
@@ -153,24 +156,25 @@ class InputCheck:
 
     def bags(self, inputs: Sequence[torch.Tensor]) -> None:
         """Raise InputError where lengths or offsets do not fit the values that they cut into bags."""
-        for values, counts, offsets in self.segments:
+        for values, counts, form in self.segments:
             told, rows = inputs[counts], inputs[values].shape[0]
-            if not (ascend(told, rows) if offsets else add_up(told, rows)):
-                self.refuse_bags(counts, values, offsets, told.flatten().tolist(), rows)
+            if not (add_up(told, rows) if form == "lengths" else ascend(told, rows, form == "offsets")):
+                self.refuse_bags(counts, values, form, told.flatten().tolist(), rows)
 
-    def refuse_bags(self, counts: int, values: int, offsets: bool, told: list[int], rows: int) -> None:
+    def refuse_bags(self, counts: int, values: int, form: str, told: list[int], rows: int) -> None:
         name, other = f'input "{self.names[counts]}"', f'input "{self.names[values]}" has {rows} values'
-        hint = "offsets begin with 0, ascend, and end within the values" if offsets else "send one value for each count"
-        if not offsets:
+        if form == "lengths":
             low = next((i for i, length in enumerate(told) if length < 0), None)
             fault = f"adds up to {sum(told)}; {other}" if low is None else f"has length {told[low]} at position {low}"
-            raise InputError(f"{name} {fault}", hint)
+            raise InputError(f"{name} {fault}", "the lengths of all bags must add up to the number of values")
         fall = next((i for i, (a, b) in enumerate(pairwise(told), 1) if a > b), None)
+        fault = f"ends with {told[-1]}; {other}"
         if told[0] != 0:
-            raise InputError(f"{name} begins with {told[0]}, not with 0", hint)
-        if fall is not None:
-            raise InputError(f"{name} falls from {told[fall - 1]} to {told[fall]} at position {fall}", hint)
-        raise InputError(f"{name} ends with {told[-1]}; {other}", hint)
+            fault = f"begins with {told[0]}, not with 0"
+        elif fall is not None:
+            fault = f"falls from {told[fall - 1]} to {told[fall]} at position {fall}"
+        end = "end with the number of values" if form == "offsets" else "end within the values"
+        raise InputError(f"{name} {fault}", f"offsets must begin with 0, never fall, and {end}")
 
     def ids(self, inputs: Sequence[torch.Tensor]) -> None:
         """Raise InputError for the first id outside of its table."""

@@ -47,6 +47,13 @@ def test_offsets_from_lengths_without_the_last(how):
     assert segments(graph) == BY_LENGTHS
 
 
+def test_starts_as_they_are_and_cut_from_offsets():
+    graph = graph_of(lambda self, v, o: self.bag(v, o), VALUES, ENDS[:-1].clone(), bag=bag())
+    assert segments(graph) == [Segments(0, 1, "starts")]
+    graph = graph_of(lambda self, v, o: self.bag(v, o[:-1]), VALUES, ENDS, bag=bag())
+    assert segments(graph) == BY_OFFSETS
+
+
 def test_offsets_as_they_are():
     graph = graph_of(lambda self, v, o: self.bag(v, o), VALUES, ENDS, bag=bag(last=True))
     assert segments(graph) == BY_OFFSETS
@@ -101,6 +108,8 @@ def test_what_is_not_proven_is_not_told():
     graph = graph_of(lambda self, v, o: self.bag(v[:5], o.clamp(0, 5)), VALUES, ENDS, bag=table)
     assert segments(graph) == []
     graph = graph_of(lambda self, v, n: self.bag(v, zeros_in_front(n).clamp(max=10)), VALUES, LENGTHS, bag=table)
+    assert segments(graph) == []
+    graph = graph_of(lambda self, v, o: self.bag(v, o[:-2]), VALUES, ENDS, bag=bag())
     assert segments(graph) == []
     graph = graph_of(lambda self, v, n: v.sum() + n.cumsum(0).sum(), VALUES, LENGTHS)
     assert segments(graph) == []

@@ -61,7 +61,8 @@ def test_every_pass_is_proven(compiled: Compiled) -> None:
 
 
 def test_tables_are_merged(compiled: Compiled) -> None:
-    assert [change["what"] for change in compiled.record("merge-tables")["changes"]] == list(compiled.entry.merged)
+    changes = compiled.record("merge-tables")["changes"]
+    assert [change["what"] for change in changes if change["missed"] is None] == list(compiled.entry.merged)
 
 
 def test_fuses_what_should_fuse(compiled: Compiled) -> None:
