@@ -15,6 +15,7 @@ from torch import fx, nn
 from grc.graph.capture import Source
 from grc.graph.cost import layers
 from grc.graph.ids import id_ranges
+from grc.graph.segments import segments
 from grc.graph.show import show
 from grc.lowering.choose import Candidate, Choice, boundaries
 from grc.lowering.cuda import described, part_on_gpu
@@ -46,7 +47,7 @@ def describe(
     """Write weights, golden requests and graph.txt into `folder`, and return the manifest that names them."""
     store = Store()
     parts = [part_entry(candidate, store, graph, target) for candidate in choice.parts]
-    cut = [stage_entry(stage, store, target) for stage in stages]
+    cut = [stage_entry(stage, source, store, target) for stage in stages]
     store.write(folder / "weights.safetensors")
     write_golden(source, choice, folder)
     if lowered is not None:
@@ -81,6 +82,7 @@ def describe(
         },
         "batch": {"min": source.min_batch, "max": options.max_batch, "dynamic": source.dynamic},
         "ids": [asdict(entry) for entry in id_ranges(graph)],
+        "segments": [asdict(entry) for entry in segments(source.graph)],
         "on_bad_id": options.on_bad_id,
         "precision": None if lowered is None else lowered.json(),
         "requires": required_operators(graph),
@@ -107,7 +109,7 @@ def routing(choice: Choice) -> list[dict[str, int]]:
     ]
 
 
-def stage_entry(stage: BuiltStage, store: Store, target: Target) -> dict[str, Any]:
+def stage_entry(stage: BuiltStage, source: Source, store: Store, target: Target) -> dict[str, Any]:
     """A stage as the artifact of its own that it becomes when it is exported; its parts lie in a folder of its name."""
     parts = [part_entry(candidate, store, stage.graph, target) for candidate in stage.choice.parts]
     return {
@@ -115,12 +117,24 @@ def stage_entry(stage: BuiltStage, store: Store, target: Target) -> dict[str, An
         "inputs": stage.inputs,
         "outputs": stage.outputs,
         "ids": [asdict(entry) for entry in id_ranges(stage.graph)],
+        "segments": stage_segments(stage, source),
         "parts": [{**part, "file": f"{stage.name}/{part['file']}"} for part in parts],
         "choice": routing(stage.choice),
         "measured": measurements(stage.choice),
         "rejected": stage.choice.rejected,
         "quality": {c.built.engine: c.error for c in stage.choice.candidates},
     }
+
+
+def stage_segments(stage: BuiltStage, source: Source) -> list[dict[str, Any]]:
+    """What the model's own inputs tell of each other, where a stage takes both."""
+    place = {entry["name"]: i for i, entry in enumerate(stage.inputs)}
+    found = [(source.names[e.values], source.names[e.counts], e.form) for e in segments(source.graph)]
+    return [
+        {"values": place[values], "counts": place[counts], "form": form}
+        for values, counts, form in found
+        if values in place and counts in place
+    ]
 
 
 def gpu_entry(choice: Choice) -> dict[str, Any]:

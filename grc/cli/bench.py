@@ -36,7 +36,9 @@ def command(
     artifact: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Measure this artifact instead of compiling the model.")
     ] = None,
-    engine: Annotated[str, typer.Option(metavar="NAME", help="The engine to compile with.")] = "auto",
+    engine: Annotated[
+        str, typer.Option(metavar="NAME", help="The engine to compile with.", autocompletion=p.engines)
+    ] = "auto",
     precision: p.Precision = "fp32",
     budget: p.Budget = None,
     ids: Annotated[

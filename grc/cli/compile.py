@@ -29,7 +29,12 @@ def command(
     ] = None,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where the artifact will run.")] = "cpu",
     engine: Annotated[
-        str, typer.Option(metavar="NAME", help="auto keeps the fastest that is exact enough; a name forces one.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="auto keeps the fastest that is exact enough; a name forces one.",
+            autocompletion=p.engines,
+        ),
     ] = "auto",
     batches: Annotated[
         str, typer.Option(metavar="N,N,…", help="Batch sizes at which the engines are measured.")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from grc.options import BadIdPolicy
+from grc.options import ENGINES, BadIdPolicy
 
 Model = Annotated[
     str,
@@ -82,7 +82,11 @@ def check_passes(names: Sequence[str], known: Sequence[str]) -> None:
 def check_engine(name: str) -> None:
     """Refuse an engine that does not exist before any work is done."""
     from grc.errors import LoweringError
-    from grc.runtime.engines import LOADERS
 
-    if name != "auto" and name not in LOADERS:
-        raise LoweringError(f"there is no engine {name}", f"choose auto or one of {', '.join(LOADERS)}")
+    if name not in ENGINES:
+        raise LoweringError(f"there is no engine {name}", f"choose auto or one of {', '.join(ENGINES[1:])}")
+
+
+def engines(incomplete: str) -> list[str]:
+    """What the shell completes --engine with."""
+    return [name for name in ENGINES if name.startswith(incomplete)]

@@ -19,9 +19,9 @@ from torch.export import Dim
 
 from grc.errors import CaptureError, ModelFileError
 from grc.graph.faults import explain, find_fault, hint_for
-from grc.graph.flat import flat_graph, quiet_export
+from grc.graph.flat import flat_graph, model_lines, quiet_export
 from grc.graph.model_file import Model, user_line
-from grc.graph.sizes import Size, collection, find_sizes, named_dims, size_of
+from grc.graph.sizes import Size, collection, find_sizes, named_by_symbol, named_dims, size_of
 from grc.runtime.structure import Json, flatten, leaf_names
 
 EXPORT_BATCH = 7  # no divisor of a usual layer size, so that a batch and a width are not taken for each other
@@ -153,12 +153,14 @@ def export(model: Model, sizes: list[tuple[Size, ...]], mode: str) -> torch.expo
     if model.program is not None:
         return model.program
     args, kwargs = model.inputs(EXPORT_BATCH)
+    # A tensor given twice would become one input, and a view would tie the request to the tensor behind it.
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     module = model.module
     if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module.forward).parameters.values()) and kwargs:
         module, args, kwargs = ByPosition(module, (args, kwargs)), tuple(leaves), {}
     strict = mode == "strict"
-    with torch.no_grad(), quiet_export():
+    with torch.no_grad(), quiet_export(), model_lines():
         try:
             shapes = collection(leaves, sizes, named_dims(sizes))
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=strict)
@@ -201,7 +203,7 @@ def describe(
         model=model,
         graph=graph,
         names=names,
-        sizes=sizes,
+        sizes=named_by_symbol(sizes, graph),
         dtypes=[t.dtype for t in flat_tensors(model.inputs(2))[0]],
         in_structure=structure,
         out_structure=outputs[2][1],

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import io
 import logging
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
+from torch.fx.proxy import TracerBase
+
+import grc.errors
 
 
 @contextmanager
@@ -27,6 +33,28 @@ def quiet_export() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+@contextmanager
+def model_lines() -> Iterator[None]:
+    """Keep the lines of every function that the model calls: torch.export records those of functions named forward only,
+    so that a value made in a method of the model would be told by the line that calls the method."""
+    with mock.patch.object(TracerBase, "_filter_traceback_frames", model_frames):
+        yield
+
+
+OWN, TORCH = (f"{Path(file).parent}/" for file in (grc.errors.__file__, torch.__file__))
+
+
+def model_frames(_: TracerBase, stack: traceback.StackSummary) -> traceback.StackSummary:
+    """The frames from the model's forward on: none of this compiler, and of torch only those of its layers."""
+    first = next((i for i, frame in enumerate(stack) if frame.name == "forward"), len(stack))
+    return traceback.StackSummary.from_list(
+        frame
+        for frame in stack[first:]
+        if not frame.filename.startswith((OWN, TORCH, "<"))
+        or (frame.filename.startswith(f"{TORCH}nn/") and frame.name == "forward")
+    )
 
 
 def flat_graph(program: torch.export.ExportedProgram) -> fx.GraphModule:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,21 +88,29 @@ def only_user(node: fx.Node) -> fx.Node | None:
 
 
 FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+TORCH = f"{Path(torch.__file__).parent}/"
+INSTALLED = ("site-packages", "dist-packages", sysconfig.get_path("stdlib"))
 
 
 def where(node: fx.Node) -> str:
-    """`file.py:41` of the user's line that made a value: the innermost frame outside of installed packages."""
-    trace = node.meta.get("stack_trace") or ""
-    frames = [(m["file"], m["line"]) for m in FRAME.finditer(trace)]
-    own = [f for f in frames if "site-packages" not in f[0] and not f[0].startswith("torch/")]
-    chosen = own[-1:] or frames[-1:]
-    return f"{chosen[0][0].rpartition('/')[2]}:{chosen[0][1]}" if chosen else ""
+    """`file.py:41` of the line that made a value, as `source_line` chooses it."""
+    return source_line(node)[0]
 
 
 def source_text(node: fx.Node) -> str:
-    """The user's own source line, as the stack trace has it."""
+    """That line itself, as the stack trace has it."""
+    return source_line(node)[1]
+
+
+def source_line(node: fx.Node) -> tuple[str, str]:
+    """The innermost line of the user's own files; of a model that is a library's, the innermost that is not torch's."""
     lines = (node.meta.get("stack_trace") or "").strip().splitlines()
-    frames = [i for i, line in enumerate(lines) if FRAME.search(line)]
-    own = [i for i in frames if "site-packages" not in lines[i] and 'File "torch/' not in lines[i]]
-    chosen = own[-1:] or frames[-1:]
-    return lines[chosen[0] + 1].strip() if chosen and chosen[0] + 1 < len(lines) else ""
+    frames = [(i, found) for i, line in enumerate(lines) if (found := FRAME.search(line))]
+    model = [f for f in frames if not f[1]["file"].startswith((TORCH, "torch/"))]
+    own = [f for f in model if not any(folder in f[1]["file"] for folder in INSTALLED)]
+    chosen = own or model or frames
+    if not chosen:
+        return "", ""
+    place, found = chosen[-1]
+    text = lines[place + 1].strip() if place + 1 < len(lines) else ""
+    return f"{found['file'].rpartition('/')[2]}:{found['line']}", text

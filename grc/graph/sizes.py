@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import fx
 from torch.export import Dim, ShapesCollection
 
 from grc.errors import ModelFileError
@@ -59,6 +60,19 @@ def size_of(sizes: Sequence[int], batches: Sequence[int], free: dict[tuple[int, 
     if rest == 0 and scale > 0 and all(s == scale * b + offset for s, b in zip(sizes, batches, strict=True)):
         return Size(scale=scale, offset=offset)
     return Size(free=free.setdefault(tuple(sizes), f"n{len(free)}"))
+
+
+def named_by_symbol(sizes: Sequence[tuple[Size, ...]], graph: fx.GraphModule) -> list[tuple[Size, ...]]:
+    """Free sizes named anew, one name for each symbol of the graph: what was built from it takes those for equal."""
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    names: dict[str, str] = {}
+    return [
+        tuple(
+            replace(size, free=names.setdefault(str(found), f"n{len(names)}")) if size.free else size
+            for size, found in zip(dims, node.meta["val"].shape, strict=True)
+        )
+        for dims, node in zip(sizes, inputs, strict=True)
+    ]
 
 
 def named_dims(sizes: list[tuple[Size, ...]]) -> dict[str, Any]:

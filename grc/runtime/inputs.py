@@ -1,14 +1,38 @@
-"""Check a request before a kernel sees it: dtype, rank, sizes, batch, ids, and NaN where an answer shows one."""
+"""Check a request before a kernel sees it: dtype, rank, sizes, batch, bags, ids, and NaN where an answer shows one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from grc.errors import InputError
+
+FEW = 32  # numbers up to which a Python list is cheaper than two calls of torch, at 2.5 us each
+
+
+def add_up(lengths: torch.Tensor, rows: int) -> bool:
+    """Whether lengths are those of bags that hold `rows` values in all."""
+    if lengths.numel() <= FEW:
+        told = lengths.flatten().tolist()
+        return sum(told) == rows and min(told, default=0) >= 0
+    low, high = torch.aminmax(lengths)  # no length above `rows`: then the sum can't overflow
+    return low.item() >= 0 and high.item() <= rows and lengths.sum().item() == rows
+
+
+def ascend(offsets: torch.Tensor, rows: int, ended: bool) -> bool:
+    """Whether offsets are those of bags that lie one after the other in `rows` values; `ended` with the last one's end."""
+    if offsets.numel() <= FEW:
+        told = offsets.tolist()
+        end = told[-1]
+        return told[0] == 0 and (end == rows if ended else end <= rows) and told == sorted(told)
+    low, high = (bound.item() for bound in torch.aminmax(offsets))
+    if offsets[0].item() != low or low != 0 or (high != rows if ended else high > rows):
+        return False  # and where none is outside of 0..rows, the differences can't overflow
+    return offsets.diff().min().item() >= 0
 
 
 @dataclass(frozen=True)
@@ -43,6 +67,13 @@ class InputCheck:
             for dim, s in enumerate(spec["sizes"])
             if s == "batch" or isinstance(s, dict)
         ]
+        named: dict[str, list[tuple[int, int]]] = {}
+        for i, spec in enumerate(self.specs):
+            for dim, size in enumerate(spec["sizes"]):
+                if isinstance(size, str) and size != "batch":
+                    named.setdefault(size, []).append((i, dim))
+        self.equal = [places for places in named.values() if len(places) > 1]
+        self.segments = [(e["values"], e["counts"], e["form"]) for e in manifest["segments"]]
         self.limits: dict[int, list[Limit]] = {}
         for entry in manifest["ids"] if manifest["on_bad_id"] == "error" else ():
             limit = Limit(entry["start"], entry["stop"], entry["rows"], entry["table"], entry["padding"])
@@ -86,9 +117,9 @@ class InputCheck:
             batch = inputs[self.lead[0]].shape[self.lead[1]]
         elif self.scaled:
             i, dim, scale, offset = self.scaled[0]
-            batch = (inputs[i].shape[dim] - offset) // scale
+            batch = max(0, (inputs[i].shape[dim] - offset) // scale)
         else:
-            return 1
+            batch = 1
         if batch > self.max_batch:
             raise InputError(
                 f"the request has batch {batch}; the artifact takes up to {self.max_batch}",
@@ -102,6 +133,15 @@ class InputCheck:
                     f"at batch {batch} it must be {scale * batch + offset}",
                     "give every input the same batch",
                 )
+        for (first, at), *others in self.equal:
+            size = inputs[first].shape[at]
+            for i, dim in others:
+                if inputs[i].shape[dim] != size:
+                    raise InputError(
+                        f'input "{self.names[i]}" has size {inputs[i].shape[dim]} in dimension {dim}; '
+                        f'it must be {size}, as in dimension {at} of input "{self.names[first]}"',
+                        "see grc inspect",
+                    )
         return batch
 
     def described(self, index: int) -> str:
@@ -113,6 +153,28 @@ class InputCheck:
             )
             + "]"
         )
+
+    def bags(self, inputs: Sequence[torch.Tensor]) -> None:
+        """Raise InputError where lengths or offsets do not fit the values that they cut into bags."""
+        for values, counts, form in self.segments:
+            told, rows = inputs[counts], inputs[values].shape[0]
+            if not (add_up(told, rows) if form == "lengths" else ascend(told, rows, form == "offsets")):
+                self.refuse_bags(counts, values, form, told.flatten().tolist(), rows)
+
+    def refuse_bags(self, counts: int, values: int, form: str, told: list[int], rows: int) -> None:
+        name, other = f'input "{self.names[counts]}"', f'input "{self.names[values]}" has {rows} values'
+        if form == "lengths":
+            low = next((i for i, length in enumerate(told) if length < 0), None)
+            fault = f"adds up to {sum(told)}; {other}" if low is None else f"has length {told[low]} at position {low}"
+            raise InputError(f"{name} {fault}", "the lengths of all bags must add up to the number of values")
+        fall = next((i for i, (a, b) in enumerate(pairwise(told), 1) if a > b), None)
+        fault = f"ends with {told[-1]}; {other}"
+        if told[0] != 0:
+            fault = f"begins with {told[0]}, not with 0"
+        elif fall is not None:
+            fault = f"falls from {told[fall - 1]} to {told[fall]} at position {fall}"
+        end = "end with the number of values" if form == "offsets" else "end within the values"
+        raise InputError(f"{name} {fault}", f"offsets must begin with 0, never fall, and {end}")
 
     def ids(self, inputs: Sequence[torch.Tensor]) -> None:
         """Raise InputError for the first id outside of its table."""

@@ -99,6 +99,7 @@ class Program:
         batch = self.check.batch(inputs)
         if batch == 0:
             return self.empty()
+        self.check.bags(inputs)
         part = self.part_at(batch)
         if not self.self_checking[part]:
             self.check.ids(inputs)

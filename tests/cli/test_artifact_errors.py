@@ -82,7 +82,7 @@ HOSTS = {
     other_isa: ("tiny.grc was built for avx512; this CPU has avx2", "rebuild it here: grc compile {model}"),
     other_torch: (f"tiny.grc was built with torch 2.4.1; this is torch {torch.__version__.split('+')[0]}",
                   "rebuild it here: grc compile {model}"),
-    other_format: ("tiny.grc has format 99; this grc reads format 1", "rebuild the artifact"),
+    other_format: ("tiny.grc has format 99; this grc reads format 2", "rebuild the artifact"),
     lost_operators: ("tiny.grc needs the operators abacus:: of no_such_package", "pip install no_such_package"),
 }  # fmt: skip
 

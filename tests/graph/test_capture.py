@@ -239,6 +239,28 @@ class TestSizes:
         assert source.sizes[0][0].json() == {"scale": 2, "offset": 0}
 
 
+class TestSharedMemory:
+    def test_one_tensor_given_twice_is_two_inputs(self) -> None:
+        def inputs(b):
+            x = rows(b, 3)
+            return x, x
+
+        source = captured(Forward(lambda self, x, y: x - 2 * y), inputs)
+        x, y = rows(4, 3), rows(5, 3)[:4]
+        assert torch.equal(source.graph(x, y)[0], x - 2 * y)
+
+    def test_views_of_one_tensor_are_inputs_of_their_own(self) -> None:
+        def forward(self, values, starts, ends):
+            return self.a(values, starts) + self.b(values, ends)
+
+        def inputs(b):
+            ends = torch.arange(b + 1) * 2 - torch.arange(b + 1) // 3
+            return ids(int(ends[-1]), 1).squeeze(1), ends[:-1], ends
+
+        tables = {"a": nn.EmbeddingBag(10, 4), "b": nn.EmbeddingBag(10, 4, include_last_offset=True)}
+        assert captured(Forward(forward, **tables), inputs).min_batch == 1
+
+
 class TestNumerics:
     def test_dtypes_are_kept(self) -> None:
         model = Forward(lambda self, x: self.layer(x), layer=nn.Linear(4, 4)).bfloat16()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from grc.passes.merge_tables import MergeTables
+from grc.passes.merge_tables import GATHERED, MergeTables
 from tests.graph.filecheck import check
 from tests.passes.small import MERGED, graph_of, ids, made, misses, rows, run
 
@@ -200,6 +200,37 @@ def test_bags_with_offsets(mode, last, padding):
     check(graph, "CHECK: grc.lookup(%arena, %cat{{.*}}, %cat\nCHECK-NOT: aten.embedding_bag")
 
 
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_bag_that_stands_alone(mode, last, dtype):
+    """No cat reads it, and its layer stays."""
+    bag = nn.EmbeddingBag(10, 4, mode=mode, include_last_offset=last)
+    values, ends = ids(7, 1).squeeze(1).to(dtype), torch.tensor([0, 0, 3, 3, 7, 7], dtype=dtype)
+    inputs = values, ends if last else ends[:-1].clone()
+    graph, changes = merged(lambda self, v, o: self.bag(v, o).relu(), *inputs, bag=bag)
+    assert made(changes, "1 look-ups of 1 tables -> 1") == 1
+    offsets = "%inputs_1" if last else "%cat"
+    check(
+        graph, f"CHECK: grc.lookup(%bag_weight, %inputs_0, {offsets}\nCHECK: aten.relu\nCHECK-NOT: aten.embedding_bag"
+    )
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_a_bag_of_fixed_length_that_stands_alone(length):
+    graph, changes = merged(lambda self, x: self.bag(x).relu(), ids(4, length), bag=nn.EmbeddingBag(10, 4, mode="mean"))
+    assert made(changes, "1 look-ups of 1 tables -> 1") == 1
+    check(graph, f"CHECK: grc.lookup(%bag_weight, %inputs_0, None, None, [0], [10], [4], [{length}]")
+
+
+def test_a_weighted_bag_that_stands_alone():
+    graph, _ = merged(
+        lambda self, v, o, w: self.bag(v, o, w).relu(), ids(7, 1).squeeze(1), torch.tensor([0, 2, 2, 6]), torch.rand(7),
+        bag=nn.EmbeddingBag(10, 4, mode="sum", padding_idx=3),
+    )  # fmt: skip
+    check(graph, "CHECK: grc.lookup(%bag_weight, %inputs_0, %cat{{.*}}, %inputs_2, [0], [10], [4], [], 0, [3])")
+
+
 def test_per_sample_weights():
     a, b = nn.EmbeddingBag(10, 4, mode="sum"), nn.EmbeddingBag(20, 4, mode="sum")
     graph, changes = merged(
@@ -231,6 +262,30 @@ def test_keyed_features_need_no_split():
         CHECK-NEXT: return
         """,
     )
+
+
+def test_rows_that_no_cat_and_no_sum_reads_stay_with_their_readers():
+    graph, changes = merged(
+        lambda self, x, y: (self.a(x).relu(), self.a(y) * 2), ids(4, 3), ids(5, 1)[:4, 0].clone(), a=nn.Embedding(10, 4)
+    )
+    assert misses(changes, "look-up") == [GATHERED, GATHERED]
+    check(graph, "CHECK-COUNT-2: aten.embedding(\nCHECK-NOT: grc.lookup")
+
+
+def test_constant_ids_are_no_look_up():
+    _, changes = merged(lambda self, x: x + self.a(torch.arange(4)), rows(3, 4, 4), a=nn.Embedding(10, 4))
+    assert changes == [] or misses(changes, "look-up") == []
+
+
+def test_a_computed_table_is_named():
+    def forward(self, v, o):
+        return torch.nn.functional.embedding_bag(v, self.a.weight * 2, o, mode="sum")
+
+    graph, changes = merged(forward, ids(7, 1).squeeze(1), torch.tensor([0, 2, 2, 6]), a=nn.Embedding(10, 4))
+    assert misses(changes, "look-up") == [
+        "its table is computed: only a parameter or buffer [rows, width] has rows to read"
+    ]
+    check(graph, "CHECK: aten.embedding_bag(")
 
 
 def test_dtypes_are_not_mixed():

@@ -102,6 +102,27 @@ def test_over_grpc(server: Running, case: str) -> None:
     assert (caught.value.code(), caught.value.details()) == (library.StatusCode.INVALID_ARGUMENT, message)
 
 
+LENGTHS = {
+    "too few values": ([2, 1, 0, 2], 'input "lengths" adds up to 5; input "values" has 4 values'),
+    "too many values": ([1, 1, 0, 1], 'input "lengths" adds up to 3; input "values" has 4 values'),
+    "negative": ([2, -1, 1, 2], 'input "lengths" has length -1 at position 1'),
+}
+
+
+@pytest.mark.parametrize("case", LENGTHS)
+def test_lengths_that_do_not_fit_their_values(server: Running, case: str) -> None:
+    lengths, message = LENGTHS[case]
+    inputs = [
+        {"name": "dense", "datatype": "FP32", "shape": [2, 3], "data": [0.5] * 6},
+        {"name": "values", "datatype": "INT64", "shape": [4], "data": [3, 7, 1, 2]},
+        {"name": "lengths", "datatype": "INT64", "shape": [4], "data": [1, 1, 0, 2]},
+    ]
+    path = "/v2/models/bags/infer"
+    assert server.ask(path, json.dumps({"inputs": inputs}).encode())[0] == 200
+    inputs[2]["data"] = lengths
+    assert server.error(path, json.dumps({"inputs": inputs}).encode()) == (400, message)
+
+
 JSON = {
     "no json": (b"{", "the request is no JSON: unexpected end of data: line 1 column 2 (char 1)"),
     "an array": (b"[1]", "the request is a JSON array, not an object"),

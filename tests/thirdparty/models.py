@@ -17,7 +17,8 @@ Inputs = Callable[[int], Any]
 
 @dataclass(frozen=True)
 class ThirdParty:
-    """One model: how to build it, and which fusions and reasons for a miss its compilation must show."""
+    """One model: how to build it, which fusions and reasons for a miss its compilation must show, and what keeps ONNX
+    Runtime from it."""
 
     name: str
     package: str
@@ -25,6 +26,7 @@ class ThirdParty:
     merged: tuple[str, ...] = ()
     fused: tuple[str, ...] = ()
     missed: tuple[tuple[str, str], ...] = ()
+    no_onnx: str = ""
 
     def model(self) -> tuple[nn.Module, Inputs]:
         """The module in eval mode, with weights that are the same in every process, and its inputs by batch size."""
@@ -190,12 +192,13 @@ def bert() -> tuple[nn.Module, Inputs]:
 
 FLAT = "the sums run over features and width at once, so every number is a feature of its own"
 VECTOR = "the cross layer weighs by one vector (DCN, 2017); only the matrix form has a kernel"
+NO_SEARCH = "No ONNX function found for <OpOverload(op='aten.searchsorted'"
 ONE = f"{FEATURES} look-ups of {FEATURES} tables -> 1"
 
 MODELS = (
-    ThirdParty("torchrec-dlrm", "torchrec", torchrec_dlrm, (ONE,), ("bag-dot",)),
-    ThirdParty("torchrec-dlrm-dcn", "torchrec", torchrec_dlrm_dcn, (ONE,), ("cross",) * 3),
-    ThirdParty("torchrec-deepfm", "torchrec", torchrec_deepfm, (ONE,), missed=(("bag-fm", FLAT),)),
+    ThirdParty("torchrec-dlrm", "torchrec", torchrec_dlrm, (ONE,), ("bag-dot",), no_onnx=NO_SEARCH),
+    ThirdParty("torchrec-dlrm-dcn", "torchrec", torchrec_dlrm_dcn, (ONE,), ("cross",) * 3, no_onnx=NO_SEARCH),
+    ThirdParty("torchrec-deepfm", "torchrec", torchrec_deepfm, (ONE,), missed=(("bag-fm", FLAT),), no_onnx=NO_SEARCH),
     ThirdParty("torchrec-sequence", "torchrec", torchrec_sequence),
     ThirdParty("deepctr-deepfm", "deepctr_torch", lambda: deepctr_model("DeepFM"), (ONE, ONE), ("bag-fm",)),
     ThirdParty(

@@ -53,7 +53,8 @@ def write_stage(artifact: Artifact, stage: Mapping[str, Any], folder: Path) -> A
         "outputs": {"dict": outputs},
         "parameters": names,
     }
-    kept = {key: stage[key] for key in ("inputs", "outputs", "ids", "choice", "measured", "rejected", "quality")}
+    own = ("inputs", "outputs", "ids", "segments", "choice", "measured", "rejected", "quality")
+    kept = {key: stage[key] for key in own}
     return write(artifact, folder, {**kept, "name": stage["name"], "structure": structure, "parts": parts})
 
 
@@ -65,9 +66,8 @@ def write_processing(artifact: Artifact, folder: Path) -> Artifact:
 
 def write(artifact: Artifact, folder: Path, changes: dict[str, Any]) -> Artifact:
     kept = ("format", "grc", "name", "command", "target", "gpu", "inputs", "outputs", "structure", "batch", "ids")
-    manifest = {
-        key: artifact.manifest[key] for key in (*kept, "on_bad_id", "requires", "rows") if key in artifact.manifest
-    }
+    more = ("segments", "on_bad_id", "requires", "rows")
+    manifest = {key: artifact.manifest[key] for key in (*kept, *more) if key in artifact.manifest}
     manifest |= {"processing": None, "passes": [], "layers": [], "quality": {}, "measured": [], "rejected": {}}
     write_manifest(folder, manifest | changes)
     return Artifact.open(folder)
