@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from grc.errors import GrcError, LoweringError
+from grc.errors import BudgetError, GrcError, LoweringError
 from grc.graph.capture import EXPORT_BATCH, Source, capture
 from grc.graph.cut import Stage, cut
 from grc.graph.model_file import Model, from_module, load_model
@@ -34,8 +34,8 @@ from grc.precision.calibration import calibration_of
 from grc.precision.formats import check_precision
 from grc.precision.gpu import halved_layers, narrowed, tables_of_bytes
 from grc.precision.quality import budget
-from grc.precision.search import Lowered, Search
-from grc.precision.sites import find_sites
+from grc.precision.search import SPENT, Lowered, Search
+from grc.precision.sites import Site, find_sites
 from grc.progress import Progress, Silent, Timed
 from grc.report.html import write_report
 from grc.report.summary import size
@@ -56,6 +56,10 @@ class Optimised:
     canonical: fx.GraphModule
     """As it was before anything fused: what stages are cut from."""
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+Lowering = tuple[Choice, Target, dict[str, float]]
+"""What was built and chosen, for which host, and the seconds of each stage."""
 
 
 def compile(
@@ -87,8 +91,11 @@ def compile(
         plain = source.graph
         optimised = optimise(source, options, told, after=after)
         line = cut_line(source, optimised) if options.stages else None  # before minutes are spent on building
-        lowered, graphs = lower_precision(source, optimised, options, folder, told)
-        choice, target, seconds = lower(source, plain, optimised, graphs, options, folder, told, lowered)
+        if options.precision == "fp32":
+            lowered, built = None, lower(source, plain, optimised, {"": optimised.graph}, options, folder, told)
+        else:
+            lowered, built = lower_in_fewer_bits(source, plain, optimised, options, folder, told)
+        choice, target, seconds = built
         optimised.seconds |= seconds
         stages = lower_stages(line, options, folder, told) if line else []
         told.begin("write")
@@ -162,39 +169,54 @@ def optimise(
     return Optimised(graph, records, proof, canonical, {"passes": time.perf_counter() - start})
 
 
-def lower_precision(
-    source: Source, optimised: Optimised, options: Options, folder: Path, progress: Progress
-) -> tuple[Lowered | None, dict[str, fx.GraphModule]]:
-    """Find out what may be kept in fewer bits, and the graphs to build, the best guess under "".
-
-    None, and the graph as it is, where no fewer bits were asked for.
-    """
-    graph = optimised.graph
-    if options.precision == "fp32":
-        return None, {"": graph}
+def lower_in_fewer_bits(
+    source: Source, plain: fx.GraphModule, optimised: Optimised, options: Options, folder: Path, progress: Progress
+) -> tuple[Lowered, Lowering]:
+    """Find out which tables and layers may be kept in fewer bits, and build that; where every engine lands outside of the
+    budget, again with more of it left."""
     progress.begin("precision")
-    sites = find_sites(graph)
-    found = Search(
-        graph,
-        sites,
+    search = Search(
+        optimised.graph,
+        find_sites(optimised.graph),
         calibration_of(source, options.calibration),
         budget(options.budget),
         options.precision,
         progress.detail,
         options.device,
-    ).run()
-    scratch = folder / SCRATCH
+    )
+    shares, outside = list(SPENT), None
+    while True:
+        found = search.run(shares.pop(0))
+        if shares and found.formats == outside:
+            continue
+        graphs = graphs_of(found, search.sites, optimised.graph, options.device, folder / SCRATCH)
+        progress.end(found.summary())
+        try:
+            return found, lower(source, plain, optimised, graphs, options, folder, progress, found)
+        except BudgetError as error:
+            if not shares:
+                raise
+            outside = found.formats
+            progress.end(error.message)
+            progress.begin("precision")
+            del graphs  # before the files that they map
+            shutil.rmtree(folder / SCRATCH)
+            shutil.rmtree(folder / "parts")
+
+
+def graphs_of(
+    found: Lowered, sites: Sequence[Site], graph: fx.GraphModule, device: str, scratch: Path
+) -> dict[str, fx.GraphModule]:
+    """The graphs to build for an outcome, the best guess under ""; tables are converted into files below `scratch`."""
     scratch.mkdir()
-    if options.device == "cuda":
-        tabled = with_tables(graph, sites, tables_of_bytes(sites, found.formats), scratch)
-        graphs = {"": narrowed(tabled, sites, found.formats)}
-        halved = halved_layers(sites, found.formats)
-        if halved != found.formats:  # what its 8-bit rows cost may be more than the products save
-            graphs["half-layers"] = narrowed(tabled, sites, halved)
-    else:
-        graphs = {"": with_tables(graph, sites, found.formats, scratch)}
-    progress.end(found.summary())
-    return found, graphs
+    if device == "cpu":
+        return {"": with_tables(graph, sites, found.formats, scratch)}
+    tabled = with_tables(graph, sites, tables_of_bytes(sites, found.formats), scratch)
+    graphs = {"": narrowed(tabled, sites, found.formats)}
+    halved = halved_layers(sites, found.formats)
+    if halved != found.formats:  # what its 8-bit rows cost may be more than the products save
+        graphs["half-layers"] = narrowed(tabled, sites, halved)
+    return graphs
 
 
 def lower(
@@ -206,7 +228,7 @@ def lower(
     folder: Path,
     progress: Progress,
     lowered: Lowered | None = None,
-) -> tuple[Choice, Target, dict[str, float]]:
+) -> Lowering:
     """Build, prove and measure the engines, and keep the files of the winners."""
     target = target_of(options)
     parts = folder / "parts"
@@ -325,7 +347,7 @@ def build_and_choose(
     model: Callable[[int], Any],
     plan: Plan | None = None,
     relearn: Relearn | None = None,
-) -> tuple[Choice, Target, dict[str, float]]:
+) -> Lowering:
     """Build and prove every engine, measure them beside the model itself, and keep the files of the winners."""
     start = time.perf_counter()
     progress.begin("build")

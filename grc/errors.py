@@ -32,6 +32,10 @@ class LoweringError(GrcError):
     """No engine could build the graph, or the one that was asked for could not."""
 
 
+class BudgetError(LoweringError):
+    """Every engine of fewer bits answers outside of the budget of quality, though the trial of it was inside."""
+
+
 class ArtifactError(GrcError):
     """An artifact is damaged, was built for another host, or can't be written."""
 

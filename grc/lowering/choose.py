@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from grc.errors import GrcError, LoweringError
+from grc.errors import BudgetError, GrcError, LoweringError
 from grc.graph.oracle import largest_error, within
 from grc.lowering.eager import Eager
 from grc.lowering.engine import Built, Engine, Lowerable, Target
@@ -103,12 +103,14 @@ def build_all(
     progress: Callable[[str], None],
     load: Callable[[Built, Path], Run] = load_built,
 ) -> tuple[list[Candidate], dict[str, str]]:
-    """Build and prove the engines. Raises LoweringError when the one that was asked for can't be built or is wrong."""
+    """Build and prove the engines. Raises LoweringError when the one that was asked for can't be built or is wrong, and
+    BudgetError when all that is wrong is the quality."""
     names = [engine.name for engine, _ in offered]
     if only is not None and only not in names:
         raise LoweringError(f"there is no engine {only}", f"choose auto or one of {', '.join(names)}")
     candidates: list[Candidate] = []
     rejected: dict[str, str] = {}
+    over_budget = False
     for engine, lowerable in offered:
         if only is not None and engine.name != only:
             continue
@@ -120,6 +122,7 @@ def build_all(
                 built = engine.build(lowerable, target, folder)
                 candidate = Candidate(built, load(built, folder), time.perf_counter() - start)
                 reason = prove(candidate, requests)
+                over_budget |= reason is not None and bool(candidate.quality)
             except GrcError as error:
                 reason = error.message
             except Exception as error:  # an engine raises its own kind, and must not take the others with it
@@ -130,6 +133,8 @@ def build_all(
             rejected[engine.name] = reason
     if not candidates:
         name, reason = next(iter(rejected.items()))
+        if over_budget:
+            raise BudgetError(f"engine {name} can't be used: {reason}", "allow more with --budget, or lower less")
         raise LoweringError(f"engine {name} can't be used: {reason}", "try --engine auto, or see grc doctor")
     return candidates, rejected
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,23 @@ from typer.testing import CliRunner
 
 import grc
 from grc.cli.app import app
+from grc.precision.search import Lowered, outside
+from grc.progress import Silent
 from grc.runtime.artifact import read_manifest, write_manifest
+from tests.precision.models import Ranker, ranker_inputs, searched
 
 pytestmark = pytest.mark.engine
+
+
+class Recorder(Silent):
+    """Keeps the names of the stages that begin."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+
+    def begin(self, name: str) -> None:
+        self.begun.append(name)
+
 
 MODEL = """\
 import torch
@@ -55,8 +70,6 @@ def artifact(model: Path) -> Path:
 def test_answers_are_inside_of_the_budget_and_files_hold_no_table_of_floats(artifact: Path) -> None:
     program = grc.load(artifact)
     dense, ids = torch.randn(32, 8), torch.randint(300, (32, 2))
-    from tests.precision.models import Ranker
-
     torch.manual_seed(0)
     want = Ranker().eval()(dense, ids)
     got = program(dense, ids)
@@ -104,6 +117,31 @@ def test_check_measures_the_quality_again(artifact: Path) -> None:
     finally:
         manifest["precision"]["budget"] = kept
         write_manifest(artifact, manifest)
+
+
+def test_an_engine_that_lands_outside_is_built_again_with_less_lowered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every engine is judged as if it were half as far off again as the trial of it."""
+    judge = Lowered.judge
+
+    def strict(self: Lowered, run: Any) -> tuple[dict[str, float], str | None]:
+        found = {name: 1.5 * loss for name, loss in judge(self, run)[0].items()}
+        return found, outside(self.limits, found)
+
+    torch.manual_seed(0)
+    every = searched(Ranker().eval(), ranker_inputs, "int8", "max-error=0.5")
+    limit = every.quality["max-error"] / 0.75  # a trial of everything in int8 is inside of 0.8 of it
+    monkeypatch.setattr(Lowered, "judge", strict)
+    told = Recorder()
+    options = grc.Options(
+        tmp_path / "again.grc", batches=(8,), precision="int8", budget=(f"max-error={limit}",), engine="inductor"
+    )
+    manifest = grc.compile(Ranker().eval(), ranker_inputs, options, told).manifest
+    assert [name for name in told.begun if name in ("precision", "build")] == ["precision", "build"] * 2
+    formats = {site["format"] for site in manifest["precision"]["sites"]}
+    assert formats > {"int8"}
+    assert manifest["budget_quality"]["inductor"]["max-error"] <= limit
 
 
 @pytest.mark.parametrize(
