@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -56,7 +57,8 @@ def main() -> int:
                 command(name, file, options), cwd=ROOT, env=environment(options), stdout=subprocess.DEVNULL
             )
             if run.returncode:
-                failed.append(name)
+                killed = " (killed: out of memory?)" if run.returncode == -signal.SIGKILL else ""
+                failed.append(f"{name}: the run failed with exit code {run.returncode}{killed}")
                 continue
             rows += read(file)
             if not options.small:
@@ -65,8 +67,8 @@ def main() -> int:
         print(text_table(rows))
     if rows and not options.small:
         print("\n".join(["", *against_goals(cells(rows))]))
-    for name in failed:
-        print(f"{name}: the run failed")
+    for fault in failed:
+        print(fault)
     return 1 if failed else 0
 
 

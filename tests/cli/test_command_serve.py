@@ -15,13 +15,13 @@ import pytest
 from grc.cli import triton_server
 from grc.errors import GrcError
 from tests.cli.session import Grc, refused
-from tests.server.running import command, until
+from tests.server.running import command, needs_extra, until
 
 EXPORTED = importlib.util.find_spec(triton_server.EXPORT) is not None
 
 
 def test_help_names_every_flag_of_the_settings(grc: Grc) -> None:
-    pytest.importorskip("uvloop", reason="needs grc-compiler[serve]")
+    needs_extra()
     from dataclasses import fields
 
     from grc.runtime.server.settings import Settings
@@ -33,7 +33,7 @@ def test_help_names_every_flag_of_the_settings(grc: Grc) -> None:
 
 
 def test_defaults_are_those_of_the_settings() -> None:
-    pytest.importorskip("uvloop", reason="needs grc-compiler[serve]")
+    needs_extra()
     import inspect
     from dataclasses import fields
 
@@ -108,7 +108,7 @@ def test_without_its_packages_it_says_what_to_install(
 
 
 def test_a_damaged_artifact_is_refused(grc: Grc, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("uvloop", reason="needs grc-compiler[serve]")
+    needs_extra()
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     (artifact / "parts" / "eager.json").unlink()
     refused(
@@ -126,7 +126,7 @@ def test_the_real_tritonserver_answers(compiled: tuple[Path, object], tmp_path: 
         pytest.skip(reason)
     from tests.server.test_lifecycle import BODY
 
-    pytest.importorskip("uvloop", reason="needs grc-compiler[serve]")
+    needs_extra()
     from grc.runtime.server.ports import free_port
 
     port = free_port("127.0.0.1", 0, "--port")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import grc
-from tests.server.running import Running, running
+from tests.server.running import Running, needs_extra, running
 
-pytest.importorskip("uvloop", reason="needs grc-compiler[serve]")
+needs_extra()
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "movielens"
 

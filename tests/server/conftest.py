@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import grc
 from tests.cli.session import MODEL, SERVED
-from tests.server.running import Running, running
+from tests.server.running import Running, needs_extra, running
 
-pytest.importorskip("uvloop", reason="needs grc-compiler[serve]")
+needs_extra()
 
 # Pre- and postprocessing that can be slow and can fail, as users' own may.
 WORDS = """\

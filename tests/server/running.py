@@ -17,6 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+
+def needs_extra() -> None:
+    """Skip where one of the packages that a server needs is missing."""
+    for name in ("httptools", "orjson", "uvloop"):
+        pytest.importorskip(name, reason="needs grc-compiler[serve]")
+
+
 PATIENCE = 60.0  # seconds: a shared machine may be slow to start a process
 
 

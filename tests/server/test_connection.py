@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.running import Running, running, until
+from tests.server.running import Running, needs_extra, running, until
 
-pytest.importorskip("httptools", reason="needs grc-compiler[serve]")
+needs_extra()
 
 LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 INFER = "/v2/models/tiny/infer"

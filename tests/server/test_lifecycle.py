@@ -22,10 +22,10 @@ import pytest
 import grc
 from grc.runtime.weights import read_weights, write_weights
 from tests.cli.session import edit_manifest
-from tests.server.running import Running, command, running, until
+from tests.server.running import Running, command, needs_extra, running, until
 from tests.server.test_scheduler import slow
 
-pytest.importorskip("uvloop", reason="needs grc-compiler[serve]")
+needs_extra()
 
 DENSE = {"name": "dense", "datatype": "FP32", "shape": [1, 3], "data": [0.5, -1.0, 2.0]}
 IDS = {"name": "ids", "datatype": "INT64", "shape": [1, 2], "data": [3, 7]}
