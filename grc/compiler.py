@@ -85,7 +85,7 @@ def compile(
     check_precision(options.precision, options.device, target.sm)
     budget(options.budget)
     declared = as_model(model, inputs)
-    output = options.output or Path(f"{declared.name}.grc")
+    output = Path(options.output or f"{declared.name}.grc")
     with writing(output, options.force) as folder:
         source = traced(declared, told)
         plain = source.graph

@@ -11,6 +11,7 @@ import torch
 
 from grc.errors import InputError
 
+MANY = 1024  # forms of requests that are remembered
 FEW = 32  # numbers up to which a Python list is cheaper than two calls of torch, at 2.5 us each
 
 
@@ -74,6 +75,7 @@ class InputCheck:
                     named.setdefault(size, []).append((i, dim))
         self.equal = [places for places in named.values() if len(places) > 1]
         self.segments = [(e["values"], e["counts"], e["form"]) for e in manifest["segments"]]
+        self.fitted: dict[tuple[tuple[torch.dtype, torch.Size], ...], int] = {}
         self.limits: dict[int, list[Limit]] = {}
         for entry in manifest["ids"] if manifest["on_bad_id"] == "error" else ():
             limit = Limit(entry["start"], entry["stop"], entry["rows"], entry["table"], entry["padding"])
@@ -81,7 +83,23 @@ class InputCheck:
         self.smallest = {i: min(limit.rows for limit in limits) for i, limits in self.limits.items()}
 
     def batch(self, inputs: Sequence[Any]) -> int:
-        """The batch of a request. Raises InputError naming the input that does not fit."""
+        """The batch of a request. Raises InputError naming the input that does not fit.
+
+        Most requests have the dtypes and shapes of one before them, which fitted.
+        """
+        try:
+            form = tuple([(tensor.dtype, tensor.shape) for tensor in inputs])
+        except AttributeError:  # no tensors, as the checks below will say
+            return self.checked(inputs)
+        batch = self.fitted.get(form)
+        if batch is None:
+            batch = self.checked(inputs)
+            if len(self.fitted) >= MANY:
+                self.fitted.clear()
+            self.fitted[form] = batch
+        return batch
+
+    def checked(self, inputs: Sequence[Any]) -> int:
         if len(inputs) != len(self.specs):
             raise InputError(
                 f"the request has {len(inputs)} inputs, not {len(self.specs)}: {', '.join(self.names)}",

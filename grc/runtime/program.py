@@ -106,7 +106,8 @@ class Program:
         padded = batch < self.min_batch
         ready = self.check.padded(inputs, batch, self.min_batch) if padded else inputs
         try:
-            answers = self.runs[part]([plain(tensor) for tensor in ready])
+            # Compiled code reads memory by the strides it was built for.
+            answers = self.runs[part]([t if t.is_contiguous() and not t.requires_grad else plain(t) for t in ready])
         except GrcError:
             raise
         except Exception as error:  # an engine's own failure: name the input where one is to blame
@@ -139,10 +140,8 @@ class Program:
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Contiguous and without history: compiled code reads memory by the strides it was built for."""
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    return tensor if tensor.is_contiguous() else tensor.contiguous()
+    """Contiguous and without history."""
+    return tensor.detach().contiguous()
 
 
 def bound(refs: dict[str, Any], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
