@@ -30,7 +30,7 @@ from grc.options import Options
 from grc.passes.manager import Proof, Record, run_passes
 from grc.passes.pipeline import pipeline
 from grc.precision.apply import with_tables
-from grc.precision.calibration import calibration_of
+from grc.precision.calibration import ROWS, calibration_of
 from grc.precision.formats import check_precision
 from grc.precision.gpu import halved_layers, narrowed, tables_of_bytes
 from grc.precision.quality import budget
@@ -256,7 +256,7 @@ def lower(
     requests = make_requests(source, optimised, options)
     if lowered is not None and lowered.formats:
         requests = replace(requests, judge=lowered.judge)
-        offered = engines_for(ours[""], None, lowered.formats)
+        offered = engines_for(ours[""], None, lowered.formats, lowered.calibration.first(ROWS).batches)
     else:
         offered = engines_for(ours[""], unguarded)
     return build_and_choose(offered, target, parts, requests, options, progress, load_built, source.eager_runner())

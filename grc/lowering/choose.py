@@ -19,7 +19,7 @@ from grc.graph.oracle import largest_error, within
 from grc.lowering.eager import Eager
 from grc.lowering.engine import Built, Engine, Lowerable, Target
 from grc.lowering.inductor import Inductor
-from grc.lowering.onnx_int8 import OnnxRuntimeInt8
+from grc.lowering.onnx_int8 import OnnxRuntimeInt8, OnnxRuntimeStatic
 from grc.lowering.onnxruntime import OnnxRuntime
 from grc.lowering.timing import Turn, interleave
 from grc.runtime.closeness import QUALITY as QUALITY
@@ -76,14 +76,20 @@ class Requests:
 
 
 def engines_for(
-    optimised: Lowerable, source: Lowerable | None, formats: Mapping[str, str] | None = None
+    optimised: Lowerable,
+    source: Lowerable | None,
+    formats: Mapping[str, str] | None = None,
+    calibration: Sequence[Sequence[torch.Tensor]] = (),
 ) -> list[tuple[Engine, Lowerable]]:
     """The engines in the order in which ties go: ours, then plain AOTInductor on the graph as it came, then the others.
 
-    With `formats`, those that can keep these weights in fewer bits.
+    With `formats`, those that can keep these weights in fewer bits; `calibration` tells static ones their ranges.
     """
     if formats is not None:
-        return [(Inductor(packed=True, formats=formats), optimised), (OnnxRuntimeInt8(formats), optimised)]
+        engines = (
+            Inductor(packed=True, formats=formats), OnnxRuntimeInt8(formats), OnnxRuntimeStatic(formats, calibration)
+        )  # fmt: skip
+        return [(engine, optimised) for engine in engines]
     offered: list[tuple[Engine, Lowerable]] = [(Inductor(packed=True), optimised)]
     if source is not None:
         offered.append((Inductor(packed=False), source))

@@ -1,10 +1,10 @@
-"""ONNX Runtime in int8: onnxruntime's own dynamic quantiser on the exported graph, a scale for each column of a weight."""
+"""ONNX Runtime in int8: onnxruntime's own quantisers on the exported graph, a scale for each column of a weight."""
 
 from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ LARGEST = 1 << 30  # bytes: the quantiser holds the whole model in one protobuf,
 
 
 class OnnxRuntimeInt8(OnnxRuntime):
-    """`formats` names the weights that may be kept in int8; the others stay in float32."""
+    """`formats` names the weights that may be kept in int8; the others stay in float32. Activations are quantised as they
+    come."""
 
     def __init__(self, formats: Mapping[str, str]):
         self.formats = formats
@@ -35,20 +36,83 @@ class OnnxRuntimeInt8(OnnxRuntime):
         weights = {str(n.target): n.meta["val"] for n in lowerable.graph.graph.nodes if n.op == "get_attr"}
         lowered = {tuple(w.shape) for name, w in weights.items() if self.formats.get(name) == "int8"}
         kept = {tuple(w.shape) for name, w in weights.items() if name not in self.formats} - lowered
-        proto, constants = quantised(proto, constants, {shape[::-1] for shape in kept} | kept)
-        (folder / FILE).write_bytes(proto.SerializeToString())
-        return Built(self.name, FILE, constants)
+        file = f"{self.name}.onnx"
+        proto, constants = quantised(proto, constants, {shape[::-1] for shape in kept} | kept, self.quantise, file)
+        (folder / file).write_bytes(proto.SerializeToString())
+        return Built(self.name, file, constants)
+
+    def quantise(self, before: Path, after: Path, excluded: list[str]) -> None:
+        dynamically(before, after, excluded)
+
+
+class OnnxRuntimeStatic(OnnxRuntimeInt8):
+    """Activations are quantised by scales that calibration data tell, in QDQ form: no range is sought while it runs."""
+
+    name = "onnxruntime-static"
+
+    def __init__(self, formats: Mapping[str, str], batches: Sequence[Sequence[torch.Tensor]]):
+        super().__init__(formats)
+        self.batches = batches
+
+    def quantise(self, before: Path, after: Path, excluded: list[str]) -> None:
+        from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+
+        quantize_static(
+            str(before),
+            str(after),
+            reader(self.batches),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            reduce_range=narrow(),
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=excluded,
+        )
+
+
+def reader(batches: Sequence[Sequence[torch.Tensor]]) -> Any:
+    """The calibration data as onnxruntime's quantiser takes them."""
+    from onnxruntime.quantization import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.left = iter(batches)
+
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(self.left, None)
+            return None if batch is None else {f"input_{i}": tensor.numpy() for i, tensor in enumerate(batch)}
+
+    return Reader()
+
+
+def dynamically(before: Path, after: Path, excluded: list[str]) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(
+        str(before), str(after), weight_type=QuantType.QInt8, per_channel=True, reduce_range=narrow(),
+        nodes_to_exclude=excluded,
+    )  # fmt: skip
+
+
+def narrow() -> bool:
+    """Whether weights must do with 7 bits: without VNNI, pairs of products are added in 16 bits, which 8 would overflow."""
+    return not torch.cpu._is_vnni_supported()
 
 
 def quantised(
-    proto: Any, constants: dict[str, torch.Tensor], kept: Collection[tuple[int, ...]] = ()
+    proto: Any,
+    constants: dict[str, torch.Tensor],
+    kept: Collection[tuple[int, ...]] = (),
+    quantise: Callable[[Path, Path, list[str]], None] = dynamically,
+    file: str = FILE,
 ) -> tuple[Any, dict[str, torch.Tensor]]:
-    """The model with int8 weights and activations quantised as they come, and its initialisers outside again.
+    """The model with int8 weights and activations, and its initialisers outside again. Products with a weight of a shape
+    in `kept` stay as they are.
 
     Raises LoweringError for a model too large for the quantiser.
     """
     import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
 
     total = sum(tensor.nbytes for tensor in constants.values())
     if total > LARGEST:
@@ -69,9 +133,7 @@ def quantised(
         before.write_bytes(proto.SerializeToString())
         logging.disable(logging.WARNING)
         try:
-            quantize_dynamic(
-                str(before), str(after), weight_type=QuantType.QInt8, per_channel=True, nodes_to_exclude=excluded
-            )
+            quantise(before, after, excluded)
         finally:
             logging.disable(logging.NOTSET)
         made = onnx.load(str(after))
@@ -80,5 +142,5 @@ def quantised(
         for tensor in made.graph.initializer
         if len(tensor.raw_data) > INLINE
     }
-    externalise(made, outside)
+    externalise(made, outside, file)
     return made, outside

@@ -85,7 +85,7 @@ def as_tensor(array: Any) -> torch.Tensor:
     return torch.from_numpy(array.numpy()).contiguous()
 
 
-def externalise(proto: Any, constants: dict[str, torch.Tensor]) -> None:
+def externalise(proto: Any, constants: dict[str, torch.Tensor], file: str = FILE) -> None:
     """Point large initialisers outside of the file; the runtime hands over the memory-mapped weights by name."""
     import onnx
 
@@ -94,7 +94,7 @@ def externalise(proto: Any, constants: dict[str, torch.Tensor]) -> None:
             tensor.ClearField("raw_data")
             tensor.data_location = onnx.TensorProto.EXTERNAL
             del tensor.external_data[:]
-            tensor.external_data.add(key="location", value=FILE)
+            tensor.external_data.add(key="location", value=file)
 
 
 @contextmanager

@@ -129,5 +129,6 @@ LOADERS: dict[str, Callable[[Path, Mapping[str, torch.Tensor]], Run]] = {
     "inductor": load_inductor,
     "aoti": load_inductor,
     "onnxruntime": load_onnxruntime,
+    "onnxruntime-static": load_onnxruntime,
     "eager": load_eager,
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 import grc
@@ -117,6 +118,37 @@ def test_check_measures_the_quality_again(artifact: Path) -> None:
     finally:
         manifest["precision"]["budget"] = kept
         write_manifest(artifact, manifest)
+
+
+class Layers(nn.Module):
+    """Three layers and no table: what the quantisers of onnxruntime take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+def layer_inputs(batch: int) -> tuple[torch.Tensor]:
+    return (torch.randn(batch, 32, generator=torch.Generator().manual_seed(batch)),)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "onnxruntime-static"])
+def test_the_quantisers_of_onnxruntime_are_held_to_the_same_budget(engine: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Layers().eval()
+    options = grc.Options(
+        tmp_path / "layers.grc", batches=(8,), precision="int8", budget=("max-error=0.05",), engine=engine
+    )
+    program = grc.load(grc.compile(model, layer_inputs, options).path)
+    assert program.artifact.manifest["budget_quality"][engine]["max-error"] <= 0.05
+    for batch in (1, 50):
+        inputs = layer_inputs(batch)
+        with torch.no_grad():
+            want = model(*inputs)
+        assert 0 < (program(*inputs) - want).abs().max() <= 0.1 * want.abs().max()
 
 
 def test_an_engine_that_lands_outside_is_built_again_with_less_lowered(

@@ -68,7 +68,10 @@ COMPOSE_GPU = """
 
 def needed(record: Mapping[str, Any]) -> list[str]:
     """What the artifact needs beside torch: the engine that won, and packages whose operators it calls."""
-    return [*(["onnxruntime"] if "onnxruntime" in record["engines"] else []), *record["requires"]]
+    return [
+        *(["onnxruntime"] if any(e.startswith("onnxruntime") for e in record["engines"]) else []),
+        *record["requires"],
+    ]
 
 
 def pinned(package: str) -> str:
