@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -159,3 +162,27 @@ def test_bad_ids_are_refused_in_bytes_too() -> None:
     packed["ids"][2, 1] = 50
     with pytest.raises(IndexError, match=r"id 50 of feature 1 is outside 0\.\.49"):
         cpp.call(LOOKUP, *packed.values())
+
+
+CONVERT = """
+import resource
+import torch
+from grc.kernels.lookup.row_formats import pack_table, row_bytes
+
+rows, dim = 500_000, 64
+table = torch.randn(rows, dim)
+pack_table(table[:100], "int8", torch.empty(100 * row_bytes("int8", dim), dtype=torch.uint8))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+out = torch.from_file({path!r}, shared=True, size=rows * row_bytes("int8", dim), dtype=torch.uint8)
+pack_table(table, "int8", out)
+grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print((grown - out.nbytes) / table.nbytes)
+"""
+
+
+def test_converting_a_table_takes_a_fifth_of_it_at_most(tmp_path: Path) -> None:
+    """Beside the mapped file, whose pages can be given back at any time."""
+    done = subprocess.run(
+        [sys.executable, "-c", CONVERT.format(path=str(tmp_path / "arena"))], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) <= 0.2

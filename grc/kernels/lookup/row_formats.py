@@ -18,7 +18,7 @@ ROW_FORMATS = ("fp32", "fp16", "bf16", "int8", "int4")
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LEVELS = {"int8": 255, "int4": 15}
 LINE = 64  # bytes: every table begins on a cache line
-CHUNK = 1 << 18  # rows quantised at a time, so that converting a table holds no second one
+CHUNK = 1 << 14  # rows quantised at a time, so that converting a table holds no second one
 
 
 def row_bytes(form: str, dim: int) -> int:
