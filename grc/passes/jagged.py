@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from grc.graph.match import argument, source_text, where
+from grc.graph.match import argument, aten, attribute, is_op, source_text, where
 from grc.graph.rewrite import Rewriter
 from grc.passes.manager import Change, Pass
 
@@ -21,7 +21,7 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Jagged(Pass):
-    """fbgemm's cumulative sums, paddings and permutations become aten; the others stay, with the reason."""
+    """fbgemm's cumulative sums, paddings, permutations, softmax and products become aten; others stay, with the reason."""
 
     name = "jagged"
 
@@ -59,7 +59,17 @@ def plain(edit: Rewriter, node: fx.Node, name: str) -> Any:
     if name not in FORMS:
         raise Unsupported(f"fbgemm::{name} has no form in plain aten")
     given = [argument(node, a.name) for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    if FORMS[name] is permute_columns:  # sizes are read from its tensors
+        known = [attribute(edit.module, copied(given[i])) for i in (1, 2)]
+        given[1:] = [None if tensor is None else tensor.tolist() for tensor in known]
     return edit.inline(FORMS[name], *given)
+
+
+def copied(node: Any) -> Any:
+    """What a value is a copy of."""
+    while is_op(node, aten.clone, aten.alias, aten.detach, aten.lift_fresh_copy, aten.to, aten._to_copy):
+        node = node.args[0]
+    return node
 
 
 def complete_cumsum(values: Tensor) -> Tensor:
@@ -149,6 +159,38 @@ def permute_features(
     return [ordered, values[place], None if weights is None else weights[place]]
 
 
+def softmax(values: Tensor, offsets: Tensor, longest: int) -> list[Tensor]:
+    """Softmax over the rows of each bag, column by column; zeros for rows from `longest` on."""
+    dense = torch.softmax(to_padded(values, [offsets], [longest], -torch.inf), 1)
+    return [taken(dense, [offsets], values.shape[0]), offsets]
+
+
+def times_dense(values: Tensor, offsets: Tensor, dense: Tensor, longest: int) -> list[Tensor]:
+    """`[V, K]` times `[B, K, N]`, every bag by its own matrix: `[V, N]`; zeros for rows from `longest` on."""
+    found = torch.bmm(to_padded(values, [offsets], [longest]), dense)
+    return [taken(found, [offsets], values.shape[0]), offsets]
+
+
+def times_jagged(left: Tensor, right: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    """`[V, M]` and `[V, N]` to `[B, M, N]`: the sum of outer products over the first `longest` rows of each bag."""
+    return torch.bmm(to_padded(left, [offsets], [longest]).transpose(1, 2), to_padded(right, [offsets], [longest]))
+
+
+def times_vectors(vectors: Tensor, values: Tensor, offsets: Tensor) -> Tensor:
+    """`[B * H, N]` weights of the rows of each bag and `[V, H * D]` to `[B * H, D]`: H heads, weighted sums of D columns."""
+    bags, longest = offsets.shape[0] - 1, vectors.shape[1]
+    heads = vectors.shape[0] // bags
+    dense = to_padded(values, [offsets], [longest]).unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1)
+    return torch.bmm(vectors.unsqueeze(1), dense).squeeze(1)
+
+
+def permute_columns(pooled: Tensor, ends: Sequence[int] | None, order: Sequence[int] | None) -> Tensor:
+    """Features of pooled rows `[B, D]`, which end at these columns, in another order."""
+    if ends is None or order is None:
+        raise Unsupported("the widths of its features are computed")
+    return torch.cat([pooled[:, ends[i] : ends[i + 1]] for i in order], 1)
+
+
 FORMS: dict[str, Callable[..., Any]] = {
     "asynchronous_complete_cumsum": complete_cumsum,
     "asynchronous_batched_complete_cumsum": complete_cumsum,
@@ -167,4 +209,14 @@ FORMS: dict[str, Callable[..., Any]] = {
     "jagged_dense_elementwise_mul": with_offsets(mul_values),
     "jagged_dense_elementwise_mul_forward": mul_values,
     "permute_2D_sparse_data": permute_features,
+    "jagged_softmax": softmax,
+    "jagged_softmax_forward": lambda *given: softmax(*given)[0],
+    "jagged_dense_bmm": times_dense,
+    "jagged_dense_bmm_forward": lambda *given: times_dense(*given)[0],
+    "jagged_jagged_bmm": times_jagged,
+    "jagged_jagged_bmm_forward": times_jagged,
+    "batched_dense_vec_jagged_2d_mul": times_vectors,
+    "batched_dense_vec_jagged_2d_mul_forward": times_vectors,
+    "permute_pooled_embs": permute_columns,
+    "permute_pooled_embs_auto_grad": permute_columns,
 }

@@ -32,6 +32,12 @@ CASES = {
     "to jagged": (lambda v, n, d: fbgemm.dense_to_jagged(d, [offsets(n)], v.shape[0])[0],),
     "add": (lambda v, n, d: fbgemm.jagged_dense_elementwise_add(v, [offsets(n)], d),),
     "add jagged": (lambda v, n, d: fbgemm.jagged_dense_elementwise_add_jagged_output(v, [offsets(n)], d)[0],),
+    "softmax": (lambda v, n, d: fbgemm.jagged_softmax(v, offsets(n), 6)[0],),
+    "product with dense": (lambda v, n, d: fbgemm.jagged_dense_bmm(v, offsets(n), d[:, :3], 6)[0],),
+    "product with dense, cut": (lambda v, n, d: fbgemm.jagged_dense_bmm(v, offsets(n), d[:, :3], 3)[0],),
+    "product of jagged": (lambda v, n, d: fbgemm.jagged_jagged_bmm(v, v * 2, offsets(n), 6),),
+    "product of jagged, cut": (lambda v, n, d: fbgemm.jagged_jagged_bmm(v, v * 2, offsets(n), 3),),
+    "vectors times jagged": (lambda v, n, d: fbgemm.batched_dense_vec_jagged_2d_mul(d[:, :, 0], v, offsets(n)),),
     "multiply": (lambda v, n, d: fbgemm.jagged_dense_elementwise_mul(v, [offsets(n)], d)[0],),
 }
 
@@ -44,7 +50,8 @@ def test_plain_form_agrees(name, dtype):
     inputs = rows(TOTAL, 3), LENGTHS.to(dtype), rows(len(LENGTHS), 4, 3)
     graph = graph_of(lambda self, v, n, d: (function(v, n, d), v.sum(), d.sum()), *inputs)
     none = torch.empty(0, 3), torch.zeros(2, dtype=dtype), rows(2, 4, 3)
-    run(graph, [Jagged()], inputs, *([] if name in ("multiply", "add jagged", "to jagged") else [none]))
+    full = name in ("multiply", "add jagged", "to jagged", "softmax", "product with dense", "product with dense, cut")
+    run(graph, [Jagged()], inputs, *([] if full else [none]))
     check(graph, "CHECK-NOT: fbgemm.")
 
 
@@ -57,6 +64,18 @@ def test_features_in_another_order():
     lengths = torch.tensor([[0, 2], [3, 0], [1, 4]])
     graph = graph_of(forward, torch.arange(10), lengths, fixed=(1,))
     run(graph, [Jagged()], (torch.arange(10), lengths))
+    check(graph, "CHECK-NOT: fbgemm.")
+
+
+def test_pooled_columns_in_another_order():
+    def forward(self, pooled):
+        ends, order = torch.tensor([0, 2, 3, 7]), torch.tensor([2, 0, 1])
+        back, undo = torch.tensor([0, 4, 6, 7]), torch.tensor([1, 2, 0])
+        return fbgemm.permute_pooled_embs(pooled, ends, order, back, undo)
+
+    inputs = (rows(5, 7),)
+    graph = graph_of(forward, *inputs)
+    run(graph, [Jagged()], inputs)
     check(graph, "CHECK-NOT: fbgemm.")
 
 
