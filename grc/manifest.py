@@ -147,9 +147,11 @@ def gpu_entry(choice: Choice) -> dict[str, Any]:
 
 def part_entry(candidate: Candidate, store: Store, graph: fx.GraphModule, target: Target) -> dict[str, Any]:
     built = candidate.built
-    # A kernel on a GPU can't raise: it counts, and only a part that hands the count over checks its ids.
-    own_kernels = built.counts_bad_ids if target.device == "cuda" else built.engine == "inductor"
-    kernels_check = own_kernels and all(entry.checked_by_kernel for entry in id_ranges(graph))
+    kernels_check = built.checks_ids
+    if (
+        target.device == "cuda"
+    ):  # a kernel there can't raise: it counts, and only a part that hands the count over checks
+        kernels_check = built.counts_bad_ids and all(entry.checked_by_kernel for entry in id_ranges(graph))
     weights = {name: store.add(name, tensor) for name, tensor in sorted(built.constants.items())}
     return {
         **(part_on_gpu(built) if target.device == "cuda" else {"engine": built.engine, "file": built.file}),

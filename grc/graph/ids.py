@@ -44,8 +44,9 @@ def id_ranges(graph: fx.GraphModule) -> list[IdRange]:
 def reads(graph: fx.GraphModule, node: fx.Node) -> Iterator[tuple[Any, int, str, int | None, bool]]:
     """(ids, rows, table, padding, checked by the kernel) of every table that a node reads."""
     if is_op(node, aten.embedding):
-        ids, shift = shifted(graph, node.args[1])
-        yield ids, int(shape(node.args[0])[0]) - shift, str(node.args[0].target), None, False  # type: ignore[union-attr, arg-type]
+        given, checked = before_check(node.args[1])
+        ids, shift = shifted(graph, given)
+        yield ids, int(shape(node.args[0])[0]) - shift, str(node.args[0].target), None, checked  # type: ignore[union-attr, arg-type]
         return
     if is_op(node, aten.embedding_bag):
         yield node.args[1], int(shape(node.args[0])[0]), str(node.args[0].target), None, False  # type: ignore[union-attr, arg-type]
@@ -66,6 +67,13 @@ def reads(graph: fx.GraphModule, node: fx.Node) -> Iterator[tuple[Any, int, str,
     ]  # type: ignore[arg-type]
     for column, (rows, table, padding) in enumerate(spread):  # type: ignore[assignment]
         yield Column(given["ids"], column), rows, table, None if padding == NO_PADDING else padding, True  # type: ignore[misc, arg-type]
+
+
+def before_check(ids: Any) -> tuple[Any, bool]:
+    """What an op that checks ids was given, and whether there is one."""
+    flat = ids.args[0] if is_op(ids, aten.reshape) else ids
+    checked = getattr(getattr(flat, "target", None), "_opname", "") == "checked_ids"
+    return (flat.args[0], True) if checked else (ids, False)
 
 
 def shifted(graph: fx.GraphModule, ids: Any) -> tuple[Any, int]:

@@ -3,6 +3,7 @@
 from grc.kernels.attention import ATTENTION
 from grc.kernels.bag_dot import BAG_DOT
 from grc.kernels.bag_fm import BAG_FM
+from grc.kernels.checked_ids import CHECKED_IDS
 from grc.kernels.cpp import register
 from grc.kernels.cross import CROSS
 from grc.kernels.fusion import FusedOp
@@ -14,7 +15,7 @@ from grc.kernels.score_topk import PACKED_SCORE_TOPK, SCORE_TOPK
 
 OPS: tuple[FusedOp, ...] = (
     LOOKUP, BAG_DOT, BAG_FM, CROSS, PACKED_LINEAR, QUANTISED_LINEAR, SCALED_LINEAR, SCORE_TOPK, PACKED_SCORE_TOPK,
-    ATTENTION,
+    ATTENTION, CHECKED_IDS,
 )  # fmt: skip
 
 for op in OPS:

@@ -17,10 +17,12 @@ from torch import fx
 
 from grc.errors import LoweringError
 from grc.graph.capture import quiet_export
+from grc.graph.ids import id_ranges
 from grc.graph.match import value
 from grc.graph.rewrite import copy_graph
 from grc.kernels import OPS, cpp
 from grc.kernels.fusion import FusedOp
+from grc.lowering.check_ids import with_checked_ids
 from grc.lowering.engine import Built, Lowerable, Target
 from grc.lowering.export import constants_of, export_graph
 from grc.lowering.pack import pack_linears
@@ -44,7 +46,9 @@ class Inductor:
         return None
 
     def build(self, lowerable: Lowerable, target: Target, folder: Path) -> Built:
-        graph = pack_linears(lowerable.graph, target.isa, self.formats) if self.packed else lowerable.graph
+        graph = lowerable.graph
+        if self.packed:
+            graph = with_checked_ids(pack_linears(graph, target.isa, self.formats))
         packed = Lowerable(in_plain_operators(graph), lowerable.inputs, lowerable.shapes)
         used = {n.target for n in packed.graph.graph.nodes if n.op == "call_function"}
         ops = [op for op in OPS if op.overload in used and op.cpu is not None]
@@ -52,7 +56,8 @@ class Inductor:
         file = f"{self.name}.pt2"
         objects = [str(cpp.build(ops, target.isa, "object"))] if ops else []
         package(program, folder / file, settings(ops), objects)
-        return Built(self.name, file, packaged_constants(folder / file, graph, program))
+        checks_ids = self.packed and all(entry.checked_by_kernel for entry in id_ranges(graph))
+        return Built(self.name, file, packaged_constants(folder / file, graph, program), checks_ids=checks_ids)
 
 
 def in_plain_operators(graph: fx.GraphModule) -> fx.GraphModule:
