@@ -36,7 +36,7 @@ def offered(line: str) -> list[str]:
         ("grc compile model.py --precision int", ["int8", "int4"]),
         ("grc compile --engine ", list(ENGINES)),
         ("grc compile model.py --engine a", ["auto", "aoti"]),
-        ("grc bench model.py --engine on", ["onnxruntime"]),
+        ("grc bench model.py --engine on", ["onnxruntime", "onnxruntime-static"]),
         ("grc compile --on-bad-id ", ["error", "zero", "clamp", "hash"]),
         ("grc compile --device c", ["cpu", "cuda"]),
     ],
