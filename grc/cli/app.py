@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from grc.cli import bench, check, compile, doctor, explain, export_onnx, export_triton, inspect, opt, run, serve
+from grc.cli import bench, check, compile, doctor, ending, explain, export_onnx, export_triton, inspect, opt, run, serve
 from grc.cli.errors import Failing
 from grc.runtime.version import VERSION
 
@@ -56,6 +56,6 @@ for command in (compile, run, serve, bench, inspect, explain, opt, check, export
 
 
 def main() -> None:
-    """Run the command line. SIGTERM ends it as an exit does, so that a half-written artifact is removed."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    """Run the command line."""
+    signal.signal(signal.SIGTERM, ending.end)
     app()

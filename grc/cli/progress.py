@@ -8,6 +8,7 @@ import time
 from rich.console import Console
 from rich.status import Status
 
+from grc.cli.ending import check
 from grc.cli.errors import say
 
 WIDTH = 96  # columns of a line before its seconds
@@ -21,12 +22,14 @@ class Lines:
     """One line as each stage ends."""
 
     def begin(self, stage: str) -> None:
+        check()
         self.stage, self.start = stage, time.perf_counter()
 
     def detail(self, text: str) -> None:
-        return None
+        check()
 
     def end(self, summary: str) -> None:
+        check()
         say(stage_line(self.stage, summary, time.perf_counter() - self.start))
 
 
@@ -43,6 +46,7 @@ class Live(Lines):
         self.status.start()
 
     def detail(self, text: str) -> None:
+        super().detail(text)
         if self.status is not None:
             self.status.update(f"{self.stage}: {text}")
 

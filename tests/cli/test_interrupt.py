@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from grc.cli import ending
+from grc.cli.progress import Lines
 from grc.runtime.artifact import writing
 
 PATIENCE = 120.0  # seconds: importing torch on a busy machine takes tens of them
@@ -32,6 +34,15 @@ def test_an_interrupted_compilation_leaves_nothing(
     assert [line for line in err.splitlines() if not line.startswith("  ")] == told
     assert (process.returncode, out) == (code, "")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_exit_that_was_lost_is_repeated_where_progress_is_told(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ending, "asked", [])
+    with pytest.raises(SystemExit, match="143"):
+        ending.end(signal.SIGTERM, None)
+    for tell in (Lines().begin, Lines().detail, Lines().end):
+        with pytest.raises(SystemExit, match="143"):
+            tell("stage")
 
 
 def wait_for_partial(folder: Path, process: subprocess.Popen) -> None:

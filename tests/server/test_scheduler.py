@@ -40,6 +40,7 @@ MANIFEST = {
     "outputs": [{"dtype": "int64", "sizes": ["batch", 1]}],
     "batch": {"min": 1, "max": 32, "dynamic": True},
     "ids": [{"input": 0, "start": 0, "stop": None, "rows": 100, "table": "t", "padding": None}],
+    "segments": [],
     "on_bad_id": "error",
     "parts": [{"engine": "eager"}],
     "measured": [{"engine": "eager", "batch": 1, "p50_us": 100.0}, {"engine": "eager", "batch": 11, "p50_us": 1100.0}],

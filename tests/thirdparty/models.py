@@ -27,6 +27,7 @@ class ThirdParty:
     fused: tuple[str, ...] = ()
     missed: tuple[tuple[str, str], ...] = ()
     no_onnx: str = ""
+    built: bool = False  # by Inductor too, in every run of the tests; the others where GRC_THIRDPARTY=all
 
     def model(self) -> tuple[nn.Module, Inputs]:
         """The module in eval mode, with weights that are the same in every process, and its inputs by batch size."""
@@ -196,11 +197,13 @@ NO_SEARCH = "No ONNX function found for <OpOverload(op='aten.searchsorted'"
 ONE = f"{FEATURES} look-ups of {FEATURES} tables -> 1"
 
 MODELS = (
-    ThirdParty("torchrec-dlrm", "torchrec", torchrec_dlrm, (ONE,), ("bag-dot",), no_onnx=NO_SEARCH),
-    ThirdParty("torchrec-dlrm-dcn", "torchrec", torchrec_dlrm_dcn, (ONE,), ("cross",) * 3, no_onnx=NO_SEARCH),
+    ThirdParty("torchrec-dlrm", "torchrec", torchrec_dlrm, (ONE,), ("bag-dot",), no_onnx=NO_SEARCH, built=True),
+    ThirdParty(
+        "torchrec-dlrm-dcn", "torchrec", torchrec_dlrm_dcn, (ONE,), ("cross",) * 3, no_onnx=NO_SEARCH, built=True
+    ),
     ThirdParty("torchrec-deepfm", "torchrec", torchrec_deepfm, (ONE,), missed=(("bag-fm", FLAT),), no_onnx=NO_SEARCH),
     ThirdParty("torchrec-sequence", "torchrec", torchrec_sequence),
-    ThirdParty("deepctr-deepfm", "deepctr_torch", lambda: deepctr_model("DeepFM"), (ONE, ONE), ("bag-fm",)),
+    ThirdParty("deepctr-deepfm", "deepctr_torch", lambda: deepctr_model("DeepFM"), (ONE, ONE), ("bag-fm",), built=True),
     ThirdParty(
         "deepctr-dcn-matrix",
         "deepctr_torch",
@@ -218,7 +221,7 @@ MODELS = (
     ThirdParty(
         "deepctr-xdeepfm", "deepctr_torch", lambda: deepctr_model("xDeepFM", cin_layer_size=(16, 8)), (ONE, ONE)
     ),
-    ThirdParty("deepctr-din", "deepctr_torch", deepctr_din, ("3 look-ups of 3 tables -> 1",)),
-    ThirdParty("transformers-gpt2", "transformers", gpt2, fused=("attention",) * 2),
+    ThirdParty("deepctr-din", "deepctr_torch", deepctr_din, ("3 look-ups of 3 tables -> 1",), built=True),
+    ThirdParty("transformers-gpt2", "transformers", gpt2, fused=("attention",) * 2, built=True),
     ThirdParty("transformers-bert", "transformers", bert, fused=("attention",) * 2),
 )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,14 @@ class Compiled:
         return (given, {}) if isinstance(given, tuple) else ((), given)
 
 
-def ours(optimised: Lowerable, source: Lowerable | None, formats: Any = None) -> list[tuple[Engine, Lowerable]]:
+def by_inductor(entry: ThirdParty) -> bool:
+    return entry.built or os.environ.get("GRC_THIRDPARTY") == "all"
+
+
+def engines_of(entry: ThirdParty) -> Callable[..., list[tuple[Engine, Lowerable]]]:
     """Every engine that runs the optimised graph; plain AOTInductor runs the graph as it was captured."""
-    return [(engine, optimised) for engine in (Inductor(packed=True), OnnxRuntime(), Eager())]
+    chosen: list[Engine] = [*([Inductor(packed=True)] if by_inductor(entry) else []), OnnxRuntime(), Eager()]
+    return lambda optimised, source: [(engine, optimised) for engine in chosen]
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=lambda entry: entry.name)
@@ -70,7 +76,7 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("grc.lowering.choose.SECONDS", 0.01)
-        patch.setattr("grc.compiler.engines_for", ours)
+        patch.setattr("grc.compiler.engines_for", engines_of(entry))
         patch.setattr("grc.compiler.choose", chosen)
         artifact = grc.compile(module, inputs, Options(output=output, batches=(4,), strict=True))
     engines = {candidate.built.engine: candidate for candidate in found[0].candidates}
@@ -110,7 +116,8 @@ def test_engines_are_built(compiled: Compiled) -> None:
     """All but ONNX Runtime take every model."""
     why = compiled.rejected.get("onnxruntime", "")
     missing = () if importlib.util.find_spec("onnxscript") and not compiled.entry.no_onnx else ("onnxruntime",)
-    assert set(compiled.engines) == {"inductor", "onnxruntime", "eager"} - set(missing)
+    wanted = {"onnxruntime", "eager", *(["inductor"] if by_inductor(compiled.entry) else [])}
+    assert set(compiled.engines) == wanted - set(missing)
     assert not compiled.entry.no_onnx or compiled.entry.no_onnx in why or "not installed" in why
 
 
@@ -118,7 +125,7 @@ def test_engines_are_built(compiled: Compiled) -> None:
 @pytest.mark.parametrize("name", ["inductor", "onnxruntime", "eager"])
 def test_engines_agree_at_unseen_batches(compiled: Compiled, name: str) -> None:
     if name not in compiled.engines:
-        pytest.skip(f"{name}: {compiled.rejected[name][:80]}")
+        pytest.skip(f"{name}: {compiled.rejected.get(name, 'built where GRC_THIRDPARTY=all')[:80]}")
     for batch in UNSEEN:
         args, kwargs = compiled.call(batch)
         answers: Sequence[torch.Tensor] = compiled.engines[name].run(tensors((args, kwargs)))
