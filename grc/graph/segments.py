@@ -15,7 +15,7 @@ from grc.graph.match import argument, aten, attribute, is_op, same_size, shape, 
 LENGTHS, STARTS, OFFSETS = "lengths", "starts", "offsets"  # where bags begin, and with the end of the last one
 VIEWS = (
     aten.view, aten.reshape, aten.flatten, aten.unflatten, aten.squeeze, aten.unsqueeze, aten.contiguous, aten.clone,
-    aten.alias, aten.detach, aten.to, aten._to_copy,
+    aten.alias, aten.detach, aten.to, aten._to_copy, aten.lift_fresh_copy,
 )  # fmt: skip
 
 
@@ -73,11 +73,17 @@ def same_rows(a: fx.Node, b: fx.Node) -> bool:
     return a is b or (is_op(a, *VIEWS) and is_op(b, *VIEWS) and a.args[0] is b.args[0])
 
 
+def beneath(node: Any) -> Any:
+    """What views and copies of the same numbers begin from."""
+    while is_op(node, *VIEWS):
+        node = node.args[0]
+    return node
+
+
 def origin(graph: fx.GraphModule, node: Any, form: str) -> tuple[Any, str]:
     """What lengths, starts or offsets were computed from, and which of the three that holds."""
     while True:
-        while is_op(node, *VIEWS):
-            node = node.args[0]
+        node = beneath(node)
         before = step(graph, node, form)
         if before is None or value(before[0]).dim() != 1:
             return node, form
@@ -117,14 +123,12 @@ def fbgemm(name: str) -> list[Any]:
 
 def running(node: Any) -> Any:
     """x of `cumsum(x)`."""
-    while is_op(node, *VIEWS):
-        node = node.args[0]
+    node = beneath(node)
     return node.args[0] if is_op(node, aten.cumsum) else None
 
 
 def is_zero(graph: fx.GraphModule, node: Any) -> bool:
-    while is_op(node, *VIEWS, aten.lift_fresh_copy):
-        node = node.args[0]
+    node = beneath(node)
     constant = attribute(graph, node)
     return is_op(node, *ZEROS) or (constant is not None and not bool(constant.any()))
 

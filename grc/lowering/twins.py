@@ -23,8 +23,8 @@ def twin_of(node: fx.Node) -> Any | None:
         return None
     module, given = importlib.import_module(f"grc.kernels.{name}.triton"), call_arguments(node)
     if not hasattr(module, "lists"):
-        able = module.able(*(value(a) if isinstance(a, fx.Node) else a for a in given.values()))
-        return module if able else None
+        values = (value(a) if isinstance(a, fx.Node) else a for a in given.values())
+        return module if not is_optional(module) or module.able(*values) else None
     rows = importlib.import_module("grc.kernels.rows")
     dims = given.get("dims") or [given["dim"]]
     return module if rows.able(value(given["arena"]), dims, given["packing"]) else None
@@ -45,7 +45,7 @@ def is_lookup(node: fx.Node) -> bool:
 
 
 def is_optional(module: Any | None) -> bool:
-    return module is not None and not hasattr(module, "lists") and getattr(module, "OPTIONAL", True)
+    return hasattr(module, "able")
 
 
 def with_twins(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from grc.graph.match import argument, aten, attribute, is_op, source_text, where
+from grc.graph.match import argument, attribute, source_text, where
 from grc.graph.rewrite import Rewriter
+from grc.graph.segments import beneath
 from grc.passes.manager import Change, Pass
 
 
@@ -60,16 +61,9 @@ def plain(edit: Rewriter, node: fx.Node, name: str) -> Any:
         raise Unsupported(f"fbgemm::{name} has no form in plain aten")
     given = [argument(node, a.name) for a in node.target._schema.arguments]  # type: ignore[union-attr]
     if FORMS[name] is permute_columns:  # sizes are read from its tensors
-        known = [attribute(edit.module, copied(given[i])) for i in (1, 2)]
+        known = [attribute(edit.module, beneath(given[i])) for i in (1, 2)]
         given[1:] = [None if tensor is None else tensor.tolist() for tensor in known]
     return edit.inline(FORMS[name], *given)
-
-
-def copied(node: Any) -> Any:
-    """What a value is a copy of."""
-    while is_op(node, aten.clone, aten.alias, aten.detach, aten.lift_fresh_copy, aten.to, aten._to_copy):
-        node = node.args[0]
-    return node
 
 
 def complete_cumsum(values: Tensor) -> Tensor:

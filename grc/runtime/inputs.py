@@ -75,7 +75,7 @@ class InputCheck:
                     named.setdefault(size, []).append((i, dim))
         self.equal = [places for places in named.values() if len(places) > 1]
         self.segments = [(e["values"], e["counts"], e["form"]) for e in manifest["segments"]]
-        self.fitted: dict[tuple[tuple[torch.dtype, torch.Size], ...], int] = {}
+        self.fitted: dict[tuple[tuple[torch.dtype, tuple[int, ...]], ...], int] = {}  # batches of forms that fitted
         self.limits: dict[int, list[Limit]] = {}
         for entry in manifest["ids"] if manifest["on_bad_id"] == "error" else ():
             limit = Limit(entry["start"], entry["stop"], entry["rows"], entry["table"], entry["padding"])

@@ -37,7 +37,7 @@ def test_an_interrupted_compilation_leaves_nothing(
 
 
 def test_an_exit_that_was_lost_is_repeated_where_progress_is_told(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ending, "asked", [])
+    monkeypatch.setattr(ending, "asked", False)
     with pytest.raises(SystemExit, match="143"):
         ending.end(signal.SIGTERM, None)
     for tell in (Lines().begin, Lines().detail, Lines().end):

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from grc.kernels.lookup.row_formats import LINE, pack_table, packing, rounded_rows, row_bytes
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NO_PADDING = -(2**63)
 
@@ -108,6 +110,27 @@ def make(case: Bags, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]:
         "pooling": case.pooling,
         "padding": list(case.padding),
     }
+
+
+def packed(a: dict[str, Any], form: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The arguments with an arena of bytes, with the values that its rows stand for in float32, and with the largest of
+    each row in all its columns: what an offset and a multiple of the scale, both float16, may be rounded by."""
+    arena, starts, parts, end = a["arena"].cpu(), [], [], 0
+    exact, sizes = arena.clone(), arena.clone()
+    for base, size, dim in zip(a["bases"], a["rows"], a["dims"], strict=True):
+        own = slice(base, base + size) if arena.dim() == 2 else slice(base, base + size * dim)
+        table = arena[own].reshape(size, dim)
+        exact[own] = rounded_rows(table, form).view_as(exact[own])
+        sizes[own] = table.abs().amax(1, keepdim=True).expand_as(table).reshape(exact[own].shape)
+        length = -(-size * row_bytes(form, dim) // LINE) * LINE
+        out = torch.full((length,), 255, dtype=torch.uint8)
+        pack_table(table, form, out[: size * row_bytes(form, dim)])
+        starts.append(end)
+        parts.append(out)
+        end += length
+    bytes_ = torch.cat(parts).to(DEVICE)
+    where = packing([form] * len(starts), starts)
+    return {**a, "arena": bytes_, "packing": where}, {**a, "arena": exact}, {**a, "arena": sizes}
 
 
 def pooled(a: dict[str, Any], absolute: bool = False) -> list[torch.Tensor]:

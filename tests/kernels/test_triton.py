@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 import subprocess
 import sys
 from typing import Any
@@ -22,28 +20,14 @@ from grc.kernels.fusion import Case, FusedOp
 from grc.kernels.lookup import LOOKUP
 from grc.kernels.lookup import triton as lookup
 from tests.kernels.bags import DEVICE, DOTS, FMS, LOOKUPS, NO_PADDING, Bags, close, make, outside, pairs, pooled
+from tests.kernels.interpreter import GPU, INTERPRETED, elsewhere, passes, runs
 
-GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-runs = pytest.mark.skipif(not (GPU or INTERPRETED), reason="no GPU: test_in_the_interpreter runs this one")
 big = pytest.mark.skipif(
     not GPU or torch.cuda.get_device_properties(0).total_memory < 24 << 30,
     reason="needs a GPU of 24 GB: a table of more than 2**31 elements",
 )
 MODULES = ((LOOKUP, lookup), (BAG_DOT, bag_dot), (BAG_FM, bag_fm))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs start as NaN, so that an element nobody writes is seen."""
-    new_empty = torch.Tensor.new_empty
-
-    def poison(like: torch.Tensor, *size: int, **options: Any) -> torch.Tensor:
-        out = new_empty(like, *size, **options)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poison)
 
 
 @runs
@@ -270,14 +254,9 @@ def test_a_large_batch_and_an_unknown_one_take_the_same_tile() -> None:
         assert module.config(None, 26, 128, torch.float16) == module.config(1 << 20, 26, 128, torch.float16)
 
 
-@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests above run the kernels themselves")
+@elsewhere
 def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", "addopts=", __file__]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert re.search(r"\d{3} passed", done.stdout), done.stdout[-400:]
+    passes(__file__, 100)
 
 
 def test_says_what_is_missing_without_triton() -> None:

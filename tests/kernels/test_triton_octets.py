@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -17,15 +11,13 @@ from grc.kernels import rows as shared
 from grc.kernels.bag_dot import triton as bag_dot
 from grc.kernels.bag_fm import triton as bag_fm
 from grc.kernels.lookup import triton as lookup
-from grc.kernels.lookup.row_formats import LINE, pack_table, packing, rounded_rows, row_bytes
+from grc.kernels.lookup.row_formats import packing
 from grc.kernels.quantised_linear import rounded, simulated
 from grc.kernels.scaled_linear import SCALED_LINEAR, rows_in_8_bits, weight_in_8_bits
 from grc.kernels.scaled_linear import triton as scaled_linear
-from tests.kernels.bags import DEVICE, DOTS, FMS, LOOKUPS, close, make, outside, pairs, pooled
+from tests.kernels.bags import DEVICE, DOTS, FMS, LOOKUPS, close, make, outside, packed, pairs, pooled
+from tests.kernels.interpreter import GPU, elsewhere, passes, runs
 
-GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-runs = pytest.mark.skipif(not (GPU or INTERPRETED), reason="no GPU: test_in_the_interpreter runs this one")
 FP8 = GPU and torch.cuda.get_device_capability() >= (8, 9)
 FORMS = ("int8", "int4")
 ABLE = [
@@ -34,39 +26,7 @@ ABLE = [
     for name, case in LOOKUPS.items()
     if all(dim % (4 if form == "int8" else 8) == 0 for dim in case.dims)
 ]
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs start as NaN, so that an element nobody writes is seen."""
-    new_empty = torch.Tensor.new_empty
-
-    def poison(like: Tensor, *size: int, **options: Any) -> Tensor:
-        out = new_empty(like, *size, **options)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poison)
-
-
-def packed(a: dict[str, Any], form: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """The arguments with an arena of bytes, with the values that its rows stand for in float32, and with the largest of
-    each row in all its columns: what an offset and a multiple of the scale, both float16, may be rounded by."""
-    arena, starts, parts, end = a["arena"].cpu(), [], [], 0
-    exact, sizes = arena.clone(), arena.clone()
-    for base, size, dim in zip(a["bases"], a["rows"], a["dims"], strict=True):
-        own = slice(base, base + size) if arena.dim() == 2 else slice(base, base + size * dim)
-        table = arena[own].reshape(size, dim)
-        exact[own] = rounded_rows(table, form).view_as(exact[own])
-        sizes[own] = table.abs().amax(1, keepdim=True).expand_as(table).reshape(exact[own].shape)
-        length = -(-size * row_bytes(form, dim) // LINE) * LINE
-        out = torch.full((length,), 255, dtype=torch.uint8)
-        pack_table(table, form, out[: size * row_bytes(form, dim)])
-        starts.append(end)
-        parts.append(out)
-        end += length
-    bytes_ = torch.cat(parts).to(DEVICE)
-    where = packing([form] * len(starts), starts)
-    return {**a, "arena": bytes_, "packing": where}, {**a, "arena": exact}, {**a, "arena": sizes}
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @runs
@@ -163,11 +123,6 @@ def test_a_row_that_is_no_number_gives_none_and_spoils_no_other() -> None:
     assert got[[1, 3]].isnan().all() and got[[0, 2]].isfinite().all()
 
 
-@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests above run the kernels themselves")
+@elsewhere
 def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", "addopts=", __file__]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert re.search(r"\d{2} passed", done.stdout), done.stdout[-400:]
+    passes(__file__, 100)

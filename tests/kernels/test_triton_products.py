@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,25 +18,12 @@ from grc.kernels.cross import triton as cross
 from grc.kernels.fusion import Case
 from grc.kernels.score_topk import cases as topk_cases
 from grc.kernels.score_topk import triton as score_topk
+from tests.kernels.interpreter import GPU, INTERPRETED, elsewhere, passes, runs
 
-GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if GPU else "cpu"
-runs = pytest.mark.skipif(not (GPU or INTERPRETED), reason="no GPU: test_in_the_interpreter runs this one")
 gpu = pytest.mark.skipif(not GPU, reason="too large for the interpreter: needs a GPU")
 DTYPES = (torch.float16, torch.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs start as NaN, so that an element nobody writes is seen."""
-    new_empty = torch.Tensor.new_empty
-
-    def poison(like: Tensor, *size: int, **options: Any) -> Tensor:
-        out = new_empty(like, *size, **options)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poison)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def placed(args: Sequence[Any], dtype: torch.dtype) -> list[Any]:
@@ -172,11 +155,6 @@ def test_what_the_kernels_leave_to_others() -> None:
     assert score_topk.able(half, torch.zeros(64, 8, dtype=torch.float16), None, 4)
 
 
-@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests above run the kernels themselves")
+@elsewhere
 def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", "addopts=", __file__]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert re.search(r"\d{2} passed", done.stdout), done.stdout[-400:]
+    passes(__file__, 20)

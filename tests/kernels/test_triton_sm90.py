@@ -16,7 +16,9 @@ from triton.compiler import ASTSource  # noqa: E402
 from grc.kernels.bag_dot import triton as bag_dot  # noqa: E402
 from grc.kernels.bag_fm import triton as bag_fm  # noqa: E402
 from grc.kernels.lookup import triton as lookup  # noqa: E402
-from tests.kernels.bags import DEVICE, LOOKUPS, Bags, make  # noqa: E402
+from grc.kernels.scaled_linear import rows_in_8_bits, weight_in_8_bits  # noqa: E402
+from grc.kernels.scaled_linear import triton as scaled_linear  # noqa: E402
+from tests.kernels.bags import DEVICE, LOOKUPS, Bags, make, packed  # noqa: E402
 
 GPU = torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
@@ -101,6 +103,34 @@ def test_rows_are_read_16_bytes_at_a_time(name: str, monkeypatch: pytest.MonkeyP
         assert bool(re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\.", text)) == wide
         assert ".local" not in text, "registers spill into memory"
     assert bool(re.search(r"st\.global\S*\.v4\.b32", code[0])) == wide
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (3, 1, 6)], ids=str)
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_packed_rows_are_unpacked_two_at_a_time(
+    form: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, _, _ = packed(make(Bags(dims=(128,) * 3, lengths=lengths), torch.float32), form)
+    dense = torch.zeros(5, 128, dtype=torch.float16, device=DEVICE)
+    head = (a["arena"], a["ids"], None, None, dense, a["bases"], a["rows"], 128, a["lengths"], 0, a["padding"])
+    for module, call in (
+        (lookup, lambda: lookup.lookup(*a.values())),
+        (bag_dot, lambda: bag_dot.bag_dot(*head, False, False, True, a["packing"])),
+    ):
+        text = ptx(module, call, monkeypatch)
+        assert "prmt.b32" in text and "cvt.rn.f16.u8" not in text
+        assert not re.search(r"ld\.global\S*\.b8", text), "bytes are read one by one"
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(("form", "product"), [("int8", "s32.s8.s8"), ("fp8", "f32.e4m3.e4m3")])
+def test_scaled_linear_takes_the_tensor_cores(form: str, product: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(5, 512, device=DEVICE), torch.randn(64, 512, device=DEVICE)
+    given = (*rows_in_8_bits(x, form), *weight_in_8_bits(weight, form), None)
+    text = ptx(scaled_linear, lambda: scaled_linear.scaled_linear(*given), monkeypatch)
+    assert re.search(rf"wgmma\.mma_async\S*\.{product}", text)
+    assert ".local" not in text, "registers spill into memory"
 
 
 @pytest.mark.usefixtures("hopper")

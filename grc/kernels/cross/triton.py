@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.library import triton_op, wrap_triton
 
 from grc.kernels.rows import tl, triton
+from grc.kernels.tiles import PROGRAMS, Tile, constants
 
 DTYPES = (torch.float16, torch.bfloat16)  # float32 products are cuBLAS' to take: no tensor core rounds as they do
 
 
-class Config(NamedTuple):
-    """Rows, columns and depth of a tile, and how many tiles of operands are on their way."""
-
-    rows: int
-    columns: int
-    depth: int
-    stages: int
-
-
 # The fastest on an H100 for 624 columns at batches 1 to 128, at 512, and from 2048 up. With four warps the accumulators
 # of the largest tile would spill.
-FEW, SOME, MANY = Config(32, 32, 128, 4), Config(64, 64, 64, 5), Config(128, 128, 64, 3)
+FEW, SOME, MANY = Tile(32, 32, 128, 4), Tile(64, 64, 64, 5), Tile(128, 128, 64, 3)
 FEW_ROWS, SOME_ROWS = 256, 1024
 WARPS = 8
-PROGRAMS = 132 * 2
 
 
 @triton.jit
@@ -107,9 +98,7 @@ def cross(
         x0, y, weight, x0 if bias is None else bias, x, out, batch, width, y.shape[1],
         x0.stride(0), y.stride(0), weight.stride(0), x.stride(0),
         BIASED=bias is not None, FEW_ROWS=FEW_ROWS, SOME_ROWS=SOME_ROWS,
-        FM=FEW.rows, FN=FEW.columns, FK=FEW.depth, FS=FEW.stages,
-        SM=SOME.rows, SN=SOME.columns, SK=SOME.depth, SS=SOME.stages,
-        MM=MANY.rows, MN=MANY.columns, MK=MANY.depth, MS=MANY.stages, num_warps=WARPS,
+        **constants(FEW, SOME, MANY), num_warps=WARPS,
     )  # fmt: skip
     return out
 

@@ -1,33 +1,23 @@
-"""`grc_cuda::scaled_linear` in Triton: a product of 8-bit rows, scaled by row and column as its sums are written."""
+"""`grc_cuda::scaled_linear` in Triton: a product of 8-bit rows, scaled by row and column as its sums are written.
+
+It is always taken: no library has this product, and Inductor would take it in float64.
+"""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
 
 import torch
 from torch.library import triton_op, wrap_triton
 
 from grc.kernels.rows import tl, triton
-
-OPTIONAL = False  # no library has this product: Inductor would take it in float64
-
-
-class Config(NamedTuple):
-    """Rows, columns and depth of a tile, and how many tiles of operands are on their way."""
-
-    rows: int
-    columns: int
-    depth: int
-    stages: int
-
+from grc.kernels.tiles import PROGRAMS, Tile, constants
 
 # Of those tried, the fastest on an H100 for layers of 512 and 2048 columns at 10 and 80 rows, at 128 to 1280, and from
 # 8192 up.
-FEW, SOME, MANY = Config(16, 32, 128, 4), Config(64, 64, 128, 4), Config(128, 128, 128, 3)
+FEW, SOME, MANY = Tile(16, 32, 128, 4), Tile(64, 64, 128, 4), Tile(128, 128, 128, 3)
 FEW_ROWS, SOME_ROWS = 64, 2048
 WARPS = 4
-PROGRAMS = 132 * 2
 
 
 @triton.jit
@@ -85,10 +75,6 @@ def scaled_linear_kernel(  # type: ignore[no-untyped-def]
             tile_of(x, size, shift, weight, scale, sums, bias, out, tile, M, N, K, x_row, WHOLE, BIASED, MM, MN, MK, MS)
 
 
-def able(*operands: Any) -> bool:
-    return True
-
-
 def scaled_linear(
     x: torch.Tensor,
     size: torch.Tensor,
@@ -114,9 +100,7 @@ def scaled_linear(
         rows, size.reshape(-1), scale if shift is None else shift.reshape(-1), weight, scale,
         scale if sums is None else sums, scale if bias is None else bias, out, count, out_features, depth, rows.stride(0),
         WHOLE=shift is not None, BIASED=bias is not None, FEW_ROWS=FEW_ROWS, SOME_ROWS=SOME_ROWS,
-        FM=FEW.rows, FN=FEW.columns, FK=FEW.depth, FS=FEW.stages,
-        SM=SOME.rows, SN=SOME.columns, SK=SOME.depth, SS=SOME.stages,
-        MM=MANY.rows, MN=MANY.columns, MK=MANY.depth, MS=MANY.stages, num_warps=WARPS,
+        **constants(FEW, SOME, MANY), num_warps=WARPS,
     )  # fmt: skip
     return out.reshape(*x.shape[:-1], out_features)
 

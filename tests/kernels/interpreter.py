@@ -1,0 +1,27 @@
+"""Where tests of the Triton kernels run: on a GPU as they are, elsewhere each file once more in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+runs = pytest.mark.skipif(not (GPU or INTERPRETED), reason="no GPU: test_in_the_interpreter runs this one")
+elsewhere = pytest.mark.skipif(GPU or INTERPRETED, reason="the tests above run the kernels themselves")
+
+
+def passes(file: str, least: int) -> None:
+    """Run a file of tests in the interpreter: none may fail, and at least so many must pass."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", "addopts=", file]
+    done = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None and int(passed[1]) >= least, done.stdout[-400:]
