@@ -231,11 +231,10 @@ class Search:
         for own in arenas.values():
             widest = max((formats.get(site.name, "fp32") for site in own), key=lambda form: BITS[form])
             for site in own:
-                if site.name in formats and formats[site.name] != widest:
+                if widest != "fp32":
                     formats[site.name] = widest
-                    if widest == "fp32":
-                        del formats[site.name]
-                        reasons[site.name] = "another table of its arena stays in float32"
+                elif formats.pop(site.name, None) is not None:
+                    reasons[site.name] = "another table of its arena stays in float32"
 
     def verified(self, formats: Mapping[str, str], outcome: Lowered) -> str | None:
         """Why the outcome is outside of the budget on all rows, or None; its quality is kept."""
