@@ -26,7 +26,6 @@ import torch
 
 import grc
 from grc.bench import host
-from grc.bench.host import restart_tuned
 from grc.cli.summary import table
 from grc.compiler import compile
 from grc.graph.model_file import load_model
@@ -47,7 +46,7 @@ KEY = ("model", "precision", "isa", "machine", "batch")
 def main() -> int:
     options = arguments()
     if options.device == "cpu":
-        restart_tuned(options.threads, "benchmarks.precision")
+        restart_tuned(options.threads)
     torch.set_num_threads(options.threads)
     os.environ["GRC_ZOO_SIZE"] = "small" if options.small else "full"
     for name in options.only.split(","):
@@ -57,6 +56,13 @@ def main() -> int:
         if not options.small:
             kept(rows, options.output)
     return 0
+
+
+def restart_tuned(threads: int) -> None:
+    """Start over in the environment in which `grc bench` runs its engines, unless this process has it."""
+    environment = host.tuned_environment(os.environ, threads)
+    if environment != dict(os.environ):
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.precision", *sys.argv[1:]], environment)
 
 
 def arguments() -> argparse.Namespace:

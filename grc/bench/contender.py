@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +11,20 @@ from typing import Any
 import torch
 
 from grc.bench.requests import Request
+from grc.bench.subject import Subject
 from grc.graph.capture import flat_tensors
-from grc.runtime.program import Program
+from grc.runtime.program import load
+
+
+@dataclass
+class Form:
+    """One of the settings in which an engine runs: seconds to build and to load it, and its bytes on disk."""
+
+    name: str
+    form: str
+    build_s: float | None = None
+    load_s: float | None = None
+    bytes: int | None = None
 
 
 @dataclass
@@ -34,6 +46,9 @@ class Contender:
     load_s: float | None = None
     bytes: int | None = None
 
+    def described(self) -> Form:
+        return Form(self.name, self.form, self.build_s, self.load_s, self.bytes)
+
     def answer(self, request: Request) -> list[torch.Tensor]:
         """The flat answer to one request, in memory of its own."""
         with self.scope():
@@ -53,20 +68,22 @@ def called(request: Request) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return request.args, request.kwargs
 
 
-def grc_contender(program: Program, batch: int, build_s: float | None, load_s: float | None) -> Contender:
+def build_grc(subject: Subject, example: Request, batch: int) -> Iterator[Contender]:
     """The artifact as a user calls it: `program(*args, **kwargs)`, checks of the request and of the answer included."""
+    clock = Stopwatch()
+    program = load(subject.place.artifact)
+    load_s = clock.read()
 
     def run(prepared: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
         return program(*prepared[0], **prepared[1])
 
-    return Contender(
+    yield Contender(
         "grc",
         program.engine_at(batch),
         called,
         run,
         flat,
         replay=program.replayer(batch),
-        build_s=build_s,
         load_s=load_s,
         bytes=program.artifact.bytes,
     )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
-import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -21,27 +19,14 @@ ALLOCATOR = "glibc: nothing unmapped or trimmed, transparent huge pages advised"
 STOCK_ALLOCATOR = "glibc defaults"
 
 
-def tuned_environment(environment: Mapping[str, str], threads: int | None) -> dict[str, str] | None:
-    """The environment to start the measurement in, or None where `environment` is it already."""
-    wanted = {"GLIBC_TUNABLES": TUNABLES} if has_glibc() else {}
-    if threads is not None:
-        wanted["OMP_NUM_THREADS"] = str(threads)
-    if all(environment.get(name) == value for name, value in wanted.items()):
-        return None
-    return {**environment, **wanted}
-
-
-def restart_tuned(threads: int | None, module: str = "grc") -> None:
-    """Start this command over with malloc tuned: glibc reads its settings only when a process starts."""
-    environment = tuned_environment(os.environ, threads)
-    if environment is not None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], environment)
+def tuned_environment(environment: Mapping[str, str], threads: int) -> dict[str, str]:
+    """The environment to start an engine's process in: glibc reads its settings only when a process starts."""
+    tunables = {"GLIBC_TUNABLES": TUNABLES} if has_glibc() else {}
+    return {**environment, **tunables, "OMP_NUM_THREADS": str(threads)}
 
 
 def allocator() -> str:
-    return ALLOCATOR if os.environ.get("GLIBC_TUNABLES") == TUNABLES and has_glibc() else STOCK_ALLOCATOR
+    return ALLOCATOR if has_glibc() else STOCK_ALLOCATOR
 
 
 def has_glibc() -> bool:

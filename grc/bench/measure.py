@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 import datetime
+import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 
-from grc.bench import cuda, host
-from grc.bench.contender import Contender, Stopwatch, flat, grc_contender
-from grc.bench.peers import PEERS, known
+from grc.bench import host
+from grc.bench.contender import Form, Stopwatch, flat
+from grc.bench.peers import GRC, PEERS, known
 from grc.bench.quality import Quality, fault, judge
 from grc.bench.requests import Request, draws, pool
 from grc.bench.rows import Row, check
-from grc.bench.subject import BenchError, Subject
-from grc.compiler import compile
-from grc.graph.capture import Source, capture
-from grc.graph.model_file import load_model
+from grc.bench.subject import BenchError, Place, Subject
+from grc.bench.worker import RemoteTurn, Worker, WorkerError
+from grc.graph.capture import Source
 from grc.graph.oracle import run_fp64
-from grc.lowering.move import moved
-from grc.lowering.timing import Timing, Turn, interleave, summarise
+from grc.lowering.timing import Timing, interleave, summarise
 from grc.options import Options
 from grc.runtime.artifact import Artifact
-from grc.runtime.device import DeviceWeights
-from grc.runtime.program import Program, load
 
-WARM_UP = 3
 POOL_OVER_CACHE = 2  # so that inputs come from memory, as those of a server do
 PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 
@@ -56,33 +52,39 @@ class Settings:
 
 @dataclass
 class Trial:
-    """A contender on one pool of requests: how good it is, why it has no time, or its times."""
+    """A form on one pool of requests: how good it is, why it has no time, or its times."""
 
-    contender: Contender
+    form: Form
     quality: Quality | None = None
     refused: str | None = None
-    turn: Turn | None = None
     timing: Timing | None = None
     wall: Timing | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
     """What stays the same from batch to batch."""
 
     settings: Settings
     subject: Subject
-    program: Program
     build_s: float | None
-    load_s: float
     progress: Callable[[str], None]
-    common: Row = field(default_factory=dict)
+    common: Row
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A form in the worker that holds it."""
+
+    worker: Worker
+    index: int
+    form: Form
 
 
 def measure(settings: Settings, progress: Callable[[str], None] = lambda text: None) -> list[Row]:
     """The rows of one run: grc and each peer at each batch size, with uniform and, if the file has them, Zipf ids.
 
-    An engine that fails or answers wrongly has a row without a time, and with the reason. Raises GrcError when the
+    An engine that fails, dies or answers wrongly has a row without a time, and with the reason. Raises GrcError when the
     model can't be compiled, a peer is unknown, or a batch size is refused by the model.
     """
     names = known(settings.against, settings.precision)
@@ -93,41 +95,20 @@ def measure(settings: Settings, progress: Callable[[str], None] = lambda text: N
     folder = Path(tempfile.mkdtemp(prefix="grc-bench-"))
     try:
         progress("capture")
-        model = load_model(settings.model)
-        drawn = {kind: draw for kind, draw in draws(model, settings.model).items() if kind in settings.ids}
-        source = placed(capture(model), settings.device)
-        batches = usable_batches(settings.batches, source)
-        program, build_s, load_s = artifact_of(settings, batches, folder, progress)
-        subject = Subject(source, settings.device, threads, folder, settings.precision)
-        run = Run(settings, subject, program, build_s, load_s, progress, common(settings, source))
+        artifact = settings.artifact or folder / "model.grc"
+        subject = Subject(Place(settings.model, settings.device, threads, folder, artifact, settings.precision))
+        found = draws(subject.model, settings.model)
+        drawn = {kind: draw for kind, draw in found.items() if kind in settings.ids}
+        batches = usable_batches(settings.batches, subject.source)
+        build_s = compiled(settings, subject.place, batches, progress)
+        run = Run(settings, subject, build_s, progress, common(settings, subject.source))
         rows: list[Row] = []
         for batch in batches:
-            pools = {kind: pool(draw, source, batch, pool_bytes()) for kind, draw in drawn.items()}
+            pools = {kind: pool(draw, subject.source, batch, pool_bytes()) for kind, draw in drawn.items()}
             rows += measure_batch(run, names, batch, pools)
         return [check(row) for row in rows]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def placed(source: Source, device: str) -> Source:
-    """The capture where it is measured: on a GPU the peers get the graph with all its constants there.
-
-    A model that makes an index on the CPU in every call would else cost them their CUDA graphs.
-    """
-    if device == "cpu":
-        return source
-    gpu = torch.device(device, torch.cuda.current_device())
-    weights = DeviceWeights(gpu)
-    graph, _ = moved(source.graph, gpu, weights.on_device)
-    model = source.model
-
-    def inputs(batch: int) -> Any:
-        return pytree.tree_map(lambda x: x.to(gpu) if isinstance(x, torch.Tensor) else x, model.inputs(batch))
-
-    args, kwargs = model.inputs(2)
-    flat_call = not kwargs and all(isinstance(arg, torch.Tensor) for arg in args)
-    module = graph if flat_call else model.module.to(gpu)
-    return replace(source, model=replace(model, module=module, inputs=inputs), graph=graph)
 
 
 def usable_batches(batches: Sequence[int], source: Source) -> list[int]:
@@ -141,40 +122,47 @@ def usable_batches(batches: Sequence[int], source: Source) -> list[int]:
     return sorted(set(batches))
 
 
-def artifact_of(
-    settings: Settings, batches: Sequence[int], folder: Path, progress: Callable[[str], None]
-) -> tuple[Program, float | None, float]:
-    """The program, the seconds it took to compile (None for a given artifact) and to load."""
-    path, build_s = settings.artifact, None
-    if path is None:
-        progress("grc: compile")
-        clock = Stopwatch()
-        path = folder / "model.grc"
-        largest = max(*batches, Options.max_batch)
-        options = Options(
-            path,
-            settings.device,
-            settings.engine,
-            batches=tuple(batches),
-            max_batch=largest,
-            precision=settings.precision,
-            budget=settings.budget,
-        )
-        compile(settings.model, options=options)
-        build_s = clock.read()
-    elif Artifact.open(path).manifest["target"]["device"] != settings.device:
-        raise BenchError(f"{path.name} was not built for {settings.device}", "measure with the artifact's own --device")
-    elif precision_of(Artifact.open(path)) != settings.precision:
-        own = precision_of(Artifact.open(path))
-        raise BenchError(f"{path.name} was built with --precision {own}", f"measure with --precision {own}")
+def compiled(settings: Settings, place: Place, batches: Sequence[int], progress: Callable[[str], None]) -> float | None:
+    """The seconds that it took to compile, or None for an artifact that was given."""
+    if settings.artifact is not None:
+        manifest = Artifact.open(settings.artifact).manifest
+        name, device, precision = settings.artifact.name, manifest["target"]["device"], manifest["precision"]
+        own = "fp32" if precision is None else precision["asked"]
+        if device != settings.device:
+            raise BenchError(f"{name} was not built for {settings.device}", "measure with the artifact's own --device")
+        if own != settings.precision:
+            raise BenchError(f"{name} was built with --precision {own}", f"measure with --precision {own}")
+        return None
+    progress("grc: compile")
+    options = Options(
+        place.artifact,
+        settings.device,
+        settings.engine,
+        batches=tuple(batches),
+        max_batch=max(*batches, Options.max_batch),
+        precision=settings.precision,
+        budget=settings.budget,
+    )
     clock = Stopwatch()
-    program = load(path)
-    return program, build_s, clock.read()
+    with working(place) as start:
+        start().ask("compile", settings.model, options)
+    return clock.read()
 
 
-def precision_of(artifact: Artifact) -> str:
-    entry = artifact.manifest["precision"]
-    return "fp32" if entry is None else entry["asked"]
+@contextmanager
+def working(place: Place) -> Iterator[Callable[[], Worker]]:
+    """A way to start workers, all of which end with the block."""
+    workers: list[Worker] = []
+
+    def start() -> Worker:
+        workers.append(Worker(place, host.tuned_environment(os.environ, place.threads)))
+        return workers[-1]
+
+    try:
+        yield start
+    finally:
+        for worker in workers:
+            worker.close()
 
 
 def pool_bytes() -> int:
@@ -197,105 +185,87 @@ def common(settings: Settings, source: Source) -> Row:
 
 
 def measure_batch(run: Run, names: Sequence[str], batch: int, pools: dict[str, list[Request]]) -> list[Row]:
-    """Build the contenders for a batch size and measure them on each pool."""
+    """Build every contender for a batch size in a worker of its own, and measure them on each pool."""
     example = next(iter(pools.values()))[0]
-    contenders = [grc_contender(run.program, batch, run.build_s, run.load_s)]
+    entries: list[Entry] = []
     failed: dict[str, str] = {}
-    for name in names:
-        run.progress(f"batch {batch}: build {name}")
-        try:
-            for contender in PEERS[name](run.subject, example, batch):
-                contenders.append(contender)
-        except Exception as error:  # a peer may raise anything; its row then says why it has no time
-            failed[name] = first_line(error)
     rows: list[Row] = []
-    for kind, requests in pools.items():
-        run.progress(f"batch {batch}: measure, {kind} ids")
-        trials = prove(run, contenders, requests[0])
-        time_all(trials, requests, run.settings)
-        best = best_forms(trials)
-        absent = [
-            Trial(never_built(name), refused=failed[name]) for name in names if name in failed and name not in best
-        ]
-        for trial in [*best.values(), *absent]:
-            rows.append(row_of(run.common, trial, batch, kind, len(requests)))
+    with working(run.subject.place) as start:
+        for name, worker in [(name, start()) for name in ("grc", *names)]:
+            run.progress(f"batch {batch}: {'load' if name == 'grc' else 'build'} {name}")
+            try:
+                forms, reason = worker.ask("build", PEERS.get(name, GRC), example, batch)
+            except WorkerError as error:
+                forms, reason = [], error.message
+            if reason is not None:
+                failed[name] = reason
+            entries += [Entry(worker, index, form) for index, form in enumerate(forms)]
+        for kind, requests in pools.items():
+            run.progress(f"batch {batch}: measure, {kind} ids")
+            best = best_forms(timed(run, entries, requests))
+            absent = [Trial(Form(name, ""), refused=failed[name]) for name in failed if name not in best]
+            for trial in [*best.values(), *absent]:
+                if trial.form.name == "grc":
+                    trial.form.build_s = run.build_s
+                rows.append(row_of(run.common, trial, batch, kind, len(requests)))
     return rows
 
 
-def never_built(name: str) -> Contender:
-    return Contender(name, "", prepare=flat, run=flat, tensors=flat)
+def timed(run: Run, entries: Sequence[Entry], requests: Sequence[Request]) -> list[Trial]:
+    """Every form on the same requests, in turns: those that answer the first of them rightly have times."""
+    truth, baseline = expected(run, requests[0])
+    trials = [Trial(entry.form) for entry in entries]
+    turns: list[tuple[Trial, RemoteTurn]] = []
+    for entry, trial in zip(entries, trials, strict=True):
+        try:
+            if entry.index == 0:
+                entry.worker.ask("serve", requests)
+            trial.quality = judge(entry.worker.ask("answer", entry.index), truth)
+            trial.refused = fault(trial.quality, baseline, run.settings.precision)
+        except WorkerError as error:
+            trial.refused = error.message
+        if trial.refused is None:
+            turns.append((trial, RemoteTurn(entry.worker, entry.index)))
+    interleave([turn for _, turn in turns], len(requests), run.settings.seconds)
+    for trial, turn in turns:
+        trial.refused = turn.fault
+        if trial.refused is None:
+            wall = summarise(turn.seconds)
+            trial.timing = summarise(turn.device_seconds) if run.settings.device == "cuda" else wall
+            trial.wall = wall if run.settings.device == "cuda" else None
+    return trials
 
 
 @torch.no_grad()
-def prove(run: Run, contenders: Sequence[Contender], request: Request) -> list[Trial]:
-    """Every contender's answer to one request, beside the fp64 oracle's and the eager model's."""
-    module, device = run.subject.source.model.module, run.settings.device
+def expected(run: Run, request: Request) -> tuple[list[torch.Tensor], Quality]:
+    """The fp64 oracle's flat answer, and how far the eager model is from it."""
+    module, device = run.subject.module, run.settings.device
     args, kwargs = pytree.tree_map(
         lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, (request.args, request.kwargs)
     )
     truth = [tensor.cpu() for tensor in flat(run_fp64(module, *args, **kwargs))]
-    baseline = judge([tensor.cpu() for tensor in flat(module(*args, **kwargs))], truth)
-    trials = []
-    for contender in contenders:
-        trial = Trial(contender)
-        try:
-            trial.quality = judge(contender.answer(request), truth)
-            trial.refused = fault(trial.quality, baseline, run.settings.precision)
-        except Exception as error:  # as above
-            trial.refused = first_line(error)
-        trials.append(trial)
-    return trials
-
-
-def time_all(trials: Sequence[Trial], requests: Sequence[Request], settings: Settings) -> None:
-    """Time what answers rightly."""
-    running = [trial for trial in trials if trial.refused is None]
-    for trial in running:
-        contender = trial.contender
-        with contender.scope():
-            prepared = [contender.prepare(request) for request in requests]
-            for index in range(WARM_UP):
-                contender.run(prepared[index % len(prepared)])
-        trial.turn = turn_of(contender, prepared, settings.device)
-    interleave([trial.turn for trial in running if trial.turn], len(requests), settings.seconds)
-    for trial in running:
-        assert trial.turn is not None
-        wall = summarise(trial.turn.seconds)
-        trial.timing = summarise(trial.turn.device_seconds) if settings.device == "cuda" else wall
-        trial.wall = wall if settings.device == "cuda" else None
-
-
-def turn_of(contender: Contender, prepared: Sequence[Any], device: str) -> Turn:
-    run = contender.run
-    if device == "cpu":
-        return Turn(lambda index: run(prepared[index]), contender.scope)
-    replay = contender.replay or run
-    return Turn(
-        lambda index: run(prepared[index]),
-        contender.scope,
-        device=lambda index: cuda.device_seconds(replay, prepared[index]),
-    )
+    return truth, judge([tensor.cpu() for tensor in flat(module(*args, **kwargs))], truth)
 
 
 def best_forms(trials: Sequence[Trial]) -> dict[str, Trial]:
     """The fastest right form of each contender, or a wrong one where none is right."""
     best: dict[str, Trial] = {}
     for trial in trials:
-        held = best.get(trial.contender.name)
+        held = best.get(trial.form.name)
         if held is None or (trial.timing and (held.timing is None or trial.timing.p50 < held.timing.p50)):
-            best[trial.contender.name] = trial
+            best[trial.form.name] = trial
     return best
 
 
 def row_of(common: Row, trial: Trial, batch: int, ids: str, requests: int) -> Row:
-    contender, timing, wall, quality = trial.contender, trial.timing, trial.wall, trial.quality
+    form, timing, wall, quality = trial.form, trial.timing, trial.wall, trial.quality
     error = None if quality is None or quality.max_error == float("inf") else quality.max_error
     return {
         **{name: common[name] for name in ("model", "device", "precision")},
         "batch": batch,
         "ids": ids,
-        "engine": contender.name,
-        "form": contender.form,
+        "engine": form.name,
+        "form": form.form,
         "p50_us": timing and round(timing.p50, 2),
         "p99_us": timing and round(timing.p99, 2),
         "min_us": timing and round(timing.least, 2),
@@ -306,14 +276,9 @@ def row_of(common: Row, trial: Trial, batch: int, ids: str, requests: int) -> Ro
         "max_error": error,
         "overlap100": quality and quality.overlap100,
         "refused": trial.refused,
-        "build_s": contender.build_s and round(contender.build_s, 2),
-        "load_s": contender.load_s and round(contender.load_s, 4),
-        "bytes": contender.bytes,
+        "build_s": form.build_s and round(form.build_s, 2),
+        "load_s": form.load_s and round(form.load_s, 4),
+        "bytes": form.bytes,
         "pool": requests,
         **{name: common[name] for name in ("allocator", "machine", "versions", "date", "command")},
     }
-
-
-def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

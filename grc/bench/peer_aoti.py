@@ -21,36 +21,36 @@ from grc.lowering.onnxruntime import quiet
 
 def build_aoti(subject: Subject, example: Request, batch: int) -> Iterator[Contender]:
     """AOTInductor through its direct loader: as it comes for all batch sizes, and max-autotuned for this one."""
-    form = "default"
-    if form not in subject.built:
-        subject.built[form] = aoti_package(subject, EXPORT_BATCH, dynamic=True, autotune=False)
-    yield aoti_contender(subject, example, form, *subject.built[form])
-    package, seconds = aoti_package(subject, batch, dynamic=False, autotune=True)
-    yield aoti_contender(subject, example, "max_autotune, static shape", package, seconds)
+    default = subject.place.folder / "default.pt2"
+    seconds = None if default.exists() else build_package(subject, default, EXPORT_BATCH, autotune=False)
+    yield aoti_contender(subject, example, "default", default, seconds)
+    tuned = subject.place.folder / f"autotuned-{batch}.pt2"
+    seconds = build_package(subject, tuned, batch, autotune=True)
+    yield aoti_contender(subject, example, "max_autotune, static shape", tuned, seconds)
 
 
-def aoti_package(subject: Subject, batch: int, dynamic: bool, autotune: bool) -> tuple[Path, float]:
+def build_package(subject: Subject, file: Path, batch: int, autotune: bool) -> float:
+    """Build for all batch sizes or, max-autotuned, for this one. Answers with the seconds that it took."""
     clock = Stopwatch()
     source = subject.source
-    shapes = source.shapes() if dynamic and source.dynamic else ()
+    shapes = source.shapes() if source.dynamic and not autotune else ()
     program = export_graph(Lowerable(source.graph, source.inputs(batch), shapes))
     configs: dict[str, Any] = {"cpp.cxx": (None, str(linking_compiler()))}
     if autotune:
         configs |= {"max_autotune": True}
-        if subject.device == "cpu":
+        if subject.place.device == "cpu":
             configs |= {"max_autotune_gemm_backends": "CPP,ATEN"}
-    file = subject.folder / f"{'autotuned' if autotune else 'default'}-{batch}.pt2"
     with torch.no_grad(), quiet_export(), quiet():
         torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=configs)
-    return file, clock.read()
+    return clock.read()
 
 
-def aoti_contender(subject: Subject, example: Request, form: str, package: Path, seconds: float) -> Contender:
+def aoti_contender(subject: Subject, example: Request, form: str, package: Path, seconds: float | None) -> Contender:
     clock = Stopwatch()
-    alone = subject.device == "cuda"  # the default runner fails inside a capture
+    alone = subject.place.device == "cuda"  # the default runner fails inside a capture
     loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", alone, 1, -1)
     load_s = clock.read()
-    if subject.device == "cuda":
+    if subject.place.device == "cuda":
         function = cuda.captured(lambda inputs: loader.boxed_run(inputs), example)
         contender = cuda.on_cuda("aoti", f"{form}, CUDA graph", function, example)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,17 +32,22 @@ def build_onnxruntime(subject: Subject, example: Request, batch: int) -> Iterato
     """
     import onnxruntime as ort
 
-    if subject.device != "cpu":
+    if subject.place.device != "cpu":
         raise BenchError("ONNX Runtime is measured on the CPU only", "leave onnxruntime out of --against")
-    if "onnxruntime" not in subject.built:
-        try:
-            subject.built["onnxruntime"] = onnx_session(subject, ort)
-        except Exception as error:  # the exporter or the session refuses the graph at every batch size alike
-            subject.built["onnxruntime"] = error
-    built = subject.built["onnxruntime"]
-    if isinstance(built, Exception):
-        raise built
-    names = {value.name: int(value.name.removeprefix("input_")) for value in built.session.get_inputs()}
+    file = subject.place.folder / "onnxruntime.pt"
+    seconds = None if file.exists() else write_model(subject, file)
+    clock = Stopwatch()
+    # The model, its weights outside of it by name, and where they come from.
+    model, constants, form = torch.load(file, mmap=True)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = subject.place.threads
+    options.log_severity_level = 3
+    values = [ort.OrtValue.ortvalue_from_numpy(tensor.numpy()) for tensor in constants.values()]
+    options.add_external_initializers(list(constants), values)
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    load_s = clock.read()
+    names = {value.name: int(value.name.removeprefix("input_")) for value in session.get_inputs()}
 
     def prepare(request: Request) -> dict[str, Any]:
         return {name: request.leaves[index].numpy() for name, index in names.items()}
@@ -51,50 +57,40 @@ def build_onnxruntime(subject: Subject, example: Request, batch: int) -> Iterato
 
     yield Contender(
         "onnxruntime",
-        built.form,
+        form,
         prepare,
-        lambda feed: built.session.run(None, feed),
+        Session(session, values).run,
         tensors,
-        build_s=built.build_s,
-        load_s=built.load_s,
-        bytes=built.bytes,
+        build_s=seconds,
+        load_s=load_s,
+        bytes=file.stat().st_size,
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Session:
     """An inference session, which reads its weights where `values` hold them."""
 
-    form: str
     session: Any
     values: list[Any]
-    build_s: float
-    load_s: float
-    bytes: int
+
+    def run(self, feed: dict[str, Any]) -> Any:
+        return self.session.run(None, feed)
 
 
-def onnx_session(subject: Subject, ort: Any) -> Session:
+def write_model(subject: Subject, file: Path) -> float:
+    """Export the model. Answers with the seconds that it took."""
     clock = Stopwatch()
     source = subject.source
     example, shapes = source.inputs(EXPORT_BATCH), source.shapes()
     label, (proto, constants) = first_export(source, Lowerable(source.graph, example, shapes))
-    if subject.precision == "fp32":
+    if subject.place.precision == "fp32":
         externalise(proto, constants)
     else:
         label = f"{label}, dynamic int8"
         proto, constants = quantised(proto, constants)
-    model = proto.SerializeToString()
-    build_s = clock.read()
-    clock = Stopwatch()
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.intra_op_num_threads = subject.threads
-    options.log_severity_level = 3
-    values = [ort.OrtValue.ortvalue_from_numpy(tensor.numpy()) for tensor in constants.values()]
-    options.add_external_initializers(list(constants), values)
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    size = len(model) + sum(tensor.nbytes for tensor in constants.values())
-    return Session(label, session, values, build_s, clock.read(), size)
+    torch.save((proto.SerializeToString(), dict(constants), label), file)
+    return clock.read()
 
 
 def first_export(source: Source, own: Lowerable) -> tuple[str, tuple[Any, dict[str, torch.Tensor]]]:

@@ -17,7 +17,7 @@ from grc.lowering.onnxruntime import quiet
 
 def build_eager(subject: Subject, example: Request, batch: int) -> Iterator[Contender]:
     """The model as it is, in inference mode."""
-    yield module_contender(subject, example, "eager", "as written", subject.source.model.module)
+    yield module_contender(subject, example, "eager", "as written", subject.module)
 
 
 def build_compile(subject: Subject, example: Request, batch: int) -> Iterator[Contender]:
@@ -28,15 +28,14 @@ def build_compile(subject: Subject, example: Request, batch: int) -> Iterator[Co
     """
     from torch._inductor import config, list_mode_options
 
-    torch._dynamo.reset()
-    for freezing in (False,) if subject.device == "cuda" else (False, True):
+    for freezing in (False,) if subject.place.device == "cuda" else (False, True):
         clock = Stopwatch()
         options = {**list_mode_options("max-autotune", dynamic=False), "freezing": freezing}
-        module = torch.compile(subject.source.model.module, dynamic=False, options=options)
+        module = torch.compile(subject.module, dynamic=False, options=options)
         # Dynamo asks the global setting whether parameters are constants, when it traces the first call.
         with config.patch(freezing=freezing), torch.inference_mode(), quiet():
             for _ in range(3):
-                args, kwargs = on_device(example, subject.device)
+                args, kwargs = on_device(example, subject.place.device)
                 module(*args, **kwargs)
         label = "max-autotune" + (", freezing" if freezing else "") + ", static shape"
         contender = module_contender(subject, example, "compile", label, module)
@@ -45,7 +44,7 @@ def build_compile(subject: Subject, example: Request, batch: int) -> Iterator[Co
 
 
 def module_contender(subject: Subject, example: Request, name: str, form: str, module: Any) -> Contender:
-    if subject.device != "cuda":
+    if subject.place.device != "cuda":
         return Contender(name, form, called, lambda call: module(*call[0], **call[1]), flat, scope=torch.inference_mode)
     spec = pytree.tree_structure((example.args, example.kwargs))
 

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
-from grc.bench.contender import Contender
-from grc.bench.peer_aoti import build_aoti
-from grc.bench.peer_onnxruntime import build_onnxruntime
-from grc.bench.peer_torch import build_compile, build_eager
-from grc.bench.requests import Request
-from grc.bench.subject import BenchError, Subject
+from grc.bench.subject import BenchError
 
-Build = Callable[[Subject, Request, int], Iterator[Contender]]
-
-PEERS: dict[str, Build] = {
-    "eager": build_eager,
-    "compile": build_compile,
-    "aoti": build_aoti,
-    "onnxruntime": build_onnxruntime,
+# Where their builders are: `build(subject, example, batch)` yields a contender for each form.
+PEERS = {
+    "eager": "grc.bench.peer_torch:build_eager",
+    "compile": "grc.bench.peer_torch:build_compile",
+    "aoti": "grc.bench.peer_aoti:build_aoti",
+    "onnxruntime": "grc.bench.peer_onnxruntime:build_onnxruntime",
 }
-
-
+GRC = "grc.bench.contender:build_grc"
 LOWERED = ("onnxruntime",)  # peers that quantise a model by themselves
 
 

@@ -56,11 +56,11 @@ def command(
     With --precision, peers are those that quantise a model by themselves.
 
     Every time stands beside its error against the fp64 oracle and the overlap of the best 100 ids; an engine that
-    answers wrongly has no time. The process starts over once, with malloc tuned for all engines alike.
+    answers wrongly has no time. Each engine builds and runs in a process of its own, with malloc tuned for all alike.
     """
     sizes = p.batch_sizes(batches)
     from grc.bench import rows as table_rows
-    from grc.bench.host import allocator, restart_tuned
+    from grc.bench.host import allocator
     from grc.bench.measure import Settings, measure
     from grc.bench.peers import LOWERED, known
     from grc.bench.plot import drawing, plot_times
@@ -75,7 +75,6 @@ def command(
         raise BenchError(f"ids are drawn uniform or zipf, not {ids}", "use --ids uniform,zipf")
     if plot is not None:
         drawing(plot)
-    restart_tuned(threads)
     say(f"memory: {allocator()}")
     said = [
         "grc",

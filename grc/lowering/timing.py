@@ -67,6 +67,10 @@ class Turn:
     def spent(self) -> float:
         return sum(self.seconds) + sum(self.device_seconds)
 
+    def wants(self, seconds: float) -> bool:
+        """Whether there are fewer than `seconds` of recorded calls, or fewer than five calls."""
+        return len(self.seconds) < FEWEST or self.spent() < seconds
+
     def burst(self, pool: int, burst: float, lead_in: float, settle: float) -> None:
         time.sleep(settle)
         with self.scope():
@@ -114,7 +118,7 @@ def interleave(
         while waiting:
             for turn in waiting:
                 turn.burst(pool, burst, lead_in, settle)
-            waiting = [turn for turn in waiting if len(turn.seconds) < FEWEST or turn.spent() < seconds]
+            waiting = [turn for turn in waiting if turn.wants(seconds)]
     finally:
         if enabled:
             gc.enable()

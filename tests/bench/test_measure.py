@@ -5,18 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from grc.bench import host, peers
-from grc.bench.contender import Contender, as_list, called
 from grc.bench.measure import Settings, measure
-from grc.bench.requests import Request, draws, pool
+from grc.bench.requests import draws, pool
 from grc.bench.rows import Row, read
-from grc.bench.subject import BenchError, Subject
+from grc.bench.subject import BenchError
+from grc.errors import LoweringError
 from grc.graph.capture import capture
 from grc.graph.model_file import load_model
 
@@ -80,29 +78,11 @@ def test_a_run_has_a_row_for_every_engine_batch_and_kind_of_ids(model_file: Path
     assert by_engine(rows)["grc"]["build_s"] > 0
 
 
-def wrong(subject: Subject, example: Request, batch: int) -> Iterator[Contender]:
-    module = subject.source.model.module
-    yield Contender("wrong", "", called, lambda call: module(*call[0]) + 1, lambda answer: [answer])
-
-
-def broken(subject: Subject, example: Request, batch: int) -> Iterator[Contender]:
-    yield from ()
-    raise RuntimeError("no kernel for this\nmore words")
-
-
-def late(subject: Subject, example: Request, batch: int) -> Iterator[Contender]:
-    """Its first form answers wrongly, its second rightly."""
-    module = subject.source.model.module
-    yield Contender("late", "first", called, lambda call: module(*call[0]) * 2, lambda answer: [answer])
-    yield Contender("late", "second", lambda r: r.leaves, lambda leaves: [module(*leaves)], as_list, torch.no_grad)
-
-
-def test_a_peer_that_is_wrong_or_broken_has_no_speed(model_file: Path, monkeypatch: pytest.MonkeyPatch):
-    for name, build in (("wrong", wrong), ("broken", broken), ("late", late)):
-        monkeypatch.setitem(peers.PEERS, name, build)
-    settings = Settings(
-        str(model_file), ("wrong", "broken", "late"), (3,), seconds=0.01, engine="eager", ids=("uniform",)
-    )
+def test_a_peer_that_is_wrong_or_broken_or_dies_has_no_speed(model_file: Path, monkeypatch: pytest.MonkeyPatch):
+    names = ("wrong", "broken", "late", "dies_building", "dies_answering", "dies_running")
+    for name in names:
+        monkeypatch.setitem(peers.PEERS, name, f"tests.bench.bad_peers:{name}")
+    settings = Settings(str(model_file), names, (3,), threads=1, seconds=0.01, engine="eager", ids=("uniform",))
     rows = by_engine(measure(settings))
     assert rows["wrong"]["p50_us"] is None
     assert "error" in rows["wrong"]["refused"]
@@ -111,6 +91,17 @@ def test_a_peer_that_is_wrong_or_broken_has_no_speed(model_file: Path, monkeypat
     assert rows["broken"]["refused"] == "RuntimeError: no kernel for this"
     assert rows["late"]["form"] == "second"
     assert rows["late"]["p50_us"] > 0
+    assert rows["dies_building"]["refused"] == "its process was killed: out of memory?"
+    assert rows["dies_answering"]["refused"] == "its process died: exit code 7"
+    assert rows["dies_running"]["refused"] == "its process died: SIGSEGV"
+    assert rows["grc"]["p50_us"] > 0
+
+
+def test_a_model_that_can_not_be_compiled_is_said_as_compile_says_it(tmp_path: Path):
+    file = tmp_path / "bad.py"
+    file.write_text(MODEL.format(parameters="", seed="0"))
+    with pytest.raises(LoweringError, match="turbo"):
+        measure(Settings(str(file), ("eager",), (1,), threads=1, engine="turbo"))
 
 
 def test_an_unknown_peer_is_named_with_those_there_are():
@@ -139,12 +130,11 @@ def test_a_pool_is_as_large_as_it_was_asked_to_be(model_file: Path):
     assert sum(request.bytes for request in requests) == 100 * 16 * 8
 
 
-def test_the_environment_is_tuned_once():
-    first = host.tuned_environment({"PATH": "/bin"}, 2)
-    assert first is not None
-    assert first["OMP_NUM_THREADS"] == "2"
-    assert first["PATH"] == "/bin"
-    assert host.tuned_environment(first, 2) is None
+def test_an_engine_gets_threads_and_a_tuned_malloc():
+    found = host.tuned_environment({"PATH": "/bin"}, 2)
+    assert found["OMP_NUM_THREADS"] == "2"
+    assert found["PATH"] == "/bin"
+    assert found.get("GLIBC_TUNABLES") == (host.TUNABLES if host.has_glibc() else None)
 
 
 @pytest.mark.engine
