@@ -26,6 +26,7 @@ from grc.bench.table import text_table
 ROOT = Path(__file__).resolve().parent.parent
 BATCHES = {"gr": (1, 8, 32, 128)}
 USUAL = (1, 128, 2048, 16384)
+IDS = {"gr": "uniform"}  # it reads none
 SIZES = {"dlrm": "gpu"}
 RECORDED = 0.4  # seconds of recorded calls of each engine at each batch: thousands of them
 
@@ -114,7 +115,15 @@ def measure(name: str, precision: str, options: argparse.Namespace) -> list[str]
         ]
         if run("build", sys.executable, "-m", "benchmarks.gpu", "--build", str(model), str(artifact), *given):
             bench = (sys.executable, "-m", "grc", "bench", str(model), "--device", "cuda", "--artifact", str(artifact))
-            rest = ("--against", options.against, "--seconds", str(RECORDED), "--ids", "uniform", "--json")
+            rest = (
+                "--against",
+                options.against,
+                "--seconds",
+                str(RECORDED),
+                "--ids",
+                IDS.get(name, "uniform,zipf"),
+                "--json",
+            )
             for batch in batches_of(name, options):
                 run(f"batch {batch}", *bench, *rest, "--batches", str(batch), "--output", str(options.output))
     return late

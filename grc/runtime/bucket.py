@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
 from grc.runtime.plan import Plan, Spec
 
 Tensors = list[torch.Tensor]
+LARGE = 128 << 10  # bytes an input: a thread copies them in about 10 us
 
 
 @dataclass
@@ -24,6 +26,11 @@ class Bucket:
     kept: Sequence[torch.Tensor]
     bare: tuple[torch.cuda.CUDAGraph, Sequence[torch.Tensor]] | None = None
     cuts: dict[tuple[int, bool], Cut] = field(default_factory=dict)
+
+    @cached_property
+    def large(self) -> bool:
+        """Whether a launch for each input costs less than copying the request once more on the host."""
+        return sum(buffer.nbytes for buffer in self.host) >= LARGE * len(self.host)
 
     def cut(self, plan: Plan, batch: int, host: bool) -> Cut:
         """The buffers on one side, cut for a request of `batch` rows; made once for each size."""

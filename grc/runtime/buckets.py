@@ -200,20 +200,40 @@ class Lane:
             clear_workspaces()
 
     def from_host(self, inputs: Tensors, batch: int, events: Events | None) -> Tensors:
-        """Fill pinned memory, replay, wait, and copy the answers out before another replay can overwrite them."""
+        """Fill pinned memory, replay, wait, and copy the answers out before another replay can overwrite them.
+
+        A large request in pinned memory goes to the device from where it is.
+        """
         bucket = self.buckets[self.plan.bucket(batch)]
         cut = bucket.cut(self.plan, batch, True)
-        cut.fill(inputs)
-        with self.on_stream:
-            if events:
-                events[0].record()
-            bucket.graph.replay()
-            if events:
-                events[1].record()
+        if bucket.large and all(tensor.is_pinned() for tensor in inputs):
+            self.replay_in_place(bucket, inputs, batch, events)
+        else:
+            cut.fill(inputs)
+            with self.on_stream:
+                if events:
+                    events[0].record()
+                bucket.graph.replay()
+                if events:
+                    events[1].record()
         self.stream.synchronize()
         if self.counts and self.bad.item():
             self.refuse()
         return [answer.clone() for answer in cut.answers]
+
+    def replay_in_place(self, bucket: Bucket, inputs: Tensors, batch: int, events: Events | None) -> None:
+        """Copy a request from the caller's own pinned memory, replay, and copy the answers to the bucket's."""
+        graph, found = bucket.bare or self.capture_bare(bucket)
+        own = [*bucket.answers, *([self.bad.view(())] if self.counts else [])]
+        with self.on_stream:
+            if events:
+                events[0].record()
+            bucket.cut(self.plan, batch, False).fill(inputs)
+            graph.replay()
+            for host, answer in zip(own, found, strict=True):
+                host.copy_(answer, non_blocking=True)
+            if events:
+                events[1].record()
 
     def from_device(self, inputs: Tensors, batch: int, events: Events | None) -> Tensors:
         """The same from device memory to device memory. The answers are allocated on the caller's stream.

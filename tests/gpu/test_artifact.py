@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import grc
 from grc.errors import ArtifactError, InputError
+from grc.runtime import bucket
 from grc.runtime import device as device_memory
 from grc.runtime.artifact import write_manifest
 from grc.runtime.buckets import Buckets
@@ -106,6 +107,21 @@ def test_answers_on_the_device_that_asks(program: grc.Program, model: nn.Module,
     assert found["scores"].device.type == device
     torch.testing.assert_close(found["scores"].cpu(), expected["scores"], rtol=1e-4, atol=1e-4)
     assert found["best"].dtype is torch.int64
+
+
+def test_pinned_requests_are_copied_from_where_they_are(
+    program: grc.Program, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bucket, "LARGE", 1)
+    direct = grc.load(path)
+    for batch in (1, 3, 16, 100, 2):
+        inputs = click_inputs(batch)
+        found, wanted = direct(*(t.pin_memory() for t in inputs)), program(*inputs)
+        assert torch.equal(found["scores"], wanted["scores"]) and torch.equal(found["best"], wanted["best"])
+    bad = inputs[1].clone()
+    bad[1, 2] = 40
+    with pytest.raises(InputError, match="has id 40"):
+        direct(inputs[0].pin_memory(), bad.pin_memory())
 
 
 def test_the_part_has_graphs_and_counts_bad_ids(program: grc.Program) -> None:

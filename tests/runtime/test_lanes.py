@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from grc.errors import ArtifactError
+from grc.runtime import bucket
 from grc.runtime.buckets import Buckets
 from grc.runtime.plan import Plan
 from tests.runtime.tape import install
@@ -70,6 +71,24 @@ def test_answers_stay_when_other_requests_follow() -> None:
     for batch in (1, 4, 16):
         run(request(batch))
     assert all(map(torch.equal, found, wanted))
+
+
+def test_a_large_request_in_pinned_memory_is_copied_from_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
+    monkeypatch.setattr(bucket, "LARGE", 64)
+    run = Buckets(lambda: model([]), plan(), counts=True)
+    lane = run.free.get()
+    assert [lane.buckets[batch].large for batch in (1, 4, 16)] == [False, False, True]
+    run.free.put(lane)
+    lane.host_in.fill_(77)
+    for batch in (5, 16):
+        inputs = request(batch)
+        assert all(map(torch.equal, run(inputs), expected(inputs)))
+    assert bool((lane.host_in == 77).all()), "nothing went through the bucket's own memory"
+    inputs = request(7)
+    inputs[1][1, 6] = -4
+    with pytest.raises(IndexError):
+        run(inputs)
 
 
 @pytest.mark.parametrize("place", [(0, 0), (1, 4)])
