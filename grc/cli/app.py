@@ -57,5 +57,6 @@ for command in (compile, run, serve, bench, inspect, explain, opt, check, export
 
 def main() -> None:
     """Run the command line."""
-    signal.signal(signal.SIGTERM, ending.end)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ending.end)
     app()

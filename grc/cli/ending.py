@@ -1,22 +1,21 @@
-"""SIGTERM ends a command as an exit does, so that a half-written artifact is removed."""
+"""SIGINT and SIGTERM end a command as an exception does, so that a half-written artifact is removed."""
 
 from __future__ import annotations
 
 import signal
-import sys
 
 CODE = 128 + signal.SIGTERM
-asked = False
+asked: BaseException | None = None
 
 
 def end(number: int, frame: object) -> None:
-    """The signal's handler. An exit that rises in a callback of C code or a destructor is lost: `check` repeats it."""
+    """The signals' handler. What rises in a callback of C code or a destructor is lost: `check` repeats it."""
     global asked
-    asked = True
-    sys.exit(CODE)
+    asked = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(CODE)
+    raise asked
 
 
 def check() -> None:
     """Leave if a signal asked for it; called wherever a command tells its progress."""
-    if asked:
-        sys.exit(CODE)
+    if asked is not None:
+        raise asked

@@ -36,12 +36,15 @@ def test_an_interrupted_compilation_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_exit_that_was_lost_is_repeated_where_progress_is_told(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ending, "asked", False)
-    with pytest.raises(SystemExit, match="143"):
-        ending.end(signal.SIGTERM, None)
+@pytest.mark.parametrize(("sent", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_what_was_lost_is_repeated_where_progress_is_told(
+    sent: signal.Signals, raised: type[BaseException], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(ending, "asked", None)
+    with pytest.raises(raised):
+        ending.end(sent, None)
     for tell in (Lines().begin, Lines().detail, Lines().end):
-        with pytest.raises(SystemExit, match="143"):
+        with pytest.raises(raised):
             tell("stage")
 
 
