@@ -3,10 +3,10 @@
     python -m benchmarks.gpu --output rows.jsonl [--models dlrm,gr] [--precisions fp32,fp16] [--batches 1,128]
                              [--against compile,aoti,eager] [--engine auto] [--seconds 240]
 
-Each artifact is built, and each batch size measured, in a process of its own: what crashes or takes too long costs no
-other its rows. `--seconds` is what one model may take in one precision; what did not fit is named at the end. Rows have
-the form of `grc bench`: device time by CUDA events, wall time from host input to host output, errors beside both. What
-the compiler itself measured, plain AOTInductor under the same graphs among it, goes to rows.builds.jsonl.
+Each model is built and measured in processes of its own: what crashes or takes too long costs no other its rows.
+`--seconds` is what one model may take in one precision; what did not fit is named at the end. Rows have the form of
+`grc bench`: device time by CUDA events, wall time from host input to host output, errors beside both. What the compiler
+itself measured, plain AOTInductor under the same graphs among it, goes to rows.builds.jsonl.
 """
 
 from __future__ import annotations
@@ -115,17 +115,9 @@ def measure(name: str, precision: str, options: argparse.Namespace) -> list[str]
         ]
         if run("build", sys.executable, "-m", "benchmarks.gpu", "--build", str(model), str(artifact), *given):
             bench = (sys.executable, "-m", "grc", "bench", str(model), "--device", "cuda", "--artifact", str(artifact))
-            rest = (
-                "--against",
-                options.against,
-                "--seconds",
-                str(RECORDED),
-                "--ids",
-                IDS.get(name, "uniform,zipf"),
-                "--json",
-            )
-            for batch in batches_of(name, options):
-                run(f"batch {batch}", *bench, *rest, "--batches", str(batch), "--output", str(options.output))
+            batches = ",".join(map(str, batches_of(name, options)))
+            rest = ("--against", options.against, "--seconds", str(RECORDED), "--ids", IDS.get(name, "uniform,zipf"))
+            run("measure", *bench, *rest, "--batches", batches, "--output", str(options.output))
     return late
 
 

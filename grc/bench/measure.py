@@ -6,8 +6,7 @@ import datetime
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,9 +66,33 @@ class Run:
 
     settings: Settings
     subject: Subject
+    staff: Staff
     build_s: float | None
     progress: Callable[[str], None]
     common: Row
+
+
+class Staff:
+    """A worker for each contender, hired when it is first asked for, and again after its process has died."""
+
+    def __init__(self, place: Place):
+        self.place = place
+        self.environment = host.tuned_environment(os.environ, place.threads)
+        self.workers: dict[str, Worker] = {}
+
+    def worker(self, name: str) -> Worker:
+        if name not in self.workers or not self.workers[name].alive:
+            self.dismiss(name)
+            self.workers[name] = Worker(self.place, self.environment)
+        return self.workers[name]
+
+    def dismiss(self, name: str) -> None:
+        if name in self.workers:
+            self.workers.pop(name).close()
+
+    def close(self) -> None:
+        for name in list(self.workers):
+            self.dismiss(name)
 
 
 @dataclass(frozen=True)
@@ -81,8 +104,13 @@ class Entry:
     form: Form
 
 
-def measure(settings: Settings, progress: Callable[[str], None] = lambda text: None) -> list[Row]:
-    """The rows of one run: grc and each peer at each batch size, with uniform and, if the file has them, Zipf ids.
+def measure(
+    settings: Settings,
+    progress: Callable[[str], None] = lambda text: None,
+    keep: Callable[[list[Row]], None] = lambda rows: None,
+) -> list[Row]:
+    """The rows of one run: grc and each peer at each batch size, with uniform and, if the file has them, Zipf ids. `keep`
+    gets those of each batch size as they are measured.
 
     An engine that fails, dies or answers wrongly has a row without a time, and with the reason. Raises GrcError when the
     model can't be compiled, a peer is unknown, or a batch size is refused by the model.
@@ -93,21 +121,26 @@ def measure(settings: Settings, progress: Callable[[str], None] = lambda text: N
     threads = settings.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     folder = Path(tempfile.mkdtemp(prefix="grc-bench-"))
+    artifact = settings.artifact or folder / "model.grc"
+    place = Place(settings.model, settings.device, threads, folder, artifact, settings.precision)
+    staff = Staff(place)
     try:
         progress("capture")
-        artifact = settings.artifact or folder / "model.grc"
-        subject = Subject(Place(settings.model, settings.device, threads, folder, artifact, settings.precision))
+        subject = Subject(place)
         found = draws(subject.model, settings.model)
         drawn = {kind: draw for kind, draw in found.items() if kind in settings.ids}
         batches = usable_batches(settings.batches, subject.source)
-        build_s = compiled(settings, subject.place, batches, progress)
-        run = Run(settings, subject, build_s, progress, common(settings, subject.source))
+        build_s = compiled(settings, staff, batches, progress)
+        run = Run(settings, subject, staff, build_s, progress, common(settings, subject.source))
         rows: list[Row] = []
         for batch in batches:
             pools = {kind: pool(draw, subject.source, batch, pool_bytes()) for kind, draw in drawn.items()}
-            rows += measure_batch(run, names, batch, pools)
-        return [check(row) for row in rows]
+            measured = [check(row) for row in measure_batch(run, names, batch, pools)]
+            keep(measured)
+            rows += measured
+        return rows
     finally:
+        staff.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -122,7 +155,7 @@ def usable_batches(batches: Sequence[int], source: Source) -> list[int]:
     return sorted(set(batches))
 
 
-def compiled(settings: Settings, place: Place, batches: Sequence[int], progress: Callable[[str], None]) -> float | None:
+def compiled(settings: Settings, staff: Staff, batches: Sequence[int], progress: Callable[[str], None]) -> float | None:
     """The seconds that it took to compile, or None for an artifact that was given."""
     if settings.artifact is not None:
         manifest = Artifact.open(settings.artifact).manifest
@@ -135,7 +168,7 @@ def compiled(settings: Settings, place: Place, batches: Sequence[int], progress:
         return None
     progress("grc: compile")
     options = Options(
-        place.artifact,
+        staff.place.artifact,
         settings.device,
         settings.engine,
         batches=tuple(batches),
@@ -144,25 +177,10 @@ def compiled(settings: Settings, place: Place, batches: Sequence[int], progress:
         budget=settings.budget,
     )
     clock = Stopwatch()
-    with working(place) as start:
-        start().ask("compile", settings.model, options)
-    return clock.read()
-
-
-@contextmanager
-def working(place: Place) -> Iterator[Callable[[], Worker]]:
-    """A way to start workers, all of which end with the block."""
-    workers: list[Worker] = []
-
-    def start() -> Worker:
-        workers.append(Worker(place, host.tuned_environment(os.environ, place.threads)))
-        return workers[-1]
-
-    try:
-        yield start
-    finally:
-        for worker in workers:
-            worker.close()
+    staff.worker("compiler").ask("compile", settings.model, options)
+    seconds = clock.read()
+    staff.dismiss("compiler")  # with the memory that it took
+    return seconds
 
 
 def pool_bytes() -> int:
@@ -185,29 +203,28 @@ def common(settings: Settings, source: Source) -> Row:
 
 
 def measure_batch(run: Run, names: Sequence[str], batch: int, pools: dict[str, list[Request]]) -> list[Row]:
-    """Build every contender for a batch size in a worker of its own, and measure them on each pool."""
+    """Build every contender for a batch size in its worker, and measure them on each pool."""
     example = next(iter(pools.values()))[0]
     entries: list[Entry] = []
     failed: dict[str, str] = {}
     rows: list[Row] = []
-    with working(run.subject.place) as start:
-        for name, worker in [(name, start()) for name in ("grc", *names)]:
-            run.progress(f"batch {batch}: {'load' if name == 'grc' else 'build'} {name}")
-            try:
-                forms, reason = worker.ask("build", PEERS.get(name, GRC), example, batch)
-            except WorkerError as error:
-                forms, reason = [], error.message
-            if reason is not None:
-                failed[name] = reason
-            entries += [Entry(worker, index, form) for index, form in enumerate(forms)]
-        for kind, requests in pools.items():
-            run.progress(f"batch {batch}: measure, {kind} ids")
-            best = best_forms(timed(run, entries, requests))
-            absent = [Trial(Form(name, ""), refused=failed[name]) for name in failed if name not in best]
-            for trial in [*best.values(), *absent]:
-                if trial.form.name == "grc":
-                    trial.form.build_s = run.build_s
-                rows.append(row_of(run.common, trial, batch, kind, len(requests)))
+    for name, worker in [(name, run.staff.worker(name)) for name in ("grc", *names)]:
+        run.progress(f"batch {batch}: {'load' if name == 'grc' else 'build'} {name}")
+        try:
+            forms, reason = worker.ask("build", PEERS.get(name, GRC), example, batch)
+        except WorkerError as error:
+            forms, reason = [], error.message
+        if reason is not None:
+            failed[name] = reason
+        entries += [Entry(worker, index, form) for index, form in enumerate(forms)]
+    for kind, requests in pools.items():
+        run.progress(f"batch {batch}: measure, {kind} ids")
+        best = best_forms(timed(run, entries, requests))
+        absent = [Trial(Form(name, ""), refused=failed[name]) for name in failed if name not in best]
+        for trial in [*best.values(), *absent]:
+            if trial.form.name == "grc":
+                trial.form.build_s = run.build_s
+            rows.append(row_of(run.common, trial, batch, kind, len(requests)))
     return rows
 
 

@@ -28,6 +28,7 @@ def build_compile(subject: Subject, example: Request, batch: int) -> Iterator[Co
     """
     from torch._inductor import config, list_mode_options
 
+    torch._dynamo.reset()
     for freezing in (False,) if subject.place.device == "cuda" else (False, True):
         clock = Stopwatch()
         options = {**list_mode_options("max-autotune", dynamic=False), "freezing": freezing}

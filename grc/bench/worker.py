@@ -63,6 +63,10 @@ class Worker:
             raise answer
         return answer
 
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
     def close(self) -> None:
         self.connection.close()
         self.process.kill()
@@ -88,9 +92,9 @@ def unpacked(data: bytes) -> Any:
 
 @dataclass
 class Stage:
-    """What a worker holds: the forms of one contender, and the requests that go round."""
+    """What a worker holds: the model, the forms of one contender for one batch size, and the requests that go round."""
 
-    place: Place
+    subject: Subject
     contenders: list[Contender] = field(default_factory=list)
     pool: Sequence[Request] = ()
     turns: dict[int, Turn] = field(default_factory=dict)
@@ -101,11 +105,16 @@ class Stage:
         compile(model, options=options)
 
     def build(self, builder: str, example: Request, batch: int) -> tuple[list[Form], str | None]:
-        """What `module:function` could build of a contender, and why it could not build the rest."""
+        """What `module:function` could build of a contender for a batch size, and why it could not build the rest. What
+        was built for another size is dropped.
+        """
+        self.contenders, self.turns = [], {}
+        gc.enable()
+        gc.collect()
         module, _, function = builder.partition(":")
         fault = None
         try:
-            for contender in getattr(import_module(module), function)(Subject(self.place), example, batch):
+            for contender in getattr(import_module(module), function)(self.subject, example, batch):
                 self.contenders.append(contender)
         except Exception as error:  # an engine may raise anything; its row then says why it has no time
             fault = first_line(error)
@@ -138,7 +147,9 @@ class Stage:
                 contender.run(prepared[index % len(prepared)])
         replay = contender.replay or contender.run
         on_device = (
-            (lambda index: cuda.device_seconds(replay, prepared[index])) if self.place.device == "cuda" else None
+            (lambda index: cuda.device_seconds(replay, prepared[index]))
+            if self.subject.place.device == "cuda"
+            else None
         )
         return Turn(lambda index: contender.run(prepared[index]), contender.scope, on_device)
 
@@ -173,8 +184,8 @@ def main() -> None:
     """Answer until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends this process
     connection = Connection(int(sys.argv[1]))
-    stage = Stage(unpacked(connection.recv_bytes()))
-    torch.set_num_threads(stage.place.threads)
+    stage = Stage(Subject(unpacked(connection.recv_bytes())))
+    torch.set_num_threads(stage.subject.place.threads)
     while True:
         try:
             question, arguments = unpacked(connection.recv_bytes())

@@ -107,9 +107,12 @@ def command(
         p.limits(budget),
         shlex.join(said),
     )
-    rows = measure(settings, lambda text: say(f"  {text}"))
-    if output is not None:
-        table_rows.write(output, rows)
+
+    def keep(measured: list[table_rows.Row]) -> None:
+        if output is not None:
+            table_rows.write(output, measured)
+
+    rows = measure(settings, lambda text: say(f"  {text}"), keep)
     if plot is not None:
         plot_times(rows, plot)
     lines = [jsons.dumps(row) for row in rows] if json else [text_table(rows)]
