@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class Store:
         whole = tensor
         if memory.nbytes() != tensor.nbytes and memory.nbytes() % tensor.itemsize == 0:
             whole = torch.empty(0, dtype=tensor.dtype).set_(memory)  # type: ignore[call-overload]
-        unique = next(n for n in (name, *(f"{name}.{i}" for i in range(1, 1 << 20))) if n not in self.tensors)
+        unique = next(n for n in chain([name], (f"{name}.{i}" for i in count(1))) if n not in self.tensors)
         self.tensors[unique] = whole
         self.names[memory.data_ptr()] = unique
         if whole is tensor:
