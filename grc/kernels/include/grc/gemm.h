@@ -144,42 +144,43 @@ struct Tile {
 
 template <int ROWS, int VECS>
 void tile(const Gemm& g, const Tile& t) {
-  // With few rows, steps along K are kept apart so that the latency of one multiply-add hides behind the others.
-  constexpr int STEPS = ROWS * VECS >= 8 ? 1 : ROWS * VECS >= 4 ? 2 : 4;
-  // Panels come from L3 or memory when rows are few: lines this far ahead arrive in time (2 KiB: 30% slower).
-  constexpr int64_t AHEAD = 8192 / (kPanel * sizeof(float)) * kPanel;
+  // With few rows, steps along K are summed apart so that the latency of one multiply-add hides behind the others.
+  constexpr int APART = ROWS * VECS >= 8 ? 1 : ROWS * VECS >= 4 ? 2 : 4;
+  constexpr int STEPS = 4;  // before the loop turns: a core that shares its front end has no instruction to spare
+  // Panels come from L3 or memory when rows are few: lines this far ahead arrive in time (2 KiB: 30% slower). Full tiles
+  // pass over the same panel many times.
+  constexpr int64_t AHEAD = ROWS == kRows ? 0 : 8192 / (kPanel * sizeof(float)) * kPanel;
 
-  const int64_t lda = g.x.stride;
-  const float* a = g.x.data + t.row * lda;
-  const float* b = g.weight + t.col / kPanel * kPanel * g.k + t.col % kPanel + t.k0 * kPanel;
-  const float* const end = b + (t.k1 - t.k0) * kPanel;
-  a += t.k0;
-
-  Lanes acc[STEPS][ROWS][VECS];  // zeros
-  for (; end - b >= STEPS * kPanel; b += STEPS * kPanel, a += STEPS) {
-#pragma GCC unroll 4
-    for (int s = 0; s < STEPS; ++s) {
-      Lanes w[VECS];
-#pragma GCC unroll 4
-      for (int j = 0; j < VECS; ++j) {
-        w[j] = Lanes::loadu(b + s * kPanel + j * kLanes);
-        if (j * kLanes % 16 == 0) __builtin_prefetch(b + s * kPanel + j * kLanes + AHEAD);
-      }
+  const float* x[ROWS];
 #pragma GCC unroll 8
-      for (int i = 0; i < ROWS; ++i) {
-        const Lanes v(a[i * lda + s]);
+  for (int i = 0; i < ROWS; ++i) {
+    x[i] = g.x.data + (t.row + i) * g.x.stride;
+    asm("" : "+r"(x[i]));  // a pointer of its own: GCC would keep an offset for each row and step, and spill
+  }
+  const float* w = g.weight + t.col / kPanel * kPanel * g.k + t.col % kPanel + t.k0 * kPanel;
+  int64_t k = t.k0;
+
+  Lanes acc[APART][ROWS][VECS];  // zeros
+  const auto step = [&](int s) __attribute__((always_inline)) {
+    Lanes cols[VECS];
 #pragma GCC unroll 4
-        for (int j = 0; j < VECS; ++j) acc[s][i][j] = at::vec::fmadd(v, w[j], acc[s][i][j]);
-      }
+    for (int j = 0; j < VECS; ++j) {
+      const float* line = w + s * kPanel + j * kLanes;
+      cols[j] = Lanes::loadu(line);
+      if (AHEAD > 0 && j * kLanes % 16 == 0) __builtin_prefetch(line + AHEAD);
     }
-  }
-  for (; b < end; b += kPanel, ++a) {
 #pragma GCC unroll 8
-    for (int i = 0; i < ROWS; ++i)
+    for (int i = 0; i < ROWS; ++i) {
+      const Lanes value(x[i][k + s]);
 #pragma GCC unroll 4
-      for (int j = 0; j < VECS; ++j)
-        acc[0][i][j] = at::vec::fmadd(Lanes(a[i * lda]), Lanes::loadu(b + j * kLanes), acc[0][i][j]);
+      for (int j = 0; j < VECS; ++j) acc[s % APART][i][j] = at::vec::fmadd(value, cols[j], acc[s % APART][i][j]);
+    }
+  };
+  for (; k + STEPS <= t.k1; k += STEPS, w += STEPS * kPanel) {
+#pragma GCC unroll 4
+    for (int s = 0; s < STEPS; ++s) step(s);
   }
+  for (; k < t.k1; ++k, w += kPanel) step(0);
   alignas(64) float sums[ROWS][VECS][kLanes];
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i)
@@ -187,7 +188,7 @@ void tile(const Gemm& g, const Tile& t) {
     for (int j = 0; j < VECS; ++j) {
       Lanes sum = acc[0][i][j];
 #pragma GCC unroll 4
-      for (int s = 1; s < STEPS; ++s) sum = sum + acc[s][i][j];
+      for (int s = 1; s < APART; ++s) sum = sum + acc[s][i][j];
       sum.store(sums[i][j]);
     }
   write(g, t, &sums[0][0][0], ROWS, VECS);
