@@ -124,6 +124,16 @@ def tile(module: Any, choice: Any) -> Iterator[None]:
         module.config = config
 
 
+def tiles(problem: Problem) -> tuple[Any, ...]:
+    """The tiles that a problem's kernel may take."""
+    dtype = problem.extra.get("dtype")
+    if dtype in PRECISIONS:
+        return problem.module.FLOAT32_CONFIGS  # type: ignore[no-any-return]
+    if problem.module is bag_dot and dtype in ("int8", "int4"):
+        return bag_dot.INTEGER_CONFIGS
+    return problem.module.CONFIGS  # type: ignore[no-any-return]
+
+
 def measure(problem: Problem, bandwidth: float) -> None:
     """Every tile of one problem, then plain torch; one line on the screen, one row for each tile in the results."""
     count = max(4, min(256, POOL_BYTES // problem.bytes + 1))
@@ -132,8 +142,7 @@ def measure(problem: Problem, bandwidth: float) -> None:
     exact = problem.exact(probe)
     base = {"op": problem.name, "batch": problem.batch, "bytes": problem.bytes, **problem.extra}
     rows = []
-    narrow = problem.extra.get("dtype") in PRECISIONS
-    for choice in problem.module.FLOAT32_CONFIGS if narrow else problem.module.CONFIGS:
+    for choice in tiles(problem):
         with tile(problem.module, choice):
             wrong = error(problem.call(probe), exact)
             us, spread = graph_us(problem.call, sets)

@@ -185,7 +185,12 @@ def close(out: torch.Tensor, want: torch.Tensor, magnitude: torch.Tensor, rounds
     assert bool((error <= bound).all()), f"worst {(error / bound).max():.3g} of the bound"
 
 
-def pairs(nodes: torch.Tensor, upper: bool, diagonal: bool) -> torch.Tensor:
-    n = nodes.shape[1]
+def triangle(products: torch.Tensor, upper: bool, diagonal: bool) -> torch.Tensor:
+    """One triangle of [B, N, N], row by row."""
+    n = products.shape[1]
     i, j = torch.triu_indices(n, n, 0 if diagonal else 1) if upper else torch.tril_indices(n, n, 0 if diagonal else -1)
-    return (nodes @ nodes.transpose(1, 2))[:, i, j]
+    return products[:, i, j]
+
+
+def pairs(nodes: torch.Tensor, upper: bool, diagonal: bool) -> torch.Tensor:
+    return triangle(nodes @ nodes.transpose(1, 2), upper, diagonal)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +17,21 @@ from grc.kernels.lookup.row_formats import packing
 from grc.kernels.quantised_linear import rounded, simulated
 from grc.kernels.scaled_linear import SCALED_LINEAR, rows_in_8_bits, weight_in_8_bits
 from grc.kernels.scaled_linear import triton as scaled_linear
-from tests.kernels.bags import DEVICE, DOTS, FMS, LOOKUPS, close, make, outside, packed, pairs, pooled
+from tests.kernels.bags import (
+    DEVICE,
+    DOTS,
+    FMS,
+    LOOKUPS,
+    NO_PADDING,
+    Bags,
+    close,
+    make,
+    outside,
+    packed,
+    pairs,
+    pooled,
+    triangle,
+)
 from tests.kernels.interpreter import GPU, elsewhere, passes, runs
 
 FP8 = GPU and torch.cuda.get_device_capability() >= (8, 9)
@@ -38,20 +54,173 @@ def test_lookup(name: str, form: str) -> None:
     close(out, torch.cat(pooled(exact), 1), torch.cat(pooled(sizes, absolute=True), 1))
 
 
-@runs
-@pytest.mark.parametrize(("name", "form"), [(name, form) for name, form in ABLE if name in DOTS])
-def test_bag_dot(name: str, form: str) -> None:
+@pytest.fixture
+def integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the kernel of integers take any rows, one id a bag."""
+    monkeypatch.setattr(bag_dot, "LEAST_ROWS", 1)
+    monkeypatch.setattr(bag_dot, "LEAST_COLUMNS", 1)
+
+
+def run_dot(
+    a: dict[str, Any],
+    dense: Tensor | None,
+    upper: bool = False,
+    diagonal: bool = False,
+    keep: bool = False,
+    width: int = 0,
+) -> tuple[Tensor, Tensor]:
+    head = (a["arena"], a["ids"], a["offsets"], a["weights"], dense, a["bases"], a["rows"], a["dims"][0], a["lengths"])
+    rest = (a["pooling"], a["padding"], upper, diagonal, keep, a["packing"], None, width)
+    return bag_dot.register()(*head, *rest)  # type: ignore[no-any-return]
+
+
+def check_dot(name: str, form: str) -> None:
     a, exact, sizes = packed(make(DOTS[name], torch.float32), form)
     dense = torch.randn(DOTS[name].batch, a["dims"][0], generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    out, bad = bag_dot.register()(
-        a["arena"], a["ids"], a["offsets"], a["weights"], dense, a["bases"], a["rows"], a["dims"][0], a["lengths"],
-        a["pooling"], a["padding"], False, False, True, a["packing"],
-    )  # fmt: skip
+    out, bad = run_dot(a, dense, keep=True)
     assert out.dtype == torch.float16 and bad.item() == outside(exact)
     assert torch.equal(out[:, : a["dims"][0]], dense.half())
     nodes = torch.stack([dense.double().cpu(), *pooled(exact)], 1)
     bound = torch.stack([dense.double().cpu().abs(), *pooled(sizes, absolute=True)], 1)
     close(out[:, a["dims"][0] :], pairs(nodes, False, False), pairs(bound, False, False), rounds=4.0)
+
+
+@runs
+@pytest.mark.parametrize(("name", "form"), [(name, form) for name, form in ABLE if name in DOTS])
+def test_bag_dot(name: str, form: str) -> None:
+    check_dot(name, form)
+
+
+@runs
+@pytest.mark.usefixtures("integers")
+@pytest.mark.parametrize(("name", "form"), [(name, form) for name, form in ABLE if name in FMS])
+def test_bag_dot_of_integers(name: str, form: str) -> None:
+    check_dot(name, form)
+
+
+def equal_bags(features: int, dim: int, **change: Any) -> Bags:
+    rows = tuple(3 + f % 5 for f in range(features))
+    case = {"padding": (NO_PADDING,) * features, "batch": 3, **change}
+    return Bags(dims=(dim,) * features, lengths=(1,) * features, rows=rows, **case)
+
+
+def hard_rows(arena: Tensor) -> Tensor:
+    """Rows of many scales, whose offsets are up to a thousand times as large as the rest of them, or all of them."""
+    g = torch.Generator().manual_seed(4)
+    kinds = torch.randint(0, 4, (len(arena), 1), generator=g)
+    size = torch.tensor([1.0, 0.02, 0.0, 1e-4])[kinds]
+    far = torch.tensor([0.0, 12.0, 12.0, 0.0])[kinds]
+    return size * arena + far * torch.randn(len(arena), 1, generator=g).clamp(-1.5, 1.5)
+
+
+def allowed(nodes: Tensor, most: Tensor, dense: bool) -> Tensor:
+    """[B, N, N]: what `bag_dot` may lose in products of integers, for rows [B, N, D] of largest sizes [B, N]."""
+    lost = bag_dot.INTEGERS * nodes.shape[2] * most[:, :, None] * most[:, None, :]
+    if dense:
+        steps = 0.52 * bag_dot.FIXED * most[:, :1] * nodes.abs().sum(2)
+        lost[:, 0] += steps
+        lost[:, :, 0] += steps
+    return lost
+
+
+# Among them 16, 32, 33 and 34 rows, more than one block, half a block, and sums too large for the trick of SMALL.
+SHAPES = [
+    (26, 128, True),
+    (15, 16, True),
+    (16, 64, False),
+    (31, 64, True),
+    (32, 16, False),
+    (33, 16, False),
+    (20, 200, True),
+    (2, 264, True),
+    (33, 24, True),
+]
+PICKS = [(False, False, True), (True, False, False), (False, True, True), (True, True, False)]
+
+
+@runs
+@pytest.mark.usefixtures("integers")
+@pytest.mark.parametrize(("upper", "diagonal", "keep"), PICKS, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("features", "dim", "dense"), SHAPES, ids=str)
+def test_products_of_integers_keep_their_bound(
+    features: int, dim: int, dense: bool, form: str, upper: bool, diagonal: bool, keep: bool
+) -> None:
+    a = make(equal_bags(features, dim), torch.float32)
+    a["arena"] = hard_rows(a["arena"])
+    a, exact, sizes = packed(a, form)
+    nodes, most = torch.stack(pooled(exact), 1), torch.stack(pooled(sizes), 1)[:, :, 0] * (1 + 2.0**-9)
+    head = None
+    if dense:
+        head = torch.randn(len(nodes), dim, generator=torch.Generator().manual_seed(1))
+        head[0] *= 10.0 ** torch.linspace(-7, 0, dim)
+        head[1] = 0.0
+        nodes = torch.cat([head.double()[:, None], nodes], 1)
+        most = torch.cat([head.double().abs().amax(1, keepdim=True), most], 1)
+    out, bad = run_dot(a, None if head is None else head.to(DEVICE), upper, diagonal, keep and dense)
+    assert bad.item() == 0
+    if head is not None and keep:
+        assert torch.equal(out[:, :dim].cpu(), head.half())
+        out = out[:, dim:]
+    want = pairs(nodes, upper, diagonal)
+    error = (out.double().cpu() - want).abs()
+    bound = triangle(allowed(nodes, most, dense), upper, diagonal) + 2.0**-11 * want.abs() + 2.0**-24
+    assert bool((error <= bound).all()), f"worst {(error / bound).max():.3g} of the bound"
+
+
+@runs
+@pytest.mark.usefixtures("integers")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", [torch.float16, torch.float32, torch.bfloat16], ids=str)
+def test_a_dense_row_that_is_no_number_spoils_its_own_products_only(kind: torch.dtype, form: str) -> None:
+    a, exact, sizes = packed(make(equal_bags(18, 64, batch=6), torch.float32), form)
+    dense = torch.randn(6, 64, generator=torch.Generator().manual_seed(1)).to(kind)
+    dense[0, 3], dense[2, 63], dense[4, 0] = float("nan"), float("inf"), -float("inf")
+    dense[5] *= 2.0**-14
+    out, _ = run_dot(a, dense.to(DEVICE))
+    j = torch.tril_indices(19, 19, -1)[1]
+    rows, bound = (pairs(torch.stack(pooled(x), 1), False, False) for x in (exact, sizes))
+    close(out[:, j > 0], rows, bound, rounds=4.0)
+    beside = out[:, j == 0].cpu()
+    assert beside[[0, 2, 4]].isnan().all() and beside[[1, 3, 5]].isfinite().all()
+    again, _ = run_dot(a, dense.nan_to_num(1.0, 1.0, 1.0).to(DEVICE))
+    assert torch.equal(again[[1, 3, 5]], out[[1, 3, 5]])
+
+
+@runs
+@pytest.mark.usefixtures("integers")
+@pytest.mark.parametrize("form", FORMS)
+def test_products_of_integers_take_no_row_for_a_bad_id_or_a_padded_one(form: str) -> None:
+    case = equal_bags(18, 64, batch=6, padding=(*(NO_PADDING,) * 16, 2, 0))
+    a, exact, sizes = packed(make(case, torch.float32), form)
+    ids = a["ids"]
+    ids[0, 0], ids[1, 1], ids[2, 2], ids[3, 0], ids[4, 16] = -1, case.rows[1], 2**40, -(2**40), 1000
+    ids[5] = -7
+    dense = torch.randn(6, 64, generator=torch.Generator().manual_seed(1))
+    nodes = torch.stack([dense.double(), *pooled(exact)], 1)
+    bound = torch.stack([dense.double().abs(), *pooled(sizes, absolute=True)], 1)
+    out, bad = run_dot(a, dense.to(DEVICE), width=200)
+    assert bad.item() == outside(exact) == 23
+    close(out[:, :171], pairs(nodes, False, False), pairs(bound, False, False), rounds=4.0)
+    assert not out[:, 171:].any() and not out[5].any()
+
+
+@runs
+@pytest.mark.usefixtures("integers")
+def test_products_of_no_rows_at_all() -> None:
+    a = packed(make(Bags(dims=(64,) * 3), torch.float32), "int8")[0]
+    a["arena"], a["rows"] = a["arena"][:0], [0] * 3
+    out, bad = run_dot(a, torch.ones(5, 64, device=DEVICE))
+    assert bad.item() == 15 and not out.any()
+
+
+@runs
+@pytest.mark.parametrize("choice", bag_dot.INTEGER_CONFIGS, ids=str)
+def test_every_config_of_integers_is_right(choice: bag_dot.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bag_dot, "config", lambda *_: choice)
+    a, exact, sizes = packed(make(equal_bags(17, 152), torch.float32), "int8")
+    bound = torch.stack(pooled(sizes), 1)
+    close(run_dot(a, None)[0], pairs(torch.stack(pooled(exact), 1), False, False), pairs(bound, False, False), 4.0)
 
 
 @runs

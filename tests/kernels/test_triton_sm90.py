@@ -18,7 +18,7 @@ from grc.kernels.bag_fm import triton as bag_fm  # noqa: E402
 from grc.kernels.lookup import triton as lookup  # noqa: E402
 from grc.kernels.scaled_linear import rows_in_8_bits, weight_in_8_bits  # noqa: E402
 from grc.kernels.scaled_linear import triton as scaled_linear  # noqa: E402
-from tests.kernels.bags import DEVICE, LOOKUPS, Bags, make, packed  # noqa: E402
+from tests.kernels.bags import DEVICE, LOOKUPS, NO_PADDING, Bags, make, packed  # noqa: E402
 
 GPU = torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
@@ -123,6 +123,31 @@ def test_packed_rows_are_unpacked_two_at_a_time(
         assert not re.search(r"ld\.global\S*\.b8", text), "bytes are read one by one"
 
 
+def packed_dot(form: str) -> tuple[Any, ...]:
+    """The arguments of a `bag_dot` whose products are of integers."""
+    case = Bags(dims=(128,) * 26, lengths=(1,) * 26, rows=(9,) * 26, padding=(NO_PADDING,) * 26)
+    a, _, _ = packed(make(case, torch.float32), form)
+    dense = torch.zeros(5, 128, dtype=torch.float16, device=DEVICE)
+    head = (a["arena"], a["ids"], None, None, dense, a["bases"], a["rows"], 128, a["lengths"], 0, a["padding"])
+    return (*head, False, False, True, a["packing"])
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("choice", bag_dot.INTEGER_CONFIGS, ids=str)
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_packed_rows_are_multiplied_as_they_lie(
+    form: str, choice: bag_dot.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bag_dot, "config", lambda *_: choice)
+    text = ptx(bag_dot, lambda: bag_dot.bag_dot(*packed_dot(form)), monkeypatch)
+    assert re.search(r"mma\.sync\S*\.s32\.s8\.s8", text) and "s32.f16" not in text
+    assert not re.search(r"ld\.global\S*\.b8|cvt\S*\.u8", text), "bytes are taken one by one"
+    # Both factors come out of the shared memory that rows were copied into, without a detour through registers.
+    assert re.search(r"cp\.async\.ca\.shared\.global \[[^]]*\], \[[^]]*\], 0x4", text)
+    assert "ldmatrix" in text and not re.search(r"ldmatrix\S*\.trans", text)
+    assert ".local" not in text, "registers spill into memory"
+
+
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(("form", "product"), [("int8", "s32.s8.s8"), ("fp8", "f32.e4m3.e4m3")])
 def test_scaled_linear_takes_the_tensor_cores(form: str, product: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,3 +189,23 @@ def test_traces_with_an_unknown_batch_and_copies_nothing(name: str) -> None:
     assert [call.kwargs["tensors_to_clone"] for call in calls] == [["out", "counter"], ["out", "counter"]]
     assert all(call.kwargs["kwargs"]["tables"].op == "get_attr" for call in calls)
     assert not [node for node in traced.graph.nodes if "copy" in str(node.target)]
+
+
+@pytest.mark.usefixtures("hopper")
+def test_products_of_packed_rows_trace_with_an_unknown_batch() -> None:
+    from torch._functorch.aot_autograd import aot_export_module
+
+    arena, ids, _, _, dense, *rest = packed_dot("int8")
+    bag_dot.register()
+
+    class Model(torch.nn.Module):
+        def forward(self, arena, ids, dense):  # type: ignore[no-untyped-def]
+            return torch.ops.grc_cuda.bag_dot(arena, ids, None, None, dense, *rest)
+
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    shapes = (None, {0: batch}, {0: batch})
+    program = torch.export.export(Model(), (arena, ids, dense), dynamic_shapes=shapes, strict=False)
+    traced, _ = aot_export_module(program.module(), (arena, ids, dense), trace_joint=False)
+    calls = [node for node in traced.graph.nodes if "triton_kernel_wrapper_functional" in str(node.target)]
+    assert [call.kwargs["tensors_to_clone"] for call in calls] == [["out", "counter"]]
+    assert all(call.kwargs["kwargs"]["tables"].op == "get_attr" for call in calls)

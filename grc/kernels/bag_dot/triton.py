@@ -9,7 +9,10 @@ from typing import NamedTuple
 import torch
 from torch.library import triton_op, wrap_triton
 
+from grc.kernels.bag_dot.integers import LARGEST, byte_dot_kernel
+from grc.kernels.bag_dot.triangle import triangle, write
 from grc.kernels.rows import (
+    ARENA,
     INT4,
     NO_PADDING,
     answer_dtype,
@@ -58,8 +61,17 @@ FLOAT32_CONFIGS = (
     Config(132 * 4, 4, 64, 3),
     Config(1 << 30, 4, 64, 1),
 )
+# Fewer columns at once let more rows share a load and its addresses, and with fewer registers more programs run.
+INTEGER_CONFIGS = (
+    Config(132 * 16, 1, 32, 3),
+    Config(132 * 12, 1, 64, 3),
+    Config(132 * 12, 1, 64, 5),
+    Config(132 * 12, 1, 32, 5),
+    Config(132 * 12, 1, 128, 5),
+)
 # Up to this many bytes of rows, this one: within 2% of the fastest on an H100 for 26 features of 128, at every batch.
 BY_BYTES = ((1 << 62, Config(132 * 12, 1, 128, 3)),)
+INTEGER_BY_BYTES = ((1 << 62, Config(132 * 16, 1, 32, 3)),)
 FLOAT32_BY_BYTES = ((1 << 26, Config(1 << 30, 1, 32, 1)), (1 << 62, Config(1 << 30, 2, 32, 1)))
 # How float32 products are taken: "ieee" on the CUDA cores, or "tf32x3" in three passes of the tensor cores. Those split
 # each factor into two tf32 numbers of 11 bits and leave out the product of the two lower ones, so that a sum is off by at
@@ -67,11 +79,16 @@ FLOAT32_BY_BYTES = ((1 << 26, Config(1 << 30, 1, 32, 1)), (1 << 62, Config(1 << 
 # than torch's own product; with few short rows torch is nearer.
 FLOAT32 = "tf32x3"
 TF32X3 = 2.0**-21
+# Packed rows of one id a bag are multiplied as integers where there are so many of them, of so many columns: with fewer,
+# to unpack them takes fewer instructions than what follows their product. Sums of the most columns still fit in 32 bits.
+LEAST_ROWS, LEAST_COLUMNS, MOST_COLUMNS = 17, 64, 2**17 - 1
+INTEGERS, FIXED = 2.0**-19, 1.0 / LARGEST.value  # what these products may lose: see `bag_dot`
 
 
 def config(batch: int | torch.SymInt, features: int, dim: int, dtype: torch.dtype) -> Config:
-    """The tile for rows [batch, features, dim]; a batch unknown while compiling counts as a large one."""
-    choices = FLOAT32_BY_BYTES if dtype == torch.float32 else BY_BYTES
+    """The tile for rows [batch, features, dim], of dtype uint8 where their integers are multiplied; a batch unknown while
+    compiling counts as a large one."""
+    choices = {torch.float32: FLOAT32_BY_BYTES, torch.uint8: INTEGER_BY_BYTES}.get(dtype, BY_BYTES)
     if not isinstance(batch, int):
         return choices[-1][1]
     size = batch * features * dim * dtype.itemsize
@@ -99,14 +116,7 @@ def bag_dot_kernel(  # type: ignore[no-untyped-def]
     rows = tl.load(tables + F + feature, mask=known, other=0)
     padding = tl.load(tables + 2 * F + feature, mask=known, other=0) if PADDED else 0
     i = n[:, None]
-    j = n[None, :]
-    if UPPER:
-        shift = i * (2 * N - i + 1) // 2 - i if DIAGONAL else i * (2 * N - i - 1) // 2 - i - 1
-        chosen = (j >= i if DIAGONAL else j > i) & (j < N)
-    else:
-        shift = i * (i + 1) // 2 if DIAGONAL else i * (i - 1) // 2
-        chosen = (j <= i if DIAGONAL else j < i) & (i < N)
-    pair = shift + j + HEAD
+    pair, chosen = triangle(n, N, UPPER, DIAGONAL)
     bad = tl.zeros([P], tl.int32)
     for at in tl.range(tl.program_id(0), B, tl.num_programs(0), num_stages=STAGES):
         sample = tl.full([], 0, tl.int64) + at
@@ -163,11 +173,7 @@ def bag_dot_kernel(  # type: ignore[no-untyped-def]
                     head = tl.load(dense + sample * dense_row + column * dense_step, mask=inside, other=0.0)
                     tl.store(line + column, head.to(out.dtype.element_ty), mask=inside)
                 gram = tl.dot(tile, tl.trans(tile), gram, input_precision=PRECISION)
-        tl.store(line + pair, gram.to(out.dtype.element_ty), mask=chosen)
-        if REST > 0:
-            beyond = tl.arange(0, REST)
-            zeros = tl.zeros([REST], out.dtype.element_ty)
-            tl.store(line + HEAD + PAIRS + beyond, zeros, mask=beyond < WIDTH - HEAD - PAIRS)
+        write(line, pair + HEAD, chosen, gram, HEAD + PAIRS, REST, WIDTH)
     tell(bad, counter)
 
 
@@ -216,7 +222,10 @@ def bag_dot(
     give float16; ids [B, sum(lengths)] of any strides, or [V] with offsets [F * B + 1]; dense [B, dim]. The strict lower
     triangle in row-major order, or with `upper` the upper one, with `diagonal` the diagonal too. Sums in float32; pooled
     rows are rounded to the answer's dtype, as in plain torch; a float32 result is within TF32X3 of |T| @ |T|^T. Ids
-    outside their table read nothing and count as rows of zeros.
+    outside their table count as rows of zeros.
+    Rows of 8 or 4 bits are multiplied as integers where that is less work (LEAST_ROWS, LEAST_COLUMNS): before it is rounded
+    to float16, the product of two is then within INTEGERS * dim of that of the largest sizes that their scales and offsets
+    can give. The dense row is taken in steps of FIXED of its largest size, and gives NaN if it is not finite.
     `tables` are this call's `lists` on the device; without them they are made here. With `width`, columns of zeros follow
     up to it: rows that begin on 16 bytes are stored, and read by a product, in whole vectors. Raises LoweringError for an
     arena whose rows are not contiguous and for weights with a pooling other than sum.
@@ -226,10 +235,14 @@ def bag_dot(
     batch = ids.shape[0] if offsets is None else (offsets.shape[0] - 1) // count
     form, _, pitch, scale, _, align = layout(arena, bases, [dim] * count, packing)
     dtype = answer_dtype(arena)
-    choice = config(batch, count, dim, dtype)
     has_dense = dense is not None
     keep = keep_dense and has_dense
     nodes = count + has_dense
+    one = offsets is None and weights is None and set(lengths) == {1}
+    # For an id that has no row the kernel of integers reads the arena's first bytes, so there must be some.
+    integers = form != ARENA and one and nodes >= LEAST_ROWS and LEAST_COLUMNS <= dim <= MOST_COLUMNS
+    integers = integers and arena.numel() >= pitch[0]
+    choice = config(batch, count, dim, arena.dtype if integers else dtype)
     pairs = nodes * (nodes + 1 if diagonal else nodes - 1) // 2
     head = dim if keep else 0
     width = max(width, pairs + head)
@@ -239,17 +252,29 @@ def bag_dot(
     dense_row, dense_step = (0, 0) if dense is None else strides(dense)
     if tables is None:
         tables = table(lists(arena, bases, rows, dim, lengths, padding, packing), arena.device)
-    wrap_triton(bag_dot_kernel)[(torch.sym_min(batch, choice.programs),)](
+    grid = (torch.sym_min(batch, choice.programs),)
+    size = square(nodes)
+    rest = triton.next_power_of_2(width - head - pairs) if width > head + pairs else 0
+    padded = any(p != NO_PADDING for p in padding)
+    block = min(choice.block, triton.next_power_of_2(dim // (2 if form == INT4 else 1)))
+    if integers:
+        wrap_triton(byte_dot_kernel)[grid](
+            arena, ids, arena if dense is None else dense, tables, out, counter, batch,
+            id_row, id_step, dense_row, dense_step,
+            F=count, D=dim, PITCH=pitch[0], SCALE=scale[0], ALIGN=align, FORM=form, PAIRS=pairs, WIDTH=width,
+            DENSE=int(has_dense), KEEP=keep, UPPER=upper, DIAGONAL=diagonal, PADDED=padded,
+            P=max(32, size), REST=rest, K=max(32, block), STAGES=choice.stages, num_warps=max(choice.warps, size // 32),
+        )  # fmt: skip
+        return out, counter
+    wrap_triton(bag_dot_kernel)[grid](
         arena, ids, ids if offsets is None else offsets.contiguous(), arena if weights is None else weights,
         arena if dense is None else dense, tables, out, counter, batch, ids.shape[0],
         id_row, id_step, weight_row, weight_step, dense_row, dense_step,
         F=count, D=dim, PITCH=pitch[0], SCALE=scale[0], ALIGN=align, FORM=form, PAIRS=pairs, WIDTH=width,
         DENSE=int(has_dense), KEEP=keep, UPPER=upper, DIAGONAL=diagonal,
         IN_PLACE=dense is not None and dense.dtype == arena.dtype and dense_step == 1,
-        ONE=offsets is None and weights is None and set(lengths) == {1},
-        JAGGED=offsets is not None, WEIGHTED=weights is not None, PADDED=any(p != NO_PADDING for p in padding),
-        POOLING=pooling, P=square(nodes), REST=triton.next_power_of_2(width - head - pairs) if width > head + pairs else 0,
-        BLOCK=max(16, min(choice.block, triton.next_power_of_2(dim // (2 if form == INT4 else 1)))), STAGES=choice.stages,
+        ONE=one, JAGGED=offsets is not None, WEIGHTED=weights is not None, PADDED=padded,
+        POOLING=pooling, P=size, REST=rest, BLOCK=max(16, block), STAGES=choice.stages,
         PRECISION=FLOAT32 if dtype == torch.float32 else "ieee", num_warps=choice.warps,
     )  # fmt: skip
     return out, counter
