@@ -110,7 +110,7 @@ def hard_rows(arena: Tensor) -> Tensor:
     kinds = torch.randint(0, 4, (len(arena), 1), generator=g)
     size = torch.tensor([1.0, 0.02, 0.0, 1e-4])[kinds]
     far = torch.tensor([0.0, 12.0, 12.0, 0.0])[kinds]
-    return size * arena + far * torch.randn(len(arena), 1, generator=g).clamp(-1.5, 1.5)
+    return (size * arena.cpu() + far * torch.randn(len(arena), 1, generator=g).clamp(-1.5, 1.5)).to(arena.device)
 
 
 def allowed(nodes: Tensor, most: Tensor, dense: bool) -> Tensor:
