@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from multiprocessing.connection import Connection
@@ -183,14 +184,15 @@ def first_line(error: BaseException) -> str:
 def main() -> None:
     """Answer until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends this process
-    connection = Connection(int(sys.argv[1]))
+    with suppress(EOFError, BrokenPipeError):
+        serve(Connection(int(sys.argv[1])))
+
+
+def serve(connection: Connection) -> None:
     stage = Stage(Subject(unpacked(connection.recv_bytes())))
     torch.set_num_threads(stage.subject.place.threads)
     while True:
-        try:
-            question, arguments = unpacked(connection.recv_bytes())
-        except EOFError:
-            return
+        question, arguments = unpacked(connection.recv_bytes())
         answer: Any
         try:
             answer = getattr(stage, question)(*arguments)

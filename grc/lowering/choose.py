@@ -24,6 +24,7 @@ from grc.lowering.onnxruntime import OnnxRuntime
 from grc.lowering.timing import Turn, interleave
 from grc.runtime.closeness import QUALITY as QUALITY
 from grc.runtime.engines import Run, load_part
+from grc.runtime.pages import keep_freed_memory
 from grc.runtime.plan import Plan
 
 SECONDS = 0.4  # spent on each engine at each batch size, in interleaved rounds
@@ -177,6 +178,7 @@ def measure(
     """
     eager_times: dict[int, float] = {}
     gc.collect()
+    keep_freed_memory()  # as where the artifact will run
     for batch, inputs in requests.timed.items():
         progress(f"batch {batch}")
         turns: list[Turn] = []

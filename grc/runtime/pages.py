@@ -1,4 +1,4 @@
-"""Map the pages of memory-mapped weights ahead of their first use, behind the back of the first requests."""
+"""Pages: those of memory-mapped weights are mapped ahead of their first use, and those that a request freed are kept."""
 
 from __future__ import annotations
 
@@ -12,6 +12,22 @@ POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14: map what is there, read 
 CHUNK = 64 << 20  # bytes a call: each call ends soon, so that a process that exits does not wait
 SMALL = 8 << 20  # bytes: smaller tensors are mapped by their first use
 PAGE = 4096
+# Of malloc.h: the parameters of mallopt
+TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
+KEPT = 2**31 - 1  # bytes
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep up to 2 GB of freed memory for the next request, from whichever thread that comes.
+
+    glibc gives large blocks back to the system as soon as they are free, and a thread's own heap with them: each request
+    then faults the pages of its intermediate results in again, which takes as long as to compute them. Other C libraries
+    are left alone.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        for parameter, value in ((MMAP_MAX, 0), (TRIM_THRESHOLD, KEPT), (ARENA_MAX, 1)):
+            libc.mallopt(parameter, value)
 
 
 def map_ahead(tensors: Iterable[torch.Tensor]) -> threading.Thread | None:

@@ -15,18 +15,21 @@ from grc.runtime.artifact import Artifact
 from grc.runtime.buckets import Buckets
 from grc.runtime.engines import Run, part_loader
 from grc.runtime.inputs import InputCheck
-from grc.runtime.pages import map_ahead
+from grc.runtime.pages import keep_freed_memory, map_ahead
 from grc.runtime.processing import Processing
 from grc.runtime.signature import Signature
 from grc.runtime.structure import builder
 
 
-def load(path: str | os.PathLike[str], *, verify: bool = False, engine: str | None = None) -> Program:
-    """Load an artifact into a Program. `verify` also hashes the weights; `engine` picks one of the parts it carries.
+def load(
+    path: str | os.PathLike[str], *, verify: bool = False, engine: str | None = None, keep_memory: bool = True
+) -> Program:
+    """Load an artifact into a Program. `verify` also hashes the weights; `engine` picks one of the parts it carries;
+    without `keep_memory`, malloc stays as it is, and large batches on a CPU fault their pages in again at every request.
 
     Raises ArtifactError when the artifact is damaged or was built for another host.
     """
-    return Program(Artifact.open(path, verify=verify), engine)
+    return Program(Artifact.open(path, verify=verify), engine, keep_memory)
 
 
 class Program:
@@ -35,7 +38,7 @@ class Program:
     Raises InputError (a ValueError) naming the input, position, value and limit when a request does not fit.
     """
 
-    def __init__(self, artifact: Artifact, engine: str | None = None):
+    def __init__(self, artifact: Artifact, engine: str | None = None, keep_memory: bool = True):
         self.artifact = artifact
         manifest = artifact.manifest
         parts = manifest["parts"]
@@ -47,6 +50,8 @@ class Program:
         weights = artifact.weights
         if manifest["target"]["device"] == "cpu":
             map_ahead(weights.values())
+            if keep_memory:
+                keep_freed_memory()
         load_one = part_loader(manifest)
         self.runs: list[Run] = [load_one(p, artifact.path / "parts", bound(p["weights"], weights)) for p in parts]
         self.self_checking = [bool(p["checks_ids"]) for p in parts]
