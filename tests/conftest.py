@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Two threads, so that races between the threads of a kernel can show; and threads that sleep when they wait, because
@@ -48,3 +49,11 @@ def artifact_path(tmp_path: Path) -> Path:
 def seeded() -> None:
     """The same random numbers in every run: bounds on rounding errors hold for most draws, not for all."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_measurements() -> Iterator[None]:
+    """Tests ask what is measured, not how well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("grc.lowering.choose.SECONDS", 0.01)
+        yield

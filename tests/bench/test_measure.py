@@ -61,7 +61,7 @@ def test_a_run_has_a_row_for_every_engine_batch_and_kind_of_ids(model_file: Path
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     settings = Settings(
-        str(model_file), ("eager", "onnxruntime"), (4, 1), threads=1, seconds=0.02, engine="eager", command="grc bench"
+        str(model_file), ("eager", "onnxruntime"), (4, 1), threads=1, seconds=0.01, engine="eager", command="grc bench"
     )
     rows = measure(settings)
     found = {(row["engine"], row["batch"], row["ids"]) for row in rows}

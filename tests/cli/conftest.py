@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,6 @@ from typer.testing import CliRunner
 
 from grc.cli.app import app
 from tests.cli.session import MODEL, SERVED, WORDS, Grc, Ran
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick_measurements() -> Iterator[None]:
-    """These tests ask what is measured, not how well."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("grc.lowering.choose.SECONDS", 0.01)
-        yield
 
 
 @pytest.fixture(scope="session")

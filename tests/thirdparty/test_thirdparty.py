@@ -75,7 +75,6 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         return found[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("grc.lowering.choose.SECONDS", 0.01)
         patch.setattr("grc.compiler.engines_for", engines_of(entry))
         patch.setattr("grc.compiler.choose", chosen)
         artifact = grc.compile(module, inputs, Options(output=output, batches=(4,), strict=True))

@@ -16,10 +16,9 @@ TINY = {"width": 16, "heads": 2, "ffn": 32, "layers": 1}
 
 
 def compiled(model: Path | nn.Module, output: Path, inputs: object = None, **env: str) -> Path:
-    """An artifact with stages. It is measured in no time: these tests ask what is served, not how fast."""
+    """An artifact with stages."""
     options = grc.Options(output=output, engine="eager", batches=(1, 8), max_batch=64, stages=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("grc.lowering.choose.SECONDS", 0.01)
         for name, value in env.items():
             patch.setenv(name, value)
         grc.compile(model, inputs, options)
