@@ -12,6 +12,12 @@ class GrcError(Exception):
         self.hint = hint
 
 
+def first_line(error: BaseException) -> str:
+    """The type and the first line of what another library raised."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
 class ModelFileError(GrcError):
     """The model file is missing, broken, or lacks what grc needs."""
 

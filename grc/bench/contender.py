@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,32 +23,28 @@ class Form:
 
     name: str
     form: str
-    build_s: float | None = None
-    load_s: float | None = None
-    bytes: int | None = None
+    build_s: float | None = field(default=None, kw_only=True)
+    load_s: float | None = field(default=None, kw_only=True)
+    bytes: int | None = field(default=None, kw_only=True)
 
 
 @dataclass
-class Contender:
+class Contender(Form):
     """`prepare` turns a request into what `run` takes, outside of the clock; `tensors` flattens what `run` gives back.
 
     On CUDA, `run` goes from pinned host input to pinned host output, and `replay` runs once more on what is already on
     the device, to be timed by CUDA events.
     """
 
-    name: str
-    form: str
     prepare: Callable[[Request], Any]
     run: Callable[[Any], Any]
     tensors: Callable[[Any], list[torch.Tensor]]
     scope: Callable[[], AbstractContextManager[Any]] = nullcontext
     replay: Callable[[Any], Any] | None = None
-    build_s: float | None = None
-    load_s: float | None = None
-    bytes: int | None = None
 
     def described(self) -> Form:
-        return Form(self.name, self.form, self.build_s, self.load_s, self.bytes)
+        """What can be sent to another process."""
+        return Form(self.name, self.form, build_s=self.build_s, load_s=self.load_s, bytes=self.bytes)
 
     def answer(self, request: Request) -> list[torch.Tensor]:
         """The flat answer to one request, in memory of its own."""

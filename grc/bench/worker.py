@@ -26,7 +26,7 @@ from grc.bench import cuda
 from grc.bench.contender import Contender, Form
 from grc.bench.requests import Request
 from grc.bench.subject import BenchError, Place, Subject
-from grc.errors import GrcError
+from grc.errors import GrcError, first_line
 from grc.lowering.timing import Turn
 from grc.options import Options
 
@@ -174,11 +174,6 @@ class RemoteTurn(Turn):
         else:
             self.seconds += seconds
             self.device_seconds += device
-
-
-def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from grc.errors import LoweringError
+from grc.errors import LoweringError, first_line
 from grc.graph.capture import quiet_export
 from grc.graph.ids import id_ranges
 from grc.graph.match import value
@@ -79,7 +79,7 @@ def package(
         with torch.no_grad(), quiet_export(), linking(objects):
             torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=configs)
     except Exception as error:  # the C++ compiler, Inductor's lowering, or a full disk
-        raise LoweringError(f"AOTInductor can't build the graph: {last_line(error)}") from error
+        raise LoweringError(f"AOTInductor can't build the graph: {first_line(error)}") from error
 
 
 def packaged_constants(
@@ -151,8 +151,3 @@ def loaded_libraries(name: str) -> list[str]:
     """Paths of the libraries of this process whose file begins with `name`."""
     paths = (line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines())
     return sorted({path for path in paths if Path(path).name.startswith(name)})
-
-
-def last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

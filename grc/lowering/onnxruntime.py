@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from grc.errors import LoweringError
+from grc.errors import LoweringError, first_line
 from grc.graph.capture import quiet_export
 from grc.lowering.engine import Built, Lowerable, Target
 from grc.lowering.export import plain_program
@@ -116,5 +116,4 @@ def first_reason(error: BaseException) -> str:
     """The innermost cause, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    return first_line(error)

@@ -21,8 +21,7 @@ def keep_freed_memory() -> None:
     """Let this process keep up to 2 GB of freed memory for the next request, from whichever thread that comes.
 
     glibc gives large blocks back to the system as soon as they are free, and a thread's own heap with them: each request
-    then faults the pages of its intermediate results in again, which takes as long as to compute them. Other C libraries
-    are left alone.
+    then faults the pages of its intermediate results in again. Other C libraries are left alone.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):

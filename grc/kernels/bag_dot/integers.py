@@ -66,6 +66,7 @@ def byte_dot_kernel(  # type: ignore[no-untyped-def]
     BEYOND: tl.constexpr = (BLOCKS * K - W) * SHARED
     # Sums of at most 2**22 become float32 with what they begin at.
     SMALL: tl.constexpr = D <= 256
+    # As in bag_dot_kernel: torch can't tell what a kernel writes to that loads these in a function of several answers.
     n = tl.arange(0, P)
     feature = n - DENSE
     known = (feature >= 0) & (feature < F)
