@@ -16,7 +16,6 @@ class Tile(NamedTuple):
     stages: int
 
 
-def constants(few: Tile, some: Tile, many: Tile) -> dict[str, int]:
-    """The three tiles as the kernels take them: FM, FN, FK and FS for few rows, S… for some, M… for many."""
-    named = {"F": few, "S": some, "M": many}
-    return {prefix + name: size for prefix, tile in named.items() for name, size in zip("MNKS", tile, strict=True)}
+def constants(**tiles: Tile) -> dict[str, int]:
+    """Tiles as the kernels take them: constants(F=tile) gives FM, FN, FK and FS."""
+    return {prefix + name: size for prefix, tile in tiles.items() for name, size in zip("MNKS", tile, strict=True)}

@@ -19,7 +19,12 @@ from grc.kernels import OPS, cpp
 from grc.lowering.align import aligned
 from grc.lowering.eager import Eager
 from grc.lowering.engine import Built, Engine, Lowerable, Target
-from grc.lowering.epilogue import with_epilogues
+from grc.lowering.epilogue import (
+    takes_small_linears,
+    with_heads_as_sums,
+    with_relu_in_products,
+    with_small_linears,
+)
 from grc.lowering.export import export_graph
 from grc.lowering.inductor import package, packaged_constants, settings
 from grc.lowering.move import moved
@@ -95,7 +100,8 @@ class CudaInductor:
     """AOTInductor for the GPU: with `twins`, fused ops go to our Triton kernels, whose cubins the package carries.
 
     `without` names fused ops that are left to Inductor all the same, and `label` the graph where there are several. With
-    `bucket`, it is built for that one batch size and max-autotuned.
+    `bucket`, it is built for that one batch size and max-autotuned; with `small`, linear layers go to our kernel for few
+    rows instead of cuBLAS.
     """
 
     def __init__(
@@ -106,11 +112,12 @@ class CudaInductor:
         bucket: int | None = None,
         without: Sequence[str] = (),
         label: str = "",
+        small: bool = False,
     ):
         self.gpu, self.twins, self.count, self.bucket, self.without = gpu, twins, count, bucket, without
-        name = "-".join(
-            ["inductor" if twins else "aoti", *([label] if label else []), *(f"without-{op}" for op in without)]
-        )
+        self.small = small
+        marks = (label, "small" if small else "", *(f"without-{op}" for op in without))
+        name = "-".join(["inductor" if twins else "aoti", *filter(None, marks)])
         self.name = f"{name}@{bucket}" if bucket else name
 
     def missing(self, target: Target) -> str | None:
@@ -126,10 +133,13 @@ class CudaInductor:
         ready, originals = self.gpu.moved(lowerable)
         graph, counts = ready.graph, False
         if self.twins:
-            graph, counts = with_twins(graph, self.gpu.device, self.count, self.without)
-            graph = aligned(graph)
-            if self.bucket is None:  # one that is autotuned may find a kernel of Inductor's with any epilogue
-                graph = with_epilogues(graph)
+            without = (*self.without, "cross") if self.small else self.without
+            graph, counts = with_twins(graph, self.gpu.device, self.count, without)
+            graph = with_heads_as_sums(aligned(graph))
+            if self.small:
+                graph = with_small_linears(graph)
+            elif self.bucket is None:  # one that is autotuned may find a kernel of Inductor's with any epilogue
+                graph = with_relu_in_products(graph)
         program = export_graph(Lowerable(graph, ready.inputs, ready.shapes), OPS)
         file = f"{self.name}.pt2"
         configs = settings([]) | ({"max_autotune": True} if self.bucket else {})
@@ -181,6 +191,8 @@ def gpu_engines(
             for bucket, inputs in fixed:
                 alone = Lowerable(lowerable.graph, inputs, ())
                 offered.append((CudaInductor(gpu, True, count, bucket, without, label), alone))
+        if takes_small_linears(lowerable.graph):
+            offered.append((CudaInductor(gpu, True, count, None, (), label, small=True), lowerable))
     if source is not None:
         offered.append((CudaInductor(gpu, False, False), source))
     return [*offered, (CudaEager(gpu), source or next(iter(optimised.values())))]

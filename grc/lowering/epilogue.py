@@ -1,15 +1,103 @@
-"""Give ReLU to the matrix product before it on the GPU: cuBLAS applies it to its sums, and the layer is one launch."""
+"""What follows a linear layer, given to the kernel that takes its product: activation, cross product and residual."""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import torch
 from torch import fx
 
-from grc.graph.match import argument, aten, attribute, is_op, only_user, value
+from grc.graph.match import argument, aten, attribute, is_op, only_user, same_shape, value
 from grc.graph.rewrite import copy_graph
+from grc.kernels import CROSS
+
+NONE, RELU, GELU, GELU_TANH, SILU, SIGMOID, TANH = range(7)  # places in packed_linear.ACTIVATIONS
+ACTIVATIONS = {aten.relu: RELU, aten.silu: SILU, aten.sigmoid: SIGMOID, aten.tanh: TANH}
+NARROW = 4  # outputs of a head: a tile of tensor cores would be mostly padding
 
 
-def with_epilogues(graph: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a graph in which relu(linear(x, weight, bias)) is one call.
+class Layer(NamedTuple):
+    """act(x @ weight.T + bias) * mul + add, up to the node that has this value."""
+
+    last: fx.Node
+    x: Any
+    weight: Any
+    bias: Any
+    mul: Any
+    add: Any
+    activation: int
+
+
+def layer_of(node: fx.Node) -> Layer | None:
+    """The layer that a node begins: a linear layer with what follows it, or a cross layer."""
+    if node.target is CROSS.overload:
+        x0, y, weight, bias, x = node.args
+        return Layer(node, y, weight, bias, x0, x, NONE)
+    if not is_op(node, aten.linear):
+        return None
+    activation, last = activation_of(node)
+    last, residual = residual_of(last) if activation == NONE else (last, None)
+    return Layer(last, node.args[0], node.args[1], argument(node, "bias"), None, residual, activation)
+
+
+def activation_of(node: fx.Node) -> tuple[int, fx.Node]:
+    """The activation that alone reads a linear layer, and the node that ends the pair."""
+    user = only_user(node)
+    if user is not None and is_op(user, *ACTIVATIONS):
+        return next(code for op, code in ACTIVATIONS.items() if is_op(user, op)), user
+    if user is not None and is_op(user, aten.gelu):
+        return (GELU if argument(user, "approximate") == "none" else GELU_TANH), user
+    return NONE, node
+
+
+def residual_of(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """`linear + x` with x of the same shape and dtype: the sum, and x."""
+    user = only_user(node)
+    if user is None or not is_op(user, aten.add) or len(user.args) != 2 or argument(user, "alpha") != 1:
+        return node, None
+    other = user.args[1] if user.args[0] is node else user.args[0]
+    fits = isinstance(other, fx.Node) and other is not node and other.op != "get_attr"
+    if (
+        fits
+        and isinstance(value(other), torch.Tensor)
+        and same_shape(other, node)
+        and value(other).dtype is value(node).dtype
+    ):  # type: ignore[arg-type]
+        return user, other  # type: ignore[return-value]
+    return node, None
+
+
+def takes_small_linears(graph: fx.GraphModule) -> bool:
+    return any(small_layer_of(graph, node) is not None for node in graph.graph.nodes)
+
+
+def small_layer_of(graph: fx.GraphModule, node: fx.Node) -> Layer | None:
+    """The layer that a node begins, where `small_linear` can take it: one constant weight, one dtype throughout."""
+    layer = layer_of(node)
+    weight = None if layer is None else attribute(graph, layer.weight)
+    if layer is None or weight is None or weight.dim() != 2 or value(layer.x).dim() < 2 or weight.shape[0] <= NARROW:
+        return None
+    operands = (layer.x, layer.bias, layer.mul, layer.add, layer.last)
+    same = all(value(operand).dtype is weight.dtype for operand in operands if operand is not None)
+    return layer if same and weight.dtype in (torch.float32, torch.float16, torch.bfloat16) else None
+
+
+def with_small_linears(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph for the GPU in which linear and cross layers go to the kernel for few rows, `small_linear`."""
+    from grc.kernels.small_linear.triton import register
+
+    copy, op = copy_graph(graph), register()
+    for node in list(copy.graph.nodes):
+        layer = small_layer_of(copy, node)
+        if layer is not None:
+            with copy.graph.inserting_before(layer.last):
+                new = copy.graph.call_function(op, layer[1:])
+            put(layer.last, new)
+    return cleaned(copy)
+
+
+def with_relu_in_products(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph for the GPU in which relu(linear(x, weight, bias)) is one call, which cuBLAS takes whole.
 
     Inductor makes two of it: the product goes to cuBLAS, and its own kernel reads and writes the layer once more.
     """
@@ -31,8 +119,39 @@ def with_epilogues(graph: fx.GraphModule) -> fx.GraphModule:
             if value(x).dim() > 2:
                 like = [copy.graph.call_function(aten.sym_size.int, (x, d)) for d in range(value(x).dim() - 1)]
                 new = copy.graph.call_function(aten.reshape.default, (new, [*like, int(tensor.shape[0])]))
-        new.meta = dict(relu.meta)
-        relu.replace_all_uses_with(new)
-    copy.graph.eliminate_dead_code()
-    copy.recompile()
-    return copy
+        put(relu, new)
+    return cleaned(copy)
+
+
+def with_heads_as_sums(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph for the GPU in which a head of up to NARROW outputs is a product and a sum in float32.
+
+    Inductor takes them in one launch with all that follows: sigmoid, other terms, casts. cuBLAS needs three, and one more
+    for a copy of the bias.
+    """
+    copy = copy_graph(graph)
+    for node in list(copy.graph.nodes):
+        weight = attribute(copy, node.args[1]) if is_op(node, aten.linear) else None
+        if weight is None or weight.dim() != 2 or weight.shape[0] > NARROW or not weight.is_floating_point():
+            continue
+        bias = argument(node, "bias")
+        call = copy.graph.call_function
+        with copy.graph.inserting_before(node):
+            x, w = (call(aten.to.dtype, (operand, torch.float32)) for operand in node.args[:2])
+            new = call(aten.sum.dim_IntList, (call(aten.mul.Tensor, (call(aten.unsqueeze.default, (x, -2)), w)), [-1]))
+            if bias is not None:
+                new = call(aten.add.Tensor, (new, bias))
+            new = call(aten.to.dtype, (new, weight.dtype))
+        put(node, new)
+    return cleaned(copy)
+
+
+def put(old: fx.Node, new: fx.Node) -> None:
+    new.meta = dict(old.meta)
+    old.replace_all_uses_with(new)
+
+
+def cleaned(graph: fx.GraphModule) -> fx.GraphModule:
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import fx
 
-from grc.graph.match import argument, aten, attribute, is_op, only_user, same_shape, value
+from grc.graph.match import attribute, value
 from grc.graph.rewrite import Rewriter, copy_graph
-from grc.kernels import CROSS, PACKED_LINEAR, PACKED_SCORE_TOPK, QUANTISED_LINEAR, SCORE_TOPK
+from grc.kernels import PACKED_LINEAR, PACKED_SCORE_TOPK, QUANTISED_LINEAR, SCORE_TOPK
 from grc.kernels.packed_linear import pack
 from grc.kernels.quantised_linear import quantise
+from grc.lowering.epilogue import Layer, layer_of
 
 DTYPES = {"int8": torch.int8, "bf16": torch.bfloat16}
-NONE, RELU, GELU, GELU_TANH, SILU, SIGMOID, TANH = range(7)
-ACTIVATIONS = {aten.relu: RELU, aten.silu: SILU, aten.sigmoid: SIGMOID, aten.tanh: TANH}
 
 
 def pack_linears(graph: fx.GraphModule, isa: str, formats: Mapping[str, str] = MappingProxyType({})) -> fx.GraphModule:
@@ -28,10 +26,9 @@ def pack_linears(graph: fx.GraphModule, isa: str, formats: Mapping[str, str] = M
     packed = copy_graph(graph)
     edit = Packer(packed, isa, formats)
     for node in list(packed.graph.nodes):
-        if is_op(node, aten.linear):
-            pack_linear(edit, node)
-        elif node.target is CROSS.overload:
-            pack_cross(edit, node)
+        layer = layer_of(node)
+        if layer is not None:
+            pack_layer(edit, layer)
         elif node.target is SCORE_TOPK.overload:
             pack_score_topk(edit, node)
     edit.finish()
@@ -60,20 +57,22 @@ class Packer(Rewriter):
         return self.packed[path]
 
 
-def pack_linear(edit: Packer, node: fx.Node) -> None:
-    x, weight = node.args[:2]
-    tensor = attribute(edit.module, weight)
-    if tensor is None or tensor.dim() != 2 or value(node).dtype is not torch.float32 or value(node).dim() < 2:
+def pack_layer(edit: Packer, layer: Layer) -> None:
+    """Packs what computes in float32; the layer's other operands and its weight's kinds are any."""
+    tensor = attribute(edit.module, layer.weight)
+    if (
+        tensor is None
+        or tensor.dim() != 2
+        or value(layer.last).dtype is not torch.float32
+        or value(layer.last).dim() < 2
+    ):
         return
-    activation, last = activation_of(node)
-    last, residual = residual_of(last) if activation == NONE else (last, None)
-    replace(edit, last, x, weight, argument(node, "bias"), None, residual, activation)
-
-
-def pack_cross(edit: Packer, node: fx.Node) -> None:
-    x0, y, weight, bias, x = node.args
-    if value(node).dtype is torch.float32:
-        replace(edit, node, y, weight, bias, x0, x, NONE)
+    operands = edit.operands(layer.weight, tensor)
+    op = PACKED_LINEAR if len(operands) == 1 else QUANTISED_LINEAR
+    epilogue = (layer.bias, layer.mul, layer.add, int(tensor.shape[0]), layer.activation)
+    with edit.at(layer.last):
+        new = edit.call(op.overload, layer.x, *operands, *epilogue)
+    edit.replace(layer.last, new)
 
 
 def pack_score_topk(edit: Packer, node: fx.Node) -> None:
@@ -86,40 +85,3 @@ def pack_score_topk(edit: Packer, node: fx.Node) -> None:
     with edit.at(node):
         new = edit.call(PACKED_SCORE_TOPK.overload, x, panels, bias, int(tensor.shape[0]), k)
     edit.replace(node, new)
-
-
-def replace(edit: Packer, old: fx.Node, x: Any, weight: Any, bias: Any, mul: Any, add: Any, activation: int) -> None:
-    tensor = attribute(edit.module, weight)
-    assert tensor is not None
-    operands = edit.operands(weight, tensor)
-    op = PACKED_LINEAR if len(operands) == 1 else QUANTISED_LINEAR
-    with edit.at(old):
-        new = edit.call(op.overload, x, *operands, bias, mul, add, int(tensor.shape[0]), activation)
-    edit.replace(old, new)
-
-
-def activation_of(node: fx.Node) -> tuple[int, fx.Node]:
-    """The activation that alone reads a linear layer, and the node that ends the pair."""
-    user = only_user(node)
-    if user is not None and is_op(user, *ACTIVATIONS):
-        return next(code for op, code in ACTIVATIONS.items() if is_op(user, op)), user
-    if user is not None and is_op(user, aten.gelu):
-        return (GELU if argument(user, "approximate") == "none" else GELU_TANH), user
-    return NONE, node
-
-
-def residual_of(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-    """`linear + x` with x of the same shape: the sum, and x."""
-    user = only_user(node)
-    if user is None or not is_op(user, aten.add) or len(user.args) != 2 or argument(user, "alpha") != 1:
-        return node, None
-    other = user.args[1] if user.args[0] is node else user.args[0]
-    fits = isinstance(other, fx.Node) and other is not node and other.op != "get_attr"
-    if (
-        fits
-        and isinstance(value(other), torch.Tensor)
-        and same_shape(other, node)
-        and value(other).dtype is torch.float32
-    ):  # type: ignore[arg-type]
-        return user, other  # type: ignore[return-value]
-    return node, None

@@ -38,6 +38,9 @@ def copy_by_kernel(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tens
         return
     every = [tensor for pair in pairs for tensor in pair]
     words = next(w for w in WHOLE if all(t.nbytes % w.itemsize == t.data_ptr() % w.itemsize == 0 for t in every))
+    if len(pairs) == 1:  # for the other form's 64 KB a block, host memory is too far away
+        torch.bitwise_or(as_words(pairs[0][1], words), 0, out=as_words(pairs[0][0], words))
+        return
     torch._foreach_copy_(*([as_words(tensor, words) for tensor in side] for side in zip(*pairs, strict=True)))
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of cross layers, attention and top-k against fp64: on a GPU, elsewhere in Triton's interpreter."""
+"""The Triton kernels of layers, attention and top-k against fp64: on a GPU, elsewhere in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from grc.kernels.attention.cases import arguments, padding, relative, share
 from grc.kernels.cross import CROSS
 from grc.kernels.cross import triton as cross
 from grc.kernels.fusion import Case
+from grc.kernels.packed_linear import ACTIVATIONS
 from grc.kernels.score_topk import cases as topk_cases
 from grc.kernels.score_topk import triton as score_topk
+from grc.kernels.small_linear import reference as small_linear_reference
+from grc.kernels.small_linear import triton as small_linear
 from tests.kernels.interpreter import GPU, INTERPRETED, elsewhere, passes, runs
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -81,6 +84,48 @@ def test_the_larger_tiles_of_cross_are_right(some: int, monkeypatch: pytest.Monk
     monkeypatch.setattr(cross, "FEW_ROWS", 0)
     monkeypatch.setattr(cross, "SOME_ROWS", some)
     check(cross, CROSS.reference, placed(cross_arguments(130, 40, 40), torch.float16))
+
+
+def layer_arguments(shape: tuple[int, ...], columns: int, mul: bool, add: bool, activation: int) -> list[Any]:
+    make = torch.Generator().manual_seed(columns)
+    depth = shape[-1]
+    first, last = (torch.randn(*shape[:-1], columns, generator=make) if given else None for given in (mul, add))
+    weight = torch.randn(columns, depth, generator=make) / depth**0.5
+    return [torch.randn(*shape, generator=make), weight, torch.randn(columns, generator=make), first, last, activation]
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "columns", "mul", "add"),
+    [
+        ((1, 40), 9, False, True), ((2, 1100), 5, True, False), ((5, 16), 33, True, True), ((0, 8), 6, False, False),
+        ((3, 7, 130), 20, False, False), ((70, 72), 17, True, True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_small_linear(shape: tuple[int, ...], columns: int, mul: bool, add: bool, dtype: torch.dtype) -> None:
+    for activation in (0, 1) if mul else (2, 5):
+        args = placed(layer_arguments(shape, columns, mul, add, activation), dtype)
+        if activation == 5:
+            args[2] = None
+        check(small_linear, small_linear_reference, args)
+
+
+@runs
+@pytest.mark.parametrize("activation", range(len(ACTIVATIONS)), ids=list(ACTIVATIONS))
+def test_small_linear_has_every_activation_and_keeps_nan(activation: int) -> None:
+    args = placed(layer_arguments((4, 24), 8, False, True, activation), torch.float32)
+    args[0][1, 3], args[0][2] = float("nan"), args[0][2] * 40
+    check(small_linear, small_linear_reference, args)
+
+
+@runs
+def test_small_linear_takes_views() -> None:
+    x, *rest = placed(layer_arguments((6, 40), 12, True, True, 1), torch.float16)
+    rest[2] = rest[2].t().contiguous().t()
+    check(small_linear, small_linear_reference, [x.t().contiguous().t(), *rest])
+    check(small_linear, small_linear_reference, [torch.cat([x, x], 1)[:, 3:43], *rest])
 
 
 @runs

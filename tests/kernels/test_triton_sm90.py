@@ -18,6 +18,7 @@ from grc.kernels.bag_fm import triton as bag_fm  # noqa: E402
 from grc.kernels.lookup import triton as lookup  # noqa: E402
 from grc.kernels.scaled_linear import rows_in_8_bits, weight_in_8_bits  # noqa: E402
 from grc.kernels.scaled_linear import triton as scaled_linear  # noqa: E402
+from grc.kernels.small_linear import triton as small_linear  # noqa: E402
 from tests.kernels.bags import DEVICE, LOOKUPS, NO_PADDING, Bags, make, packed  # noqa: E402
 
 GPU = torch.cuda.is_available()
@@ -155,6 +156,22 @@ def test_scaled_linear_takes_the_tensor_cores(form: str, product: str, monkeypat
     given = (*rows_in_8_bits(x, form), *weight_in_8_bits(weight, form), None)
     text = ptx(scaled_linear, lambda: scaled_linear.scaled_linear(*given), monkeypatch)
     assert re.search(rf"wgmma\.mma_async\S*\.{product}", text)
+    assert ".local" not in text, "registers spill into memory"
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("depth", "dtype"), [(512, torch.float16), (2048, torch.float32), (4096, torch.bfloat16)], ids=str
+)
+def test_small_linear_reads_whole_vectors_all_at_once(
+    depth: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight = torch.randn(1, depth, device=DEVICE, dtype=dtype), torch.randn(64, depth, device=DEVICE, dtype=dtype)
+    bias = torch.randn(64, device=DEVICE, dtype=dtype)
+    text = ptx(small_linear, lambda: small_linear.small_linear(x, weight, bias, None, None, 2), monkeypatch)
+    vectors = (small_linear.COLUMNS + 1) * depth * dtype.itemsize // 16  # of the columns and the row
+    threads = 32 if depth <= small_linear.ONE_WARP else 128
+    assert len(re.findall(r"ld\.global\S*\.v4\.b32", text)) == vectors // threads, "a loop would wait for every block"
     assert ".local" not in text, "registers spill into memory"
 
 

@@ -1,17 +1,22 @@
-"""ReLU given to the product before it: what becomes one call, what stays, and that no answer changes."""
+"""What follows a linear layer, given to its kernel: what becomes one call, what stays, and that no answer changes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from grc.graph.capture import capture
+from grc.compiler import optimise
+from grc.graph.capture import Source, capture
 from grc.graph.match import aten, is_op
 from grc.graph.model_file import from_module
+from grc.lowering import epilogue
 from grc.lowering.engine import Lowerable
-from grc.lowering.epilogue import with_epilogues
 from grc.lowering.export import export_graph
+from grc.options import Options
+from grc.progress import Silent
 
 
 class Layers(nn.Module):
@@ -20,23 +25,100 @@ class Layers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.plain, self.twice, self.bare, self.other = (nn.Linear(8, 8, bias=i != 2) for i in range(4))
+        self.head = nn.Linear(8, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.plain(x))
         y = self.twice(x)
         x = torch.relu(y) + y
-        return torch.sigmoid(self.other(torch.relu(self.bare(x))))
+        x = x + nn.functional.gelu(self.bare(x), approximate="tanh")
+        return torch.sigmoid(self.head(x + self.other(x)))
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("steps", [(), (5,)])
-def test_relu_joins_the_product_that_it_alone_reads(steps: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
-    source = capture(from_module(Layers().eval(), lambda batch: (torch.randn(batch, *steps, 8),)))
-    found = with_epilogues(source.graph)
-    nodes = list(found.graph.nodes)
-    assert [sum(is_op(n, op) for n in nodes) for op in (aten._addmm_activation, aten.linear, aten.relu)] == [1, 3, 2]
+class CrossNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.cross = nn.Embedding(30, 12), nn.Linear(12, 12)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x0 = self.table(ids)
+        return x0 * self.cross(x0) + x0
+
+
+def count(graph: fx.GraphModule, *ops: object) -> list[int]:
+    return [sum(is_op(node, op) for node in graph.graph.nodes) for op in ops]
+
+
+def same_answers(found: fx.GraphModule, source: Source) -> None:
     program = export_graph(Lowerable(found, source.inputs(7), source.shapes())).module()
     for batch in (1, 3, 7):
         (x,) = source.inputs(batch)
         torch.testing.assert_close(program(x)[0], source.graph(x)[0])
+
+
+@pytest.fixture(params=[(), (5,)], ids=str)
+def layers(request: pytest.FixtureRequest) -> Source:
+    steps = request.param
+    return capture(from_module(Layers().eval(), lambda batch: (torch.randn(batch, *steps, 8),)))
+
+
+@torch.no_grad()
+def test_relu_joins_the_product_that_it_alone_reads(layers: Source) -> None:
+    found = epilogue.with_relu_in_products(layers.graph)
+    assert count(found, aten._addmm_activation, aten.linear, aten.relu) == [1, 4, 1]
+    same_answers(found, layers)
+
+
+@torch.no_grad()
+def test_narrow_heads_become_sums(layers: Source) -> None:
+    found = epilogue.with_heads_as_sums(layers.graph)
+    assert count(found, aten.linear, aten.sum) == [4, 1]
+    same_answers(found, layers)
+
+
+@pytest.fixture
+def as_reference(monkeypatch: pytest.MonkeyPatch) -> Callable[[fx.GraphModule], list[fx.Node]]:
+    """Where no GPU is, the kernel's calls are answered by its reference."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from grc.kernels.small_linear import reference
+    from grc.kernels.small_linear.triton import register
+
+    def replace(graph: fx.GraphModule) -> list[fx.Node]:
+        found = [node for node in graph.graph.nodes if node.target is register()]
+        for node in found:
+            node.target = reference
+        graph.recompile()
+        return found
+
+    return replace
+
+
+@torch.no_grad()
+def test_every_layer_but_a_narrow_head_goes_to_the_kernel_for_few_rows(
+    layers: Source, as_reference: Callable[[fx.GraphModule], list[fx.Node]]
+) -> None:
+    assert epilogue.takes_small_linears(layers.graph)
+    found = epilogue.with_small_linears(layers.graph)
+    calls = as_reference(found)
+    assert count(found, aten.linear, aten.gelu, aten.relu, aten.add) == [1, 0, 1, 2]
+    assert [node.args[5] for node in calls] == [epilogue.RELU, epilogue.NONE, epilogue.GELU_TANH, epilogue.NONE]
+    (x,) = layers.inputs(3)
+    torch.testing.assert_close(found(x)[0], layers.graph(x)[0])
+
+
+@torch.no_grad()
+def test_a_cross_layer_goes_to_the_kernel_for_few_rows(
+    as_reference: Callable[[fx.GraphModule], list[fx.Node]],
+) -> None:
+    source = capture(from_module(CrossNet().eval(), lambda batch: (torch.arange(batch) % 30,)))
+    graph = optimise(source, Options(), Silent()).graph
+    assert [str(n.target) for n in graph.graph.nodes if n.op == "call_function"][-1].startswith("grc.cross")
+    found = epilogue.with_small_linears(graph)
+    (call,) = as_reference(found)
+    assert call.args[3] is not None and call.args[4] is not None
+    torch.testing.assert_close(found(*source.inputs(5))[0], source.graph(*source.inputs(5))[0])
+
+
+def test_a_graph_without_layers_has_nothing_for_it() -> None:
+    source = capture(from_module(nn.Embedding(9, 8).eval(), lambda batch: (torch.arange(batch) % 9,)))
+    assert not epilogue.takes_small_linears(source.graph)

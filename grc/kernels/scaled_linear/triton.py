@@ -100,7 +100,7 @@ def scaled_linear(
         rows, size.reshape(-1), scale if shift is None else shift.reshape(-1), weight, scale,
         scale if sums is None else sums, scale if bias is None else bias, out, count, out_features, depth, rows.stride(0),
         WHOLE=shift is not None, BIASED=bias is not None, FEW_ROWS=FEW_ROWS, SOME_ROWS=SOME_ROWS,
-        **constants(FEW, SOME, MANY), num_warps=WARPS,
+        **constants(F=FEW, S=SOME, M=MANY), num_warps=WARPS,
     )  # fmt: skip
     return out.reshape(*x.shape[:-1], out_features)
 

@@ -1,0 +1,21 @@
+"""A linear layer of few rows and what follows it, on a GPU: launches and latency, not arithmetic, are its time."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional
+
+from grc.kernels.packed_linear import ACTIVATIONS
+
+
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mul: Tensor | None, add: Tensor | None, activation: int
+) -> Tensor:
+    """act(x @ weight.T + bias) * mul + add, of shape [..., N]: x is [..., K], weight [N, K], bias [N].
+
+    mul and add have the result's shape; activation is a place in ACTIVATIONS. With mul = x0 and add = x this is a cross
+    layer of DCN v2 (Wang et al. 2021, eq. 1).
+    """
+    y = list(ACTIVATIONS.values())[activation](functional.linear(x, weight, bias))
+    y = y if mul is None else y * mul
+    return y if add is None else y + add
