@@ -81,7 +81,7 @@ def pack_score_topk(edit: Packer, node: fx.Node) -> None:
     tensor = attribute(edit.module, weight)
     if tensor is None or value(x).dtype is not torch.float32:
         return
-    panels = edit.parameter(f"{weight.name}_packed", pack(tensor.detach(), edit.isa))  # type: ignore[union-attr]
+    panels, *scale = edit.operands(weight, tensor)  # type: ignore[arg-type]
     with edit.at(node):
-        new = edit.call(PACKED_SCORE_TOPK.overload, x, panels, bias, int(tensor.shape[0]), k)
+        new = edit.call(PACKED_SCORE_TOPK.overload, x, panels, *(scale or [None]), bias, int(tensor.shape[0]), k)
     edit.replace(node, new)

@@ -13,10 +13,10 @@ from torch import fx
 from grc.graph.match import argument, aten, attribute, call_arguments, is_op, value
 from grc.graph.rewrite import Rewriter, copy_graph
 from grc.kernels import ATTENTION as ATTENTION_OP
-from grc.kernels import BAG_FM, CROSS, SCALED_LINEAR
+from grc.kernels import BAG_FM, CROSS, SCALED_LINEAR, SCORE_TOPK
 from grc.kernels.quantised_linear.panels import HALVES
 from grc.kernels.scaled_linear import rows_in_8_bits, weight_in_8_bits
-from grc.precision.sites import LAYER, LOOKUPS, TABLE, Site
+from grc.precision.sites import ITEMS, LAYER, LOOKUPS, TABLE, Site, layer_weight
 
 OCTETS = ("int8", "fp8")
 
@@ -38,7 +38,7 @@ def narrowed(graph: fx.GraphModule, sites: Sequence[Site], formats: Mapping[str,
     copy = copy_graph(graph)
     arenas = {site.arena: formats.get(site.name, "fp32") for site in sites if site.kind == TABLE}
     edit = Narrower(copy)
-    layers = {site.name: formats[site.name] for site in sites if site.kind == LAYER and site.name in formats}
+    layers = {site.name: formats[site.name] for site in sites if site.kind in (LAYER, ITEMS) and site.name in formats}
     for node in list(copy.graph.nodes):
         if node.op != "call_function":
             continue
@@ -47,11 +47,12 @@ def narrowed(graph: fx.GraphModule, sites: Sequence[Site], formats: Mapping[str,
             with edit.at(node):
                 q, k, v = (edit.half(arg, dtype) for arg in node.args[:3])
             edit.swap(node, node.target, dtype, q, k, v, *node.args[3:])
-        elif is_op(node, aten.linear) or node.target is CROSS.overload:
-            weight = node.args[2 if node.target is CROSS.overload else 1]
-            form = layers.get(str(weight.target))  # type: ignore[union-attr]
+        elif (weight := layer_weight(node)) is not None:
+            form = layers.get(str(weight.target))
             if form in OCTETS:
                 narrow_layer(edit, node, form)
+            elif form is not None and node.target is SCORE_TOPK.overload:
+                halve_items(edit, node, HALVES[form])
             elif form is not None:
                 halve_layer(edit, node, HALVES[form])
         elif node.target in LOOKUPS or is_op(node, aten.embedding):
@@ -68,6 +69,15 @@ def halve_layer(edit: Narrower, node: fx.Node, dtype: torch.dtype) -> None:
     with edit.at(node):
         halves = [edit.half(arg, dtype) if isinstance(arg, fx.Node) else arg for arg in args]
     edit.swap(node, node.target, dtype, *halves)
+
+
+def halve_items(edit: Narrower, node: fx.Node, dtype: torch.dtype) -> None:
+    """Scores of half precision, ranked as such and then widened."""
+    with edit.at(node):
+        new = edit.call(node.target, *(edit.half(a, dtype) if isinstance(a, fx.Node) else a for a in node.args))
+        for user in list(node.users):
+            item = edit.item(new, user.args[1])  # type: ignore[arg-type]
+            edit.replace(user, edit.call(aten.to.dtype, item, torch.float32) if user.args[1] == 0 else item)
 
 
 def narrow_layer(edit: Narrower, node: fx.Node, form: str) -> None:

@@ -1,12 +1,13 @@
-"""Sites: the tables, layers and attentions of a graph that may be kept in fewer bits, each under the name of its weight.
+"""Sites: the tables, layers, ranked items and attentions of a graph that may be kept in fewer bits.
 
-An attention has none, and goes by its place in the graph.
+Each goes by the name of its weight, and an attention, which has none, by its place in the graph.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from grc.kernels.lookup.row_formats import row_bytes
 from grc.kernels.quantised_linear import MAX_DEPTH
 from grc.precision.formats import BITS
 
-LAYER, TABLE, ATTENTION = "layer", "table", "attention"
+LAYER, ITEMS, TABLE, ATTENTION = "layer", "items", "table", "attention"
 LOOKUPS = tuple(op.overload for op in (LOOKUP, BAG_DOT, BAG_FM))
 
 
@@ -52,7 +53,8 @@ class Site:
 
 
 def find_sites(graph: fx.GraphModule) -> list[Site]:
-    """Every float32 layer of a constant weight and attention, in the order of the graph, then every table."""
+    """Every float32 layer of a constant weight, attention and set of items that are ranked, in the order of the graph, then
+    every table. A table whose rows a layer multiplies with too is stored twice, and has another name as a table."""
     found: dict[str, Site] = {}
     for node in graph.graph.nodes:
         if node.target is ATTENTION_OP.overload and value(node).dtype is torch.float32:
@@ -63,14 +65,15 @@ def find_sites(graph: fx.GraphModule) -> list[Site]:
             continue
         site = found.get(str(weight.target))
         if site is None:
-            site = found[str(weight.target)] = Site(str(weight.target), LAYER, [], tensor.numel(), 0)
+            kind = ITEMS if node.target is SCORE_TOPK.overload else LAYER
+            site = found[str(weight.target)] = Site(str(weight.target), kind, [], tensor.numel(), 0)
             site.reason = refused(tensor)
         site.nodes.append(node)
         site.head |= feeds_output(node)
         site.work += tensor.numel() * rows_per_sample(operand(node))
-        if node.target is SCORE_TOPK.overload:
-            site.reason = "its scores are ranked in float32"
-    return [*found.values(), *tables(graph)]
+        if (node.target is SCORE_TOPK.overload) != (site.kind == ITEMS):
+            site.reason = "one layer ranks its scores and another does not"
+    return [*found.values(), *tables(graph, found)]
 
 
 def attention_work(node: fx.Node) -> int:
@@ -94,9 +97,9 @@ class Reading:
     length: int
 
 
-def tables(graph: fx.GraphModule) -> list[Site]:
+def tables(graph: fx.GraphModule, multiplied: Collection[str]) -> list[Site]:
     """Every float32 table that fused look-ups read. Parts of an arena that overlap, as the features of one table with
-    offsets do, are one site."""
+    offsets do, are one site. Names in `multiplied` are taken."""
     found: list[Site] = []
     spans: list[Reading] = []
     for reading in sorted(readings(graph), key=lambda r: (r.arena, r.base)):
@@ -108,7 +111,7 @@ def tables(graph: fx.GraphModule) -> list[Site]:
                 found[-1].reason = "look-ups read it in rows of different widths"
         else:
             spans.append(reading)
-            taken = {site.name for site in found}
+            taken = {site.name for site in found} | set(multiplied)
             name = reading.name if reading.name not in taken else f"{reading.name}[{reading.base}]"
             found.append(Site(name, TABLE, [], 0, 0, reading.dim, arena=reading.arena, base=reading.base))
         site = found[-1]
@@ -174,8 +177,8 @@ def refused(weight: torch.Tensor) -> str | None:
 
 
 PASSING = (
-    aten.sigmoid, aten.softmax, aten.reshape, aten.view, aten.squeeze, aten.unsqueeze, aten.flatten, aten.tanh,
-    aten.clamp, aten.log_softmax, aten.select, aten.slice,
+    operator.getitem, aten.sigmoid, aten.softmax, aten.reshape, aten.view, aten.squeeze, aten.unsqueeze, aten.flatten,
+    aten.tanh, aten.clamp, aten.log_softmax, aten.select, aten.slice,
 )  # fmt: skip
 
 

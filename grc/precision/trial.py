@@ -10,11 +10,11 @@ from torch import fx
 
 from grc.errors import InputError
 from grc.graph.match import argument, aten, attribute, call_arguments, is_op
-from grc.kernels import CROSS
+from grc.kernels import CROSS, SCORE_TOPK
 from grc.kernels.lookup.pooling import NO_PADDING
 from grc.kernels.lookup.row_formats import FLOATS, rounded_rows
 from grc.kernels.quantised_linear import rounded, simulated
-from grc.precision.sites import ATTENTION, LAYER, Site, layer_weight
+from grc.precision.sites import ATTENTION, ITEMS, LAYER, Site, layer_weight
 
 Tensors = list[torch.Tensor]
 
@@ -43,7 +43,7 @@ class Trial(fx.Interpreter):
         self.layers = {
             node: (site.name, formats[site.name])
             for site in sites
-            if site.kind == LAYER and site.name in formats
+            if site.kind in (LAYER, ITEMS) and site.name in formats
             for node in site.nodes
         }
         self.attentions = {
@@ -84,8 +84,11 @@ class Trial(fx.Interpreter):
             for name, value in call_arguments(node).items()
         }
 
-    def layer(self, node: fx.Node, weight: torch.Tensor, form: str) -> torch.Tensor:
+    def layer(self, node: fx.Node, weight: torch.Tensor, form: str) -> Any:
         args, _ = self.fetch_args_kwargs_from_env(node)
+        if node.target is SCORE_TOPK.overload:
+            x, _, bias, k = args
+            return tuple(torch.topk(simulated(x, weight, bias, form), k))
         if node.target is CROSS.overload:
             x0, y, _, bias, x = args
             return x0 * simulated(y, weight, bias, form) + x

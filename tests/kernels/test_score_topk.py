@@ -16,6 +16,7 @@ from grc.graph.model_file import from_module
 from grc.graph.rewrite import copy_graph
 from grc.kernels import FUSIONS, cpp
 from grc.kernels.fusion import Case
+from grc.kernels.quantised_linear import QUANTISED_LINEAR
 from grc.kernels.score_topk import PACKED_SCORE_TOPK, SCORE_TOPK
 from grc.kernels.score_topk.cases import arguments, packed
 from grc.lowering.engine import Lowerable, Target
@@ -145,26 +146,61 @@ def test_views_are_read_where_they_are(isa: str) -> None:
 
 
 def test_refuses_what_does_not_fit(isa: str) -> None:
-    x, weight, bias, items, k = packed(arguments(0, (6, 33), 75, 5, bias=True), isa)
+    x, weight, _, bias, items, k = packed(arguments(0, (6, 33), 75, 5, bias=True), isa)
+    scale = torch.ones(2 * items)
     for args, reason in (
-        ((x.double(), weight, bias, items, k), "x is not float32"),
-        ((x, weight, bias, 200, k), "does not fit"),
-        ((x[:, :9], weight, bias, items, k), "does not fit"),
-        ((x, torch.zeros(3, 33, 24), bias, items, k), "another ISA"),
-        ((x, weight.transpose(0, 1), bias, items, k), "not contiguous"),
-        ((x, weight, bias[:9], items, k), "bias"),
-        ((x, weight, bias, items, 76), "k is 0 to out_features"),
-        ((x, weight, bias, items, -1), "k is 0 to out_features"),
+        ((x.double(), weight, None, bias, items, k), "x is not float32"),
+        ((x, weight, None, None, 200, k), "does not fit"),
+        ((x[:, :9], weight, None, bias, items, k), "does not fit"),
+        ((x, torch.zeros(3, 33, 24), None, bias, items, k), "another ISA"),
+        ((x, weight.transpose(0, 1), None, bias, items, k), "not contiguous"),
+        ((x, weight, None, bias[:9], items, k), "bias"),
+        ((x, weight, None, bias, items, 76), "k is 0 to out_features"),
+        ((x, weight, None, bias, items, -1), "k is 0 to out_features"),
+        ((x, weight, scale, bias, items, k), "a weight of int8 has a scale"),
+        ((x, weight.char(), None, bias, items, k), "another dtype"),
     ):
         with pytest.raises(RuntimeError, match=reason):
             cpp.call(PACKED_SCORE_TOPK, *args, isa=isa)
 
 
 def test_both_references_agree() -> None:
-    for plain, over_panels in zip(SCORE_TOPK.cases, PACKED_SCORE_TOPK.cases, strict=True):
+    for plain, over_panels in zip(
+        SCORE_TOPK.cases, PACKED_SCORE_TOPK.cases, strict=False
+    ):  # those of float32 come first
         theirs = results(PACKED_SCORE_TOPK.reference(*over_panels.build(1)))
         for ours, other in zip(results(SCORE_TOPK.reference(*plain.build(1))), theirs, strict=True):
             torch.testing.assert_close(ours, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", SCORE_TOPK.cases, ids=lambda case: case.name)
+def test_items_of_fewer_bits_score_as_a_quantised_linear_does(case: Case, dtype: torch.dtype, isa: str) -> None:
+    given = packed(case.build(7), isa, dtype)
+    x, weight, scale, bias, count, k = given
+    got, items = cpp.call(PACKED_SCORE_TOPK, *given, isa=isa)
+    scores = QUANTISED_LINEAR.reference(x, weight, scale, bias, None, None, count, 0)
+    assert got.shape == items.shape == (*x.shape[:-1], k)
+    torch.testing.assert_close(got, scores.topk(k).values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, scores.gather(-1, items), rtol=1e-5, atol=1e-5)
+    assert (items.sort().values.diff() > 0).all()
+
+
+def test_a_row_of_nan_ranks_nan_in_fewer_bits_too(isa: str) -> None:
+    x, *rest = arguments(0, (3, 12), 400, 4)
+    x[1, 5] = torch.nan
+    values, items = cpp.call(PACKED_SCORE_TOPK, *packed((x, *rest), isa, torch.int8), isa=isa)
+    assert values.isnan().tolist() == [[False] * 4, [True] * 4, [False] * 4] and items[1].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("rows", "items", "k"), [(1, 20_000, 100), (49, 3000, 10)])
+def test_items_of_int8_split_over_threads(isa: str, threads: int, rows: int, items: int, k: int) -> None:
+    """Scores are exact, ties among them: 127 at the end of every row of both makes each step a whole number."""
+    x, weight, bias, k = whole_numbers(rows, rows, 29, items, k)
+    weight[:, 0], x[:, 0], x[:, 1] = 127.0, 127.0, -128.0
+    scores, order = nn.functional.linear(x, weight, bias).sort(descending=True, stable=True)
+    got, chosen = cpp.call(PACKED_SCORE_TOPK, *packed((x, weight, bias, k), isa, torch.int8), isa=isa)
+    assert torch.equal(chosen, order[:, :k]) and torch.equal(got, scores[:, :k])
 
 
 def test_cost_counts_each_operand_once() -> None:

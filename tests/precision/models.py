@@ -44,6 +44,23 @@ class Fragile(nn.Module):
         return self.head(torch.cat([1000.0 + total, 1000.0 + x[:, :1]], 1)).squeeze(1)
 
 
+class Retriever(nn.Module):
+    """The best five of all items for a history of items: one table is looked up and scored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.items, self.user = nn.Embedding(200, 24), nn.Linear(24, 24)
+
+    def forward(self, history: Tensor) -> tuple[Tensor, Tensor]:
+        user = self.user(self.items(history).mean(1))
+        values, found = torch.topk(user @ self.items.weight.t(), 5)
+        return values, found
+
+
+def retriever_inputs(batch: int) -> tuple[Tensor]:
+    return (torch.randint(200, (batch, 4), generator=torch.Generator().manual_seed(batch)),)
+
+
 def ranker_inputs(batch: int) -> tuple[Tensor, Tensor]:
     make = torch.Generator().manual_seed(batch)
     return torch.randn(batch, 8, generator=make), torch.randint(300, (batch, 2), generator=make)

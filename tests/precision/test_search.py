@@ -19,7 +19,16 @@ from grc.precision.quality import budget
 from grc.precision.search import Search
 from grc.precision.sites import find_sites
 from grc.precision.trial import Rounded, Trial
-from tests.precision.models import Fragile, Ranker, captured, fragile_inputs, ranker_inputs, searched
+from tests.precision.models import (
+    Fragile,
+    Ranker,
+    Retriever,
+    captured,
+    fragile_inputs,
+    ranker_inputs,
+    retriever_inputs,
+    searched,
+)
 
 RANKER_SITES = ["deep.weight", "head.weight", "users.weight", "items.weight"]
 
@@ -172,6 +181,40 @@ def smallest(sites, precision: str) -> dict[str, str]:
     """Every site in the smallest format that a precision has for it on a GPU."""
     wanted = {site.name: FORMATS[site.kind]["cuda"][precision] for site in sites if site.reason is None}
     return {name: options[0] for name, options in wanted.items() if options}
+
+
+def test_items_that_are_scored_and_looked_up_are_two_sites() -> None:
+    _, graph = captured(Retriever(), retriever_inputs)
+    sites = {site.name: site for site in find_sites(graph)}
+    assert [site.kind for site in sites.values()] == ["layer", "items", "table"]
+    assert sites["items.weight"].kind == "items" and sites["items.weight"].head and not sites["user.weight"].head
+    found = searched(Retriever(), retriever_inputs, "int8", "max-error=0.1", "topk-overlap@5=0.8")
+    assert [d.format for d in found.decisions] == ["int8"] * 3
+    assert 0.8 <= found.quality["topk-overlap@5"] < 1.0
+
+
+@pytest.mark.parametrize("form", ["int8", "bf16"])
+def test_trials_of_items_answer_as_the_packed_graph_does(form: str) -> None:
+    source, graph = captured(Retriever(), retriever_inputs)
+    sites = find_sites(graph)
+    packed = pack_linears(graph, cpp.target_isa(), {"items.weight": form})
+    for batch in (1, 37):
+        inputs = source.inputs(batch)
+        values, found = Trial(graph, sites, {"items.weight": form}, Rounded(graph)).answers(inputs)
+        ours, items = packed(*inputs)
+        assert torch.allclose(values, ours, atol=1e-5) and (found == items).double().mean() > 0.95
+        assert not torch.allclose(values, graph(*inputs)[0], atol=1e-5)
+
+
+def test_a_gpu_ranks_items_in_half_precision() -> None:
+    source, graph = captured(Retriever(), retriever_inputs)
+    sites = find_sites(graph)
+    narrow = narrowed(graph, sites, smallest(sites, "int8"))
+    (call,) = [n for n in narrow.graph.nodes if "score_topk" in str(n.target)]
+    assert call.args[0].meta["val"].dtype is torch.float16
+    values, items = narrow(*source.inputs(9))
+    assert values.dtype is torch.float32 and items.dtype is torch.int64
+    torch.testing.assert_close(values, graph(*source.inputs(9))[0], atol=0.05, rtol=0)
 
 
 # How far results may be from a trial, which leaves out that they are rounded to half precision.

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from grc.kernels.fusion import Cost, FusedOp
 from grc.kernels.packed_linear.panels import unpack
+from grc.kernels.quantised_linear import QUANTISED_LINEAR
 from grc.kernels.score_topk.cases import CASES, PACKED_CASES
 
 __all__ = ["PACKED_SCORE_TOPK", "SCORE_TOPK"]
@@ -26,26 +27,34 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[T
 
 
 def packed_reference(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, k: int
+    x: Tensor, packed: Tensor, scale: Tensor | None, bias: Tensor | None, out_features: int, k: int
 ) -> tuple[Tensor, Tensor]:
-    """`reference` over a float32 weight [N, D] packed by `grc.kernels.packed_linear.pack`; N = out_features."""
-    return reference(x, unpack(packed, out_features), bias, k)
+    """`reference` over a packed weight [N, D], N = out_features: in float32, packed by `packed_linear.pack`, or in int8 or
+    bfloat16, packed by `quantised_linear.quantise`, whose scores are those of a quantised linear."""
+    if packed.dtype not in (torch.int8, torch.bfloat16):
+        return reference(x, unpack(packed, out_features), bias, k)
+    scores = QUANTISED_LINEAR.reference(x, packed, scale, bias, None, None, out_features, 0)
+    values, indices = torch.topk(scores, k)
+    return values, indices
 
 
-def moved(x: Tensor, items: int, bias: Tensor | None, k: int) -> Cost:
-    """Rows, items and bias read once, k scores and int64 items a row written; two operations a weight and row."""
+def moved(x: Tensor, items: int, bias: Tensor | None, k: int, number: int) -> Cost:
+    """Rows, items of so many bytes a number and bias read once, k scores and int64 items a row written; two operations a
+    weight and row."""
     width = x.shape[-1]
     rows = x.shape[:-1].numel()
-    read = rows * width + items * width + (0 if bias is None else items)
-    return Cost((read + rows * k) * x.element_size() + rows * k * 8, 2 * rows * items * width)
+    read = rows * width + (0 if bias is None else items)
+    return Cost((read + rows * k) * x.element_size() + items * width * number + rows * k * 8, 2 * rows * items * width)
 
 
 def cost(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Cost:
-    return moved(x, weight.shape[0], bias, k)
+    return moved(x, weight.shape[0], bias, k, weight.element_size())
 
 
-def packed_cost(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, k: int) -> Cost:
-    return moved(x, out_features, bias, k)
+def packed_cost(
+    x: Tensor, packed: Tensor, scale: Tensor | None, bias: Tensor | None, out_features: int, k: int
+) -> Cost:
+    return moved(x, out_features, bias, k, packed.element_size())
 
 
 SCORE_TOPK = FusedOp(
@@ -58,7 +67,7 @@ SCORE_TOPK = FusedOp(
 
 PACKED_SCORE_TOPK = FusedOp(
     schema=(
-        "packed_score_topk(Tensor x, Tensor packed, Tensor? bias, int out_features, int k) "
+        "packed_score_topk(Tensor x, Tensor packed, Tensor? scale, Tensor? bias, int out_features, int k) "
         "-> (Tensor values, Tensor indices)"
     ),
     reference=packed_reference,

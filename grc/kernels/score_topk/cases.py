@@ -10,6 +10,7 @@ import torch
 from grc.kernels.cpp import target_isa
 from grc.kernels.fusion import Case
 from grc.kernels.packed_linear.panels import pack
+from grc.kernels.quantised_linear.panels import Quantised, quantise
 
 
 def arguments(
@@ -36,14 +37,16 @@ def _transposed(seed: int) -> tuple[Any, ...]:
     return (x.t().contiguous().t(), *rest)
 
 
-def packed(arguments: Sequence[Any], isa: str | None = None) -> tuple[Any, ...]:
-    """score_topk's arguments as packed_score_topk takes them."""
+def packed(arguments: Sequence[Any], isa: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    """score_topk's arguments as packed_score_topk takes them, its items in `dtype`: float32, int8 or bfloat16."""
     x, weight, bias, k = arguments
-    return x, pack(weight, isa or target_isa()), bias, weight.shape[0], k
+    isa = isa or target_isa()
+    made = Quantised(pack(weight, isa), None) if dtype is torch.float32 else quantise(weight, dtype, isa)
+    return x, made.packed, made.scale, bias, weight.shape[0], k
 
 
-def _packed(case: Case) -> Case:
-    return Case(case.name, lambda seed: packed(case.build(seed)))
+def _packed(case: Case, dtype: torch.dtype) -> Case:
+    return Case(f"{case.name}, {str(dtype)[6:]}", lambda seed: packed(case.build(seed), dtype=dtype))
 
 
 CASES = (
@@ -62,4 +65,4 @@ CASES = (
     Case("strided", _strided),
     Case("transposed", _transposed),
 )
-PACKED_CASES = tuple(map(_packed, CASES))
+PACKED_CASES = tuple(_packed(case, dtype) for dtype in (torch.float32, torch.int8, torch.bfloat16) for case in CASES)

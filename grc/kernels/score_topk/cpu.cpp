@@ -10,6 +10,7 @@
 
 #include "grc/gemm.h"
 #include "grc/linear.h"
+#include "grc/low_gemm.h"
 
 namespace grc {
 namespace {
@@ -104,7 +105,6 @@ Key key_of(int32_t order, int32_t item) {
 
 struct Request {
   const View& x;
-  const float* weight;  // panels, or [items, width] when items <= gemm::kNarrow
   const float* bias;
   int64_t rows, items, width, k;
 
@@ -123,6 +123,50 @@ struct Request {
 // What the rows of a block keep: at most `room` candidates each, cut to between k and `most` when there are more.
 struct Limits {
   int64_t k, most, room;
+};
+
+// Items of float32 in panels, or [items, width] when there are at most gemm::kNarrow.
+struct FloatItems {
+  const float* weight;
+
+  // Some rows of x [rows, width], and their scores of `count` items from `item` on, a whole block after the first.
+  struct Block {
+    const Request& r;
+    const FloatItems& items;
+    const float* x;
+    int64_t rows;
+
+    void score(int64_t item, int64_t count, float* scores) const {
+      gemm::Gemm g{{x, r.width}, items.weight + item * r.width, scores, rows, count, r.width, {}};
+      g.epilogue.bias = r.bias == nullptr ? nullptr : r.bias + item;
+      if (r.items <= gemm::kNarrow) gemm::narrow(g, 0, rows);
+      else gemm::panels(g, 0, rows, 0, at::divup(count, kLanes));
+    }
+  };
+};
+
+// Items of int8 or bfloat16 in panels.
+template <class Format>
+struct LowItems {
+  low::Weight weight;
+
+  struct Block {
+    const Request& r;
+    const LowItems& items;
+    low::Input<Format> x;
+    int64_t rows;
+
+    Block(const Request& request, const LowItems& given, const float* rows_of_x, int64_t count)
+        : r(request), items(given), x({rows_of_x, request.width}, count, request.width), rows(count) {}
+
+    void score(int64_t item, int64_t count, float* scores) const {
+      const low::Weight& w = items.weight;
+      low::Gemm g{x.data(), static_cast<const typename Format::Weight*>(w.data) + item * w.depth,
+                  w.scale + item, w.sums + item, x.row(), scores, rows, count, w.depth, x.stride(), {}};
+      g.epilogue.bias = r.bias == nullptr ? nullptr : r.bias + item;
+      low::panels<Format>(g, 0, rows, 0, at::divup(count, kLanes));
+    }
+  };
 };
 
 // Scores looked at together: their hits fit one integer, whose bits are taken without a branch for each vector.
@@ -154,7 +198,8 @@ void filter(Candidates& best, const float* scores, int64_t count, int64_t item, 
 }
 
 // Writes the best k keys of rows m0..m1-1 among items n0..n1-1, in no order, `stride` keys apart; missing ones are 0.
-void rank(const Request& r, int64_t m0, int64_t m1, int64_t n0, int64_t n1, Key* out, int64_t stride) {
+template <class Items>
+void rank(const Request& r, const Items& items, int64_t m0, int64_t m1, int64_t n0, int64_t n1, Key* out, int64_t stride) {
   // Twice k: candidates enter for about log2(N / 2k) rounds of k each, and 1.4 times as many as if the threshold were
   // raised with every one.
   const int64_t room = std::min(n1 - n0, 2 * r.k + kSpareCandidates);
@@ -172,12 +217,10 @@ void rank(const Request& r, int64_t m0, int64_t m1, int64_t n0, int64_t n1, Key*
       int32_t* const orders = storage.get() + 2 * i * capacity;
       best[i] = {orders, orders + capacity};
     }
+    const typename Items::Block scorer{r, items, x.get(), rows};
     for (int64_t item = n0; item < n1; item += kBlockItems) {
       const int64_t count = std::min(kBlockItems, n1 - item);
-      gemm::Gemm g{{x.get(), r.width}, r.weight + item * r.width, scores.get(), rows, count, r.width, {}};
-      g.epilogue.bias = r.bias == nullptr ? nullptr : r.bias + item;
-      if (r.items <= gemm::kNarrow) gemm::narrow(g, 0, rows);
-      else gemm::panels(g, 0, rows, 0, at::divup(count, kLanes));
+      scorer.score(item, count, scores.get());
       for (int64_t i = 0; i < rows; ++i) filter(best[i], scores.get() + i * count, count, item, limits);
     }
     for (int64_t i = 0; i < rows; ++i) {
@@ -199,7 +242,8 @@ gemm::Split split(const Request& r) {
   return {rows, std::min(threads / rows, blocks)};
 }
 
-void run(const Request& r, float* values, int64_t* indices) {
+template <class Items>
+void run(const Request& r, const Items& items, float* values, int64_t* indices) {
   const gemm::Split s = split(r);
   const int64_t stride = s.cols * r.k;
   const std::unique_ptr<Key[]> keys(new Key[r.rows * stride]);
@@ -207,7 +251,7 @@ void run(const Request& r, float* values, int64_t* indices) {
     for (int64_t i = begin; i < end; ++i) {
       const auto [m0, m1] = gemm::part(r.rows, s.rows, i / s.cols);
       const auto [b0, b1] = gemm::part(at::divup(r.items, kBlockItems), s.cols, i % s.cols);
-      rank(r, m0, m1, b0 * kBlockItems, std::min(r.items, b1 * kBlockItems), &keys[m0 * stride + i % s.cols * r.k],
+      rank(r, items, m0, m1, b0 * kBlockItems, std::min(r.items, b1 * kBlockItems), &keys[m0 * stride + i % s.cols * r.k],
            stride);
     }
   });
@@ -228,8 +272,9 @@ void run(const Request& r, float* values, int64_t* indices) {
 }  // namespace grc
 
 GRC_EXPORT AOTITorchError aoti_torch_cpu_packed_score_topk(AtenTensorHandle x, AtenTensorHandle packed,
-                                                           AtenTensorHandle* bias, int64_t out_features, int64_t k,
-                                                           AtenTensorHandle* ret0, AtenTensorHandle* ret1) {
+                                                           AtenTensorHandle* scale, AtenTensorHandle* bias,
+                                                           int64_t out_features, int64_t k, AtenTensorHandle* ret0,
+                                                           AtenTensorHandle* ret1) {
   return grc::guard([&] {
     using namespace grc;
     const View input(x);
@@ -239,11 +284,16 @@ GRC_EXPORT AOTITorchError aoti_torch_cpu_packed_score_topk(AtenTensorHandle x, A
     int64_t rows = 1;
     for (int64_t d = 0; d + 1 < input.rank; ++d) rows *= input.sizes[d];
     const int64_t width = input.sizes[input.rank - 1];
-    const float* weight = float_weight(packed, out_features, width);
     const float* offsets = bias == nullptr ? nullptr : Finish::vector(*bias, "bias", out_features);
-    const Request request{input, weight, offsets, rows, out_features, width, k};
+    const Request request{input, offsets, rows, out_features, width, k};
     Output values({rows, k}, aoti_torch_dtype_float32()), indices({rows, k}, aoti_torch_dtype_int64());
-    if (rows > 0 && k > 0) run(request, values.data<float>(), indices.data<int64_t>());
+    const auto best = [&](const auto& items) {
+      if (rows > 0 && k > 0) run(request, items, values.data<float>(), indices.data<int64_t>());
+    };
+    if (scale != nullptr) best(LowItems<low::Int8>{{packed, scale, out_features, width}});
+    else if (View(packed).dtype == aoti_torch_dtype_bfloat16())
+      best(LowItems<low::Bf16>{{packed, scale, out_features, width}});
+    else best(FloatItems{float_weight(packed, out_features, width)});
     *ret0 = shaped_like(input, values, k);
     *ret1 = shaped_like(input, indices, k);
   });

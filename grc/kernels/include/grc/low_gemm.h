@@ -18,6 +18,7 @@
 
 #include "gemm.h"
 #include "lanes.h"
+#include "linear.h"
 
 namespace grc::low {
 
@@ -64,7 +65,8 @@ struct Row {
 struct Gemm {
   const void* x;         // [m, depth] in the format's input type, `stride` of them from row to row
   const void* weight;    // [ceil(n / kPanel), depth / kGroup, kPanel, kGroup]
-  const float* scale;    // int8: [n] of the columns, then [n] sums of their weights
+  const float* scale;    // int8: [n] of the columns
+  const float* sums;     // int8: [n] of the weights of each column
   const Row* row;        // int8: [m]
   float* y;              // [m, n]
   int64_t m, n, depth, stride;
@@ -73,6 +75,27 @@ struct Gemm {
 
 struct Tile {
   int64_t row, col;
+};
+
+// A weight [n, k] as its packer left it, checked. Without a scale it is bfloat16.
+struct Weight {
+  const void* data;
+  const float* scale = nullptr;
+  const float* sums = nullptr;
+  int64_t depth;  // k, padded to whole groups
+
+  Weight(AtenTensorHandle packed, AtenTensorHandle* factors, int64_t n, int64_t k) {
+    const bool bytes = View(packed).dtype == aoti_torch_dtype_int8();
+    require(bytes == (factors != nullptr), "a weight of int8 has a scale, one of bfloat16 has none");
+    const int64_t group = bytes ? Int8::kGroup : Bf16::kGroup, steps = at::divup(k, group);
+    depth = steps * group;
+    require(!bytes || depth <= kMaxDepth, "int8 sums of more than 65536 products may leave 32 bits");
+    data = weight_data(packed, bytes ? aoti_torch_dtype_int8() : aoti_torch_dtype_bfloat16(),
+                       {at::divup(n, kPanel), steps, kPanel, group});
+    if (!bytes) return;
+    scale = Finish::vector(*factors, "scale", 2 * n);
+    sums = scale + n;
+  }
 };
 
 // v * Phi(v) within 9.2e-5, a hundredth of what the rounding of its factors to 8 bits moves it by, in a quarter of the time
@@ -105,7 +128,7 @@ inline Lanes finished(Lanes v, const gemm::Epilogue& e, int64_t row, int64_t col
   for (int64_t j = 0; j < vecs; ++j) {
     const int64_t col = t.col + j * kLanes, count = std::min(kLanes, g.n - col);
     const Lanes scale = Lanes::loadu(g.scale + col, count);
-    const Ints weights = at::vec::convert_to_int_of_same_size(Lanes::loadu(g.scale + g.n + col, count));
+    const Ints weights = at::vec::convert_to_int_of_same_size(Lanes::loadu(g.sums + col, count));
     const Row* row = g.row + t.row;
     const int32_t* sum = sums + j * kLanes;
     const auto value = [&](int64_t i) {
