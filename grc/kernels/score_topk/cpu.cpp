@@ -290,10 +290,12 @@ GRC_EXPORT AOTITorchError aoti_torch_cpu_packed_score_topk(AtenTensorHandle x, A
     const auto best = [&](const auto& items) {
       if (rows > 0 && k > 0) run(request, items, values.data<float>(), indices.data<int64_t>());
     };
-    if (scale != nullptr) best(LowItems<low::Int8>{{packed, scale, out_features, width}});
-    else if (View(packed).dtype == aoti_torch_dtype_bfloat16())
-      best(LowItems<low::Bf16>{{packed, scale, out_features, width}});
-    else best(FloatItems{float_weight(packed, out_features, width)});
+    if (scale == nullptr && View(packed).dtype == aoti_torch_dtype_float32()) {
+      best(FloatItems{float_weight(packed, out_features, width)});
+    } else {
+      const low::Weight weight(packed, scale, out_features, width);
+      low::with_format(scale != nullptr, [&](auto format) { best(LowItems<decltype(format)>{weight}); });
+    }
     *ret0 = shaped_like(input, values, k);
     *ret1 = shaped_like(input, indices, k);
   });

@@ -2,7 +2,7 @@
 //
 // A panel holds kPanel columns, and of each column a group of steps along K side by side, as one lane of 32 bits: the
 // operand of the CPU's own instructions where it has them (VNNI, BF16), which are looked for at run time. Elsewhere the
-// same numbers come from two widened products: int8 sums are exact either way.
+// same numbers come from widened products, for which x is widened before: int8 sums are exact either way.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -43,7 +43,6 @@ inline int32_t as_lane(const void* source) {
 // Weights of 8 bits, symmetric, a scale a column; x of 8 bits with a scale and a zero a row.
 struct Int8 {
   using Weight = int8_t;
-  using Input = uint8_t;
   using Sum = Ints;
   static constexpr int64_t kGroup = 4;
 };
@@ -51,7 +50,6 @@ struct Int8 {
 // Weights and x of bfloat16, sums of float32.
 struct Bf16 {
   using Weight = uint16_t;
-  using Input = uint16_t;
   using Sum = Lanes;
   static constexpr int64_t kGroup = 2;
 };
@@ -63,7 +61,7 @@ struct Row {
 };
 
 struct Gemm {
-  const void* x;         // [m, depth] in the format's input type, `stride` of them from row to row
+  const void* x;         // [m, depth] of the format's Input, `stride` of them from row to row
   const void* weight;    // [ceil(n / kPanel), depth / kGroup, kPanel, kGroup]
   const float* scale;    // int8: [n] of the columns
   const float* sums;     // int8: [n] of the weights of each column
@@ -158,74 +156,80 @@ inline Lanes finished(Lanes v, const gemm::Epilogue& e, int64_t row, int64_t col
   }
 }
 
-// Products of widened halves: even and odd bytes, or the low and high half of each pair.
+using Tiles = std::array<void (*)(const Gemm&, const Tile&), kRows * kVecs>;
+
+// The way to multiply a format: a group of steps along K in `kParts` products of weights and an input, and how lanes of a
+// row, which are whole numbers or will be rounded, are kept as Input.
 namespace widened {
 
-struct DotInt8 : Int8 {
+// Even and odd bytes apart, in 16 bits: two products of pairs. Without intrinsics one product for each byte. The empty asm
+// keeps GCC from summing products among themselves first, for which it has no registers.
+struct Int8 : low::Int8 {
+  using Input = int16_t;
 #if defined(CPU_CAPABILITY_AVX512)
-  struct Pair {
-    __m512i even, odd;
-  };
-  static Pair weights(const int8_t* source) {
+  static constexpr int kParts = 2;
+  static __m512i weights(const int8_t* source, int part) {
     const __m512i w = _mm512_loadu_si512(source);
-    return {_mm512_srai_epi16(_mm512_slli_epi16(w, 8), 8), _mm512_srai_epi16(w, 8)};
+    return _mm512_srai_epi16(part ? w : _mm512_slli_epi16(w, 8), 8);
   }
-  static Pair inputs(const uint8_t* source) {
-    const __m512i x = _mm512_set1_epi32(as_lane(source));
-    return {_mm512_and_si512(x, _mm512_set1_epi32(0x00ff00ff)), _mm512_srli_epi16(x, 8)};
-  }
-  static Ints dot(Ints sum, Pair x, Pair w) {
-    return _mm512_add_epi32(sum, _mm512_add_epi32(_mm512_madd_epi16(x.even, w.even), _mm512_madd_epi16(x.odd, w.odd)));
+  static __m512i input(const Input* source, int part) { return _mm512_set1_epi32(as_lane(source + 2 * part)); }
+  static Ints dot(Ints sum, __m512i x, __m512i w) {
+    __m512i next = _mm512_add_epi32(sum, _mm512_madd_epi16(x, w));
+    asm("" : "+v"(next));
+    return next;
   }
 #elif defined(CPU_CAPABILITY_AVX2)
-  struct Pair {
-    __m256i even, odd;
-  };
-  static Pair weights(const int8_t* source) {
+  static constexpr int kParts = 2;
+  static __m256i weights(const int8_t* source, int part) {
     const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
-    return {_mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), _mm256_srai_epi16(w, 8)};
+    return _mm256_srai_epi16(part ? w : _mm256_slli_epi16(w, 8), 8);
   }
-  static Pair inputs(const uint8_t* source) {
-    const __m256i x = _mm256_set1_epi32(as_lane(source));
-    return {_mm256_and_si256(x, _mm256_set1_epi32(0x00ff00ff)), _mm256_srli_epi16(x, 8)};
-  }
-  static Ints dot(Ints sum, Pair x, Pair w) {
-    return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(x.even, w.even), _mm256_madd_epi16(x.odd, w.odd)));
+  static __m256i input(const Input* source, int part) { return _mm256_set1_epi32(as_lane(source + 2 * part)); }
+  static Ints dot(Ints sum, __m256i x, __m256i w) {
+    __m256i next = _mm256_add_epi32(sum, _mm256_madd_epi16(x, w));
+    asm("" : "+x"(next));
+    return next;
   }
 #else
-  struct Pair {
-    Ints part[4];
-  };
-  static Pair weights(const int8_t* source) {
-    Pair w;
-    for (int g = 0; g < 4; ++g) {
-      int32_t lanes[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) lanes[i] = source[i * 4 + g];
-      w.part[g] = Ints::loadu(lanes);
-    }
-    return w;
+  static constexpr int kParts = 4;
+  static Ints weights(const int8_t* source, int part) {
+    int32_t lanes[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) lanes[i] = source[i * 4 + byte(part)];
+    return Ints::loadu(lanes);
   }
-  static Pair inputs(const uint8_t* source) {
-    return {{Ints(source[0]), Ints(source[1]), Ints(source[2]), Ints(source[3])}};
-  }
-  static Ints dot(Ints sum, const Pair& x, const Pair& w) {
-    for (int g = 0; g < 4; ++g) sum = sum + x.part[g] * w.part[g];
-    return sum;
-  }
+  static Ints input(const Input* source, int part) { return Ints(source[part]); }
+  static Ints dot(Ints sum, Ints x, Ints w) { return sum + x * w; }
 #endif
+
+  // The bytes of a group lie in the order 0, 2, 1, 3.
+  static int64_t byte(int64_t place) { return (place & 1) << 1 | place >> 1; }
+
+  static void keep(Lanes whole, Input* out) {
+#ifdef CPU_CAPABILITY_AVX2
+    const __m256i lanes = _mm256_shuffle_epi32(_mm256_cvtps_epi32(whole), _MM_SHUFFLE(3, 1, 2, 0));
+    const __m128i low = _mm256_castsi256_si128(lanes), high = _mm256_extracti128_si256(lanes, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_packs_epi32(low, high));
+#else
+    float lanes[kLanes];
+    whole.store(lanes);
+    for (int64_t i = 0; i < kLanes; ++i) out[i] = static_cast<Input>(lanes[i / 4 * 4 + byte(i % 4)]);
+#endif
+  }
 };
 
-struct DotBf16 : Bf16 {
-  struct Pair {
-    Lanes low, high;
-  };
-  static Pair halves(Ints pair) {
-    return {at::vec::cast<float>(pair << Ints(16)), at::vec::cast<float>(pair & Ints(static_cast<int32_t>(0xffff0000)))};
+// The low and the high half of each pair, as float32.
+struct Bf16 : low::Bf16 {
+  using Input = float;
+  static constexpr int kParts = 2;
+  static Lanes weights(const uint16_t* source, int part) {
+    const Ints pair = Ints::loadu(source);
+    return at::vec::cast<float>(part ? pair & Ints(static_cast<int32_t>(0xffff0000)) : pair << Ints(16));
   }
-  static Pair weights(const uint16_t* source) { return halves(Ints::loadu(source)); }
-  static Pair inputs(const uint16_t* source) { return halves(Ints(as_lane(source))); }
-  static Lanes dot(Lanes sum, Pair x, Pair w) {
-    return at::vec::fmadd(x.high, w.high, at::vec::fmadd(x.low, w.low, sum));
+  static Lanes input(const Input* source, int part) { return Lanes(source[part]); }
+  static Lanes dot(Lanes sum, Lanes x, Lanes w) { return at::vec::fmadd(x, w, sum); }
+
+  static void keep(Lanes v, Input* out) {
+    std::get<0>(at::vec::convert_to_float(at::vec::convert_from_float<c10::BFloat16>(v, Lanes(0.f)))).store(out);
   }
 };
 
@@ -239,16 +243,29 @@ struct DotBf16 : Bf16 {
 
 namespace native {
 
-struct DotInt8 : Int8 {
-  static __m512i weights(const int8_t* source) { return _mm512_loadu_si512(source); }
-  static __m512i inputs(const uint8_t* source) { return _mm512_set1_epi32(as_lane(source)); }
+struct Int8 : low::Int8 {
+  using Input = uint8_t;
+  static constexpr int kParts = 1;
+  static __m512i weights(const int8_t* source, int) { return _mm512_loadu_si512(source); }
+  static __m512i input(const Input* source, int) { return _mm512_set1_epi32(as_lane(source)); }
   static Ints dot(Ints sum, __m512i x, __m512i w) { return _mm512_dpbusd_epi32(sum, x, w); }
+
+  static void keep(Lanes whole, Input* out) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(whole)));
+  }
 };
 
-struct DotBf16 : Bf16 {
-  static __m512bh weights(const uint16_t* source) { return (__m512bh)_mm512_loadu_si512(source); }
-  static __m512bh inputs(const uint16_t* source) { return (__m512bh)_mm512_set1_epi32(as_lane(source)); }
+struct Bf16 : low::Bf16 {
+  using Input = uint16_t;
+  static constexpr int kParts = 1;
+  static __m512bh weights(const uint16_t* source, int) { return (__m512bh)_mm512_loadu_si512(source); }
+  static __m512bh input(const Input* source, int) { return (__m512bh)_mm512_set1_epi32(as_lane(source)); }
   static Lanes dot(Lanes sum, __m512bh x, __m512bh w) { return _mm512_dpbf16_ps(sum, x, w); }
+
+  static void keep(Lanes v, Input* out) {
+    const auto halves = at::vec::convert_from_float<c10::BFloat16>(v, Lanes(0.f));
+    halves.store(reinterpret_cast<c10::BFloat16*>(out), kLanes);
+  }
 };
 
 #include "low_tile.h"
@@ -258,27 +275,22 @@ struct DotBf16 : Bf16 {
 #pragma GCC pop_options
 #endif
 
-using TileFunction = void (*)(const Gemm&, const Tile&);
-using Tiles = std::array<TileFunction, kRows * kVecs>;
-
-template <class Format>
-const Tiles& tiles() {
-  constexpr bool bytes = std::is_same_v<Format, Int8>;
+// Calls `use` with a format by which this CPU multiplies a weight of int8 (`bytes`) or bfloat16.
+template <class Use>
+void with_format(bool bytes, Use use) {
 #ifdef CPU_CAPABILITY_AVX512
-  static const bool known = __builtin_cpu_supports(bytes ? "avx512vnni" : "avx512bf16");
-  if (known) {
-    if constexpr (bytes) return native::kTiles<native::DotInt8>;
-    else return native::kTiles<native::DotBf16>;
-  }
+  static const bool vnni = __builtin_cpu_supports("avx512vnni"), bf16 = __builtin_cpu_supports("avx512bf16");
+  if (bytes && vnni) return use(native::Int8{});
+  if (!bytes && bf16) return use(native::Bf16{});
 #endif
-  if constexpr (bytes) return widened::kTiles<widened::DotInt8>;
-  else return widened::kTiles<widened::DotBf16>;
+  if (bytes) use(widened::Int8{});
+  else use(widened::Bf16{});
 }
 
 // y[m0:m1] at vectors v0..v1-1 of its columns, by one thread.
 template <class Format>
 void panels(const Gemm& g, int64_t m0, int64_t m1, int64_t v0, int64_t v1) {
-  const Tiles& table = tiles<Format>();
+  const Tiles& table = tiles(Format{});
   const int64_t rows = m1 - m0, width = g.depth * static_cast<int64_t>(sizeof(typename Format::Input));
   const int64_t blocks = at::divup(rows, std::max(4 * kRows, kBlockBytes / std::max<int64_t>(width, 1)));
   for (int64_t block = 0; block < blocks; ++block) {
@@ -303,7 +315,7 @@ class Input {
 
   Input(gemm::Matrix x, int64_t m, int64_t k)
       : stride_((k + kLanes - 1) / kLanes * kLanes), data_(new Element[m * stride_ + 64]) {
-    if constexpr (std::is_same_v<Format, Int8>) row_.reset(new Row[m]);
+    if constexpr (kBytes) row_.reset(new Row[m]);
     // A row of 2048 takes about half a microsecond.
     at::parallel_for(0, m, at::divup(int64_t{64 * 1024}, std::max<int64_t>(k, 1)), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) convert(x.data + i * x.stride, k, i);
@@ -318,10 +330,11 @@ class Input {
   int64_t stride_;
   std::unique_ptr<Element[]> data_;
   std::unique_ptr<Row[]> row_;
+  static constexpr bool kBytes = std::is_base_of_v<Int8, Format>;
 
   void convert(const float* x, int64_t k, int64_t i) {
     Element* out = data_.get() + i * stride_;
-    if constexpr (std::is_same_v<Format, Int8>) {
+    if constexpr (kBytes) {
       Lanes low(0.f), high(0.f);
       for (int64_t d = 0; d < k; d += kLanes) {
         const Lanes v = Lanes::loadu(x + d, std::min(kLanes, k - d));
@@ -343,25 +356,14 @@ class Input {
       const Lanes factor(inverse), offset(zero);
       for (int64_t d = 0; d < k; d += kLanes) {
         const Lanes v = Lanes::loadu(x + d, std::min(kLanes, k - d));
-        store_bytes((v * factor).round() + offset, out + d);
+        Format::keep(at::vec::clamp((v * factor).round() + offset, Lanes(0.f), Lanes(255.f)), out + d);
       }
     } else {
       for (int64_t d = 0; d < k; d += kLanes) {
         const Lanes v = Lanes::loadu(x + d, std::min(kLanes, k - d));
-        at::vec::convert_from_float<c10::BFloat16>(v, Lanes(0.f)).store(reinterpret_cast<c10::BFloat16*>(out + d), kLanes);
+        Format::keep(v, out + d);
       }
     }
-  }
-
-  static void store_bytes(Lanes v, uint8_t* out) {
-    const Lanes whole = at::vec::clamp(v, Lanes(0.f), Lanes(255.f));
-#ifdef CPU_CAPABILITY_AVX512
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(whole)));
-#else
-    float lanes[kLanes];
-    whole.store(lanes);
-    for (int64_t i = 0; i < kLanes; ++i) out[i] = static_cast<uint8_t>(lanes[i]);
-#endif
   }
 };
 

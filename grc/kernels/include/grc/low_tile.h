@@ -1,65 +1,76 @@
 // One register tile, written once and compiled for each way to multiply: included by low_gemm.h inside a namespace that
 // has the CPU's instructions, or not. Hence no include guard.
 
-template <class Dot, int ROWS, int VECS>
+template <class Format, int ROWS, int VECS>
 void tile(const Gemm& g, const Tile& t) {
-  constexpr int64_t GROUP = Dot::kGroup;
-  // Panels come from L3 or memory when rows are few: lines this far ahead arrive in time.
-  constexpr int64_t AHEAD = 4096 / static_cast<int64_t>(sizeof(typename Dot::Weight));
-  // With few rows, steps along K are kept apart so that the latency of one product hides behind the other.
-  constexpr int STEPS = ROWS * VECS >= 8 ? 1 : 2;
+  constexpr int64_t GROUP = Format::kGroup;
+  // With few rows, steps along K are summed apart so that the latency of one product hides behind the other.
+  constexpr int APART = ROWS * VECS >= 8 ? 1 : 2;
+  constexpr int STEPS = 2;  // before the loop turns
+  // Panels come from L3 or memory when rows are few: lines this far ahead arrive in time. Full tiles pass over the same
+  // panel many times.
+  constexpr int64_t AHEAD = ROWS == kRows ? 0 : 4096 / static_cast<int64_t>(sizeof(typename Format::Weight));
 
-  const auto* a = static_cast<const typename Dot::Input*>(g.x) + t.row * g.stride;
-  const auto* b = static_cast<const typename Dot::Weight*>(g.weight) + t.col / kPanel * kPanel * g.depth +
+  const typename Format::Input* x[ROWS];
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS; ++i) {
+    x[i] = static_cast<const typename Format::Input*>(g.x) + (t.row + i) * g.stride;
+    asm("" : "+r"(x[i]));  // a pointer of its own: GCC would keep an offset for each row and step, and spill
+  }
+  const auto* w = static_cast<const typename Format::Weight*>(g.weight) + t.col / kPanel * kPanel * g.depth +
                   t.col % kPanel * GROUP;
-  const int64_t steps = g.depth / GROUP;
-  typename Dot::Sum acc[STEPS][ROWS][VECS];
+  typename Format::Sum acc[APART][ROWS][VECS];
 #pragma GCC unroll 2
-  for (int s = 0; s < STEPS; ++s)
+  for (int s = 0; s < APART; ++s)
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < VECS; ++j) acc[s][i][j] = typename Dot::Sum(0);
+      for (int j = 0; j < VECS; ++j) acc[s][i][j] = typename Format::Sum(0);
+
   int64_t k = 0;
-  for (; k + STEPS <= steps; k += STEPS) {
-#pragma GCC unroll 2
-    for (int s = 0; s < STEPS; ++s, a += GROUP, b += kPanel * GROUP) {
-      decltype(Dot::weights(b)) w[VECS];
+  const auto step = [&](int s) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int part = 0; part < Format::kParts; ++part) {  // one after another: registers hold the weights of one
+      decltype(Format::weights(w, 0)) cols[VECS];
 #pragma GCC unroll 4
       for (int j = 0; j < VECS; ++j) {
-        w[j] = Dot::weights(b + j * kLanes * GROUP);
-        __builtin_prefetch(b + j * kLanes * GROUP + AHEAD);
+        const auto* line = w + s * kPanel * GROUP + j * kLanes * GROUP;
+        cols[j] = Format::weights(line, part);
+        if (AHEAD > 0 && part == 0) __builtin_prefetch(line + AHEAD);
       }
 #pragma GCC unroll 8
       for (int i = 0; i < ROWS; ++i) {
-        const auto x = Dot::inputs(a + i * g.stride);
+        const auto value = Format::input(x[i] + k + s * GROUP, part);
 #pragma GCC unroll 4
-        for (int j = 0; j < VECS; ++j) acc[s][i][j] = Dot::dot(acc[s][i][j], x, w[j]);
+        for (int j = 0; j < VECS; ++j) acc[s % APART][i][j] = Format::dot(acc[s % APART][i][j], value, cols[j]);
       }
     }
+  };
+  for (; k + STEPS * GROUP <= g.depth; k += STEPS * GROUP, w += STEPS * kPanel * GROUP) {
+#pragma GCC unroll 2
+    for (int s = 0; s < STEPS; ++s) step(s);
   }
-  for (; k < steps; ++k, a += GROUP, b += kPanel * GROUP)
-#pragma GCC unroll 8
-    for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < VECS; ++j)
-        acc[0][i][j] = Dot::dot(acc[0][i][j], Dot::inputs(a + i * g.stride), Dot::weights(b + j * kLanes * GROUP));
-  alignas(64) std::conditional_t<std::is_same_v<typename Dot::Sum, Ints>, int32_t, float> sums[ROWS * VECS * kLanes];
+  if (k < g.depth) step(0);
+  alignas(64) std::conditional_t<std::is_same_v<typename Format::Sum, Ints>, int32_t, float> sums[ROWS * VECS * kLanes];
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < VECS; ++j) {
-      typename Dot::Sum sum = acc[0][i][j];
-      if constexpr (STEPS > 1) sum = sum + acc[1][i][j];
+      typename Format::Sum sum = acc[0][i][j];
+      if constexpr (APART > 1) sum = sum + acc[1][i][j];
       sum.store(sums + (i * VECS + j) * kLanes);
     }
   write(g, t, sums, ROWS, VECS);
 }
 
-template <class Dot, std::size_t... I>
-constexpr std::array<void (*)(const Gemm&, const Tile&), sizeof...(I)> tile_table(std::index_sequence<I...>) {
-  return {tile<Dot, I / kVecs + 1, I % kVecs + 1>...};
+template <class Format, std::size_t... I>
+constexpr Tiles tile_table(std::index_sequence<I...>) {
+  return {tile<Format, I / kVecs + 1, I % kVecs + 1>...};
 }
 
-template <class Dot>
-inline constexpr auto kTiles = tile_table<Dot>(std::make_index_sequence<kRows * kVecs>());
+// Found by the format's namespace.
+template <class Format>
+const Tiles& tiles(Format) {
+  static constexpr Tiles table = tile_table<Format>(std::make_index_sequence<kRows * kVecs>());
+  return table;
+}
