@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +17,15 @@ GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 runs = pytest.mark.skipif(not (GPU or INTERPRETED), reason="no GPU: test_in_the_interpreter runs this one")
 elsewhere = pytest.mark.skipif(GPU or INTERPRETED, reason="the tests above run the kernels themselves")
+
+
+def crossed(cases: Sequence[Any], *others: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Every case with every combination of the others; in the interpreter, which is slow, the combinations take turns."""
+    combinations = list(itertools.product(*others))
+    if GPU:
+        return [(case, *each) for case in cases for each in combinations]
+    count = max(len(cases), len(combinations))
+    return [(cases[at % len(cases)], *combinations[at % len(combinations)]) for at in range(count)]
 
 
 def passes(file: str, least: int) -> None:
