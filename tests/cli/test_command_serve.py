@@ -14,7 +14,7 @@ import pytest
 
 from grc.cli import triton_server
 from grc.errors import GrcError
-from tests.cli.session import Grc, refused
+from tests.cli.session import Grc, Ran, refused
 from tests.server.running import command, needs_extra, until
 
 EXPORTED = importlib.util.find_spec(triton_server.EXPORT) is not None
@@ -50,6 +50,32 @@ def test_defaults_are_those_of_the_settings() -> None:
 def test_an_artifact_is_needed(grc: Grc) -> None:
     ran = grc("serve")
     assert ran.code == 2 and "Missing argument" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "hint"),
+    [
+        (
+            ("FOLDER",),
+            "FOLDER is neither an artifact nor a folder of versions",
+            "build one with grc compile MODEL -o PATH; versions are artifacts named 1, 2, …",
+        ),
+        (("TINY", "TINY"), "TINY and TINY are both named tiny", "name one of them: grc serve OTHER=TINY"),
+        (("a b=TINY",), "'a b' can't be a model's name in a URL", "name it: grc serve NAME=TINY"),
+    ],
+)
+def test_what_is_no_artifact(
+    grc: Grc, compiled: tuple[Path, Ran], tmp_path: Path, words: tuple[str, ...], error: str, hint: str
+) -> None:
+    needs_extra()
+
+    def placed(text: str) -> str:
+        return text.replace("FOLDER", str(tmp_path)).replace("TINY", str(compiled[0]))
+
+    ran = grc("serve", *map(placed, words), "--server", "own", "--port", 0)
+    assert ran.err.splitlines()[0] == "server: own, as asked"
+    assert ran.err.splitlines()[1:] == [f"error: {placed(error)}", f"hint: {placed(hint)}"]
+    assert (ran.out, ran.code) == ("", 1)
 
 
 @pytest.fixture

@@ -89,7 +89,9 @@ def compiled(models: Path) -> Callable[..., Path]:
         forget_model_files()
         try:
             chosen = {"engine": "eager", "batches": (4,), "force": True, **options}
-            grc.compile(str(models / "served.py"), None, grc.Options(output=output, **chosen))  # type: ignore[arg-type]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.syspath_prepend(models)  # other tests have compiled a tiny.py and a words.py of their own
+                grc.compile(str(models / "served.py"), None, grc.Options(output=output, **chosen))  # type: ignore[arg-type]
         finally:
             (models / "tiny.py").write_text(MODEL)
             forget_model_files()

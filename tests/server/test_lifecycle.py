@@ -64,22 +64,7 @@ def test_an_address_that_is_not_of_this_host(tiny: Path) -> None:
     assert said[0].startswith("error: 192.0.2.1 is no address of this host")
 
 
-def test_what_is_no_artifact(tmp_path: Path, tiny: Path) -> None:
-    assert failing(tmp_path, "--port", 0) == (
-        1,
-        [
-            f"error: {tmp_path} is neither an artifact nor a folder of versions",
-            "hint: build one with grc compile MODEL -o PATH; versions are artifacts named 1, 2, …",
-        ],
-    )
-    assert failing(tiny, tiny, "--port", 0) == (
-        1,
-        [f"error: {tiny} and {tiny} are both named served", f"hint: name one of them: grc serve OTHER={tiny}"],
-    )
-    assert failing(f"a b={tiny}", "--port", 0) == (
-        1,
-        ["error: 'a b' can't be a model's name in a URL", f"hint: name it: grc serve NAME={tiny}"],
-    )
+def test_an_engine_that_the_artifact_has_no_part_for(tiny: Path) -> None:
     assert failing(tiny, "--engine", "inductor", "--port", 0, "--grpc-port", 0) == (
         1,
         ["error: tiny.grc holds no part for engine inductor", "hint: it holds eager"],
