@@ -24,6 +24,7 @@ from grc.lowering.engine import Engine, Lowerable
 from grc.lowering.inductor import Inductor
 from grc.lowering.onnxruntime import OnnxRuntime
 from grc.options import Options
+from grc.report.summary import changes
 from grc.runtime.structure import flatten
 from tests.thirdparty.models import MODELS, Inputs, ThirdParty
 
@@ -151,17 +152,28 @@ def get_model():
 """
 
 
-def test_explain_names_the_fusions(compiled: Compiled, tmp_path: Path) -> None:
-    """As the command line tells them, each by a line of the library's own model or of the file that wraps it."""
+def named_with_their_lines(entry: ThirdParty, fused: list[dict[str, Any]], missed: list[dict[str, Any]]) -> None:
+    """Each by a line of the library's own model or of the file that wraps it."""
+    assert {change["what"] for change in fused} >= {*entry.merged, *entry.fused}
+    assert {(c["what"], c["missed"]) for c in missed} >= set(entry.missed)
+    lines = [change["where"] for change in (*fused, *missed)]
+    assert all(line and line.partition(":")[0] not in TORCHS_OWN for line in lines), lines
+
+
+def test_the_artifact_names_the_fusions(compiled: Compiled) -> None:
+    named_with_their_lines(compiled.entry, *changes(compiled.artifact.manifest))
+
+
+@pytest.mark.parametrize("name", ["torchrec-deepfm", "deepctr-deepfm", "transformers-gpt2"])
+def test_explain_names_the_fusions(name: str, tmp_path: Path) -> None:
+    (entry,) = (entry for entry in MODELS if entry.name == name)
+    pytest.importorskip(entry.package)
     file = tmp_path / "model.py"
-    file.write_text(FILE.format(name=compiled.entry.name))
+    file.write_text(FILE.format(name=name))
     ran = CliRunner().invoke(app, ["explain", str(file), "--json"])
     assert ran.exit_code == 0, ran.stderr
     told = json.loads(ran.stdout)
-    assert {change["what"] for change in told["fused"]} >= {*compiled.entry.merged, *compiled.entry.fused}
-    assert {(c["what"], c["missed"]) for c in told["missed"]} >= set(compiled.entry.missed)
-    lines = [change["where"] for change in (*told["fused"], *told["missed"])]
-    assert all(line and line.partition(":")[0] not in TORCHS_OWN for line in lines), lines
+    named_with_their_lines(entry, told["fused"], told["missed"])
 
 
 TORCHS_OWN = ("linear.py", "sparse.py", "container.py", "functional.py", "activation.py", "normalization.py")
