@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,14 +20,19 @@ os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 import pytest
 import torch
 
+from grc.lowering.timing import interleave
 from grc.runtime.triton_repository import launcher
 
 torch.set_num_threads(min(THREADS, torch.get_num_threads()))
 
+LONGEST = ("test_wheel.py", "test_thirdparty.py", "test_versions.py", "test_server.py", "test_lifecycle.py")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # The wheel check mostly waits for an install: it goes first, so that the other worker computes meanwhile.
-    items.sort(key=lambda item: item.path.name != "test_wheel.py")
+    # The files that take longest go first: one of them, begun last, would keep a worker after the others have ended. The
+    # wheel check mostly waits for an install, and the other worker computes meanwhile.
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+    items.sort(key=lambda item: item.path.name != LONGEST[0])
     no_server = launcher.missing()
     for item in items:
         if no_server and "triton" in item.keywords:
@@ -54,6 +61,27 @@ def seeded() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def quick_measurements() -> Iterator[None]:
     """Tests ask what is measured, not how well."""
+    quick = functools.partial(interleave, burst=0.01, settle=0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("grc.lowering.choose.SECONDS", 0.01)
+        patch.setattr("grc.lowering.choose.interleave", quick)
+        patch.setattr("grc.bench.measure.interleave", quick)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_to_collect() -> None:
+    """What is alive when a file begins is left out of collections: to look through torch's objects takes half a second."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def operators_found_once() -> Iterator[None]:
+    """At every export, and for every namespace, torch looks for the operators of its C++ libraries: a third of a capture."""
+    name = "_materialize_cpp_cia_ops"
+    find = getattr(torch._export.utils, name, lambda: None)
+    once = functools.cache(lambda libraries: find())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch._export.utils, name, lambda: once(len(torch.ops.loaded_libraries)), raising=False)
         yield
