@@ -100,7 +100,7 @@ def layer_arguments(shape: tuple[int, ...], columns: int, mul: bool, add: bool, 
     ("shape", "columns", "mul", "add"),
     [
         ((1, 40), 9, False, True), ((2, 1100), 5, True, False), ((5, 16), 33, True, True), ((0, 8), 6, False, False),
-        ((3, 7, 130), 20, False, False), ((70, 72), 17, True, True),
+        ((3, 2, 130), 20, False, False), ((9, 72), 17, True, True),
     ],
     ids=str,
 )  # fmt: skip
