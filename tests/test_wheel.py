@@ -67,7 +67,7 @@ class Installed:
         (self.wheel,) = wheel_folder.glob("grc_compiler-*.whl")
         call(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
         pip = [self.bin / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        call(*pip, "--no-compile", "-c", ROOT / "constraints.txt", self.wheel, cwd=folder)
+        call(*pip, "-c", ROOT / "constraints.txt", self.wheel, cwd=folder)
 
     def run(self, command: str, *args: object) -> subprocess.CompletedProcess[str]:
         return call(self.bin / command, *args, cwd=self.folder)

@@ -309,6 +309,20 @@ def test_a_client_that_went_away_costs_no_computing(bench: Callable[..., Bench])
     assert version.order == [0, 2]
 
 
+def test_requests_on_their_way_to_a_version_that_is_forgotten_are_answered(bench: Callable[..., Bench]) -> None:
+    b, version = bench(), Doubling()
+    first = b.hold(version)
+    waiting = b.ask(version, 1)
+    b.scheduler.forget(version)
+    late = b.ask(version, 2)
+    assert b.scheduler.waiting(version) == 2
+    version.open.set()
+    assert [answer[0].tolist() for answer in b.settle(first, waiting, late)] == [[[0]], [[2]], [[4]]]
+    (last,) = b.settle(b.ask(version, 3))
+    assert last[0].tolist() == [[6]]
+    assert not b.scheduler.lines and not b.scheduler.active, "a version that was replaced is not kept"
+
+
 def test_closing_answers_what_waits(bench: Callable[..., Bench]) -> None:
     b, version = bench(max_rows=1), Doubling(seconds=0.005)
     waiting = [b.ask(version, i) for i in range(10)]

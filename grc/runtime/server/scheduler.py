@@ -12,6 +12,7 @@ import heapq
 import itertools
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -122,6 +123,7 @@ class Scheduler:
         self.changed = threading.Condition()
         self.lines: dict[Version, Line] = {}
         self.active: dict[Version, Line] = {}  # those with requests that wait
+        self.forgotten: weakref.WeakSet[Version] = weakref.WeakSet()
         self.tickets = itertools.count()
         self.clock = 0.0  # the time used by the line that was served last
         self.running: dict[int, float] = {}  # when each busy worker should be free again
@@ -135,9 +137,7 @@ class Scheduler:
     def submit(self, work: Work) -> None:
         """Let a request wait. Raises Refused when too many do, or when it would be answered too late."""
         with self.changed:
-            line = self.lines.get(work.version)
-            if line is None:
-                line = self.lines[work.version] = Line(work.version)
+            line = self.line_of(work.version)
             if line.count >= self.max_queue:
                 wait = line.seconds(line.rows, self.max_rows)
                 raise Refused(503, f"model {work.version.name} is busy: {line.count} requests wait", "queue_full", wait)
@@ -151,6 +151,13 @@ class Scheduler:
                 self.active[work.version] = line
             line.add(work, next(self.tickets))
             self.changed.notify()
+
+    def line_of(self, version: Version) -> Line:
+        """The one line of a version. One that was forgotten has a line as long as requests wait in it."""
+        line = self.lines.get(version) or self.active.get(version) or Line(version)
+        if version not in self.forgotten:
+            self.lines[version] = line
+        return line
 
     def submit_all(self, works: list[Work]) -> list[tuple[Work, Refused]]:
         """`submit` for all of them before any thread can take one. Those that were refused, and why."""
@@ -175,12 +182,13 @@ class Scheduler:
         return max(0.0, free - now) + (own + others) / workers
 
     def forget(self, version: Version) -> None:
-        """No more requests will come for a version; those that wait are still answered."""
+        """No more requests are found for a version. Those that wait are still answered, and those on their way here."""
         with self.changed:
+            self.forgotten.add(version)
             self.lines.pop(version, None)
 
     def waiting(self, version: Version) -> int:
-        line = self.lines.get(version)
+        line = self.lines.get(version) or self.active.get(version)
         return line.count if line else 0
 
     def work(self) -> None:
