@@ -158,7 +158,8 @@ def test_refuses_what_does_not_fit(isa: str) -> None:
         ((x, weight, None, bias, items, 76), "k is 0 to out_features"),
         ((x, weight, None, bias, items, -1), "k is 0 to out_features"),
         ((x, weight, scale, bias, items, k), "a weight of int8 has a scale"),
-        ((x, weight.char(), None, bias, items, k), "another dtype"),
+        ((x, weight.char(), None, bias, items, k), "a weight of int8 has a scale"),
+        ((x, weight.half(), None, bias, items, k), "another dtype"),
     ):
         with pytest.raises(RuntimeError, match=reason):
             cpp.call(PACKED_SCORE_TOPK, *args, isa=isa)

@@ -156,6 +156,8 @@ TOPK = [*topk_cases.CASES, Case("many groups", lambda seed: topk_cases.arguments
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", TOPK, ids=lambda case: case.name)
 def test_score_topk(case: Case, dtype: torch.dtype) -> None:
+    if INTERPRETED and case.name == "large batch":
+        pytest.skip("too large for the interpreter: needs a GPU")
     args = placed(case.build(3), dtype)
     if not score_topk.able(*args):
         pytest.skip("the kernel leaves this case to plain torch")
