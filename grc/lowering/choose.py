@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from grc.errors import BudgetError, GrcError, LoweringError
+from grc.errors import BudgetError, GrcError, LoweringError, first_line
 from grc.graph.oracle import largest_error, within
 from grc.lowering.eager import Eager
 from grc.lowering.engine import Built, Engine, Lowerable, Target
@@ -133,7 +133,7 @@ def build_all(
             except GrcError as error:
                 reason = error.message
             except Exception as error:  # an engine raises its own kind, and must not take the others with it
-                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+                reason = first_line(error)
         if reason is None:
             candidates.append(candidate)
         else:
@@ -154,7 +154,7 @@ def prove(candidate: Candidate, requests: Requests) -> str | None:
         try:
             answers = candidate.run([t.clone() for t in inputs])
         except Exception as failure:  # an engine raises its own kind
-            return f"fails at batch {batch}: {str(failure).strip().splitlines()[0][:200]}"
+            return f"fails at batch {batch}: {first_line(failure)}"
         error = largest_error(list(answers), list(truth))
         candidate.error = max(candidate.error, error)
         if requests.judge is not None:

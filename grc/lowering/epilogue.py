@@ -10,10 +10,10 @@ from torch import fx
 from grc.graph.match import argument, aten, attribute, is_op, only_user, same_shape, value
 from grc.graph.rewrite import copy_graph
 from grc.kernels import CROSS
+from grc.kernels.packed_linear.panels import NARROW
 
 NONE, RELU, GELU, GELU_TANH, SILU, SIGMOID, TANH = range(7)  # places in packed_linear.ACTIVATIONS
 ACTIVATIONS = {aten.relu: RELU, aten.silu: SILU, aten.sigmoid: SIGMOID, aten.tanh: TANH}
-NARROW = 4  # outputs of a head: a tile of tensor cores would be mostly padding
 
 
 class Layer(NamedTuple):

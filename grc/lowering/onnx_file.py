@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from grc.errors import LoweringError
+from grc.errors import LoweringError, first_line
 from grc.graph.capture import EXPORT_BATCH, Size, Source
 from grc.graph.oracle import largest_error, within
 from grc.lowering.choose import QUALITY
@@ -45,7 +45,7 @@ def write_onnx(source: Source, graph: torch.fx.GraphModule, folder: Path) -> flo
         onnx.shape_inference.infer_shapes_path(str(folder / FILE), str(inferred), check_type=True, strict_mode=True)
         inferred.unlink()
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise LoweringError(f"the ONNX file is not valid: {str(error).strip().splitlines()[0][:200]}") from error
+        raise LoweringError(f"the ONNX file is not valid: {first_line(error)}") from error
     return compare(source, folder / FILE) if importlib.util.find_spec("onnxruntime") else None
 
 

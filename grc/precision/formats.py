@@ -34,7 +34,7 @@ FORMATS: Mapping[str, Mapping[str, Mapping[str, tuple[str, ...]]]] = {
         },
     },
     # Items whose best are kept: our kernel for a GPU takes them in half precision.
-    "items": {
+    "ranking": {
         "cpu": {"bf16": ("bf16",), **dict.fromkeys(("int8", "int4", "auto"), ("int8", "bf16"))},
         "cuda": {"bf16": ("bf16",), **dict.fromkeys(("fp16", "int8", "int4", "fp8", "auto"), ("fp16",))},
     },

@@ -16,7 +16,7 @@ from grc.kernels import ATTENTION as ATTENTION_OP
 from grc.kernels import BAG_FM, CROSS, SCALED_LINEAR, SCORE_TOPK
 from grc.kernels.quantised_linear.panels import HALVES
 from grc.kernels.scaled_linear import rows_in_8_bits, weight_in_8_bits
-from grc.precision.sites import ITEMS, LAYER, LOOKUPS, TABLE, Site, layer_weight
+from grc.precision.sites import LAYER, LOOKUPS, RANKING, TABLE, Site, layer_weight
 
 OCTETS = ("int8", "fp8")
 
@@ -38,7 +38,7 @@ def narrowed(graph: fx.GraphModule, sites: Sequence[Site], formats: Mapping[str,
     copy = copy_graph(graph)
     arenas = {site.arena: formats.get(site.name, "fp32") for site in sites if site.kind == TABLE}
     edit = Narrower(copy)
-    layers = {site.name: formats[site.name] for site in sites if site.kind in (LAYER, ITEMS) and site.name in formats}
+    layers = {site.name: formats[site.name] for site in sites if site.kind in (LAYER, RANKING) and site.name in formats}
     for node in list(copy.graph.nodes):
         if node.op != "call_function":
             continue

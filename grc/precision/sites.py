@@ -22,7 +22,7 @@ from grc.kernels.lookup.row_formats import row_bytes
 from grc.kernels.quantised_linear import MAX_DEPTH
 from grc.precision.formats import BITS
 
-LAYER, ITEMS, TABLE, ATTENTION = "layer", "items", "table", "attention"
+LAYER, RANKING, TABLE, ATTENTION = "layer", "ranking", "table", "attention"
 LOOKUPS = tuple(op.overload for op in (LOOKUP, BAG_DOT, BAG_FM))
 
 
@@ -65,13 +65,13 @@ def find_sites(graph: fx.GraphModule) -> list[Site]:
             continue
         site = found.get(str(weight.target))
         if site is None:
-            kind = ITEMS if node.target is SCORE_TOPK.overload else LAYER
+            kind = RANKING if node.target is SCORE_TOPK.overload else LAYER
             site = found[str(weight.target)] = Site(str(weight.target), kind, [], tensor.numel(), 0)
             site.reason = refused(tensor)
         site.nodes.append(node)
         site.head |= feeds_output(node)
         site.work += tensor.numel() * rows_per_sample(operand(node))
-        if (node.target is SCORE_TOPK.overload) != (site.kind == ITEMS):
+        if (node.target is SCORE_TOPK.overload) != (site.kind == RANKING):
             site.reason = "one layer ranks its scores and another does not"
     return [*found.values(), *tables(graph, found)]
 

@@ -14,7 +14,7 @@ from grc.kernels import CROSS, SCORE_TOPK
 from grc.kernels.lookup.pooling import NO_PADDING
 from grc.kernels.lookup.row_formats import FLOATS, rounded_rows
 from grc.kernels.quantised_linear import rounded, simulated
-from grc.precision.sites import ATTENTION, ITEMS, LAYER, Site, layer_weight
+from grc.precision.sites import ATTENTION, LAYER, RANKING, Site, layer_weight
 
 Tensors = list[torch.Tensor]
 
@@ -43,7 +43,7 @@ class Trial(fx.Interpreter):
         self.layers = {
             node: (site.name, formats[site.name])
             for site in sites
-            if site.kind in (LAYER, ITEMS) and site.name in formats
+            if site.kind in (LAYER, RANKING) and site.name in formats
             for node in site.nodes
         }
         self.attentions = {

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from grc.errors import ArtifactError
+from grc.errors import ArtifactError, first_line
 from grc.runtime.bucket import Bucket
 from grc.runtime.mapped import BY_KERNEL, copy_by_kernel, mapped
 from grc.runtime.plan import Plan, layout, views
@@ -192,9 +192,8 @@ class Lane:
         except ArtifactError:
             raise
         except Exception as error:  # CUDA refuses what waits for the device, torch what allocates outside of the pool
-            text = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise ArtifactError(
-                f"the graph of batch {batch} can't be captured: {text}", "rebuild the artifact"
+                f"the graph of batch {batch} can't be captured: {first_line(error)}", "rebuild the artifact"
             ) from error
         finally:
             clear_workspaces()

@@ -186,8 +186,8 @@ def smallest(sites, precision: str) -> dict[str, str]:
 def test_items_that_are_scored_and_looked_up_are_two_sites() -> None:
     _, graph = captured(Retriever(), retriever_inputs)
     sites = {site.name: site for site in find_sites(graph)}
-    assert [site.kind for site in sites.values()] == ["layer", "items", "table"]
-    assert sites["items.weight"].kind == "items" and sites["items.weight"].head and not sites["user.weight"].head
+    assert [site.kind for site in sites.values()] == ["layer", "ranking", "table"]
+    assert sites["items.weight"].kind == "ranking" and sites["items.weight"].head and not sites["user.weight"].head
     found = searched(Retriever(), retriever_inputs, "int8", "max-error=0.1", "topk-overlap@5=0.8")
     assert [d.format for d in found.decisions] == ["int8"] * 3
     assert 0.8 <= found.quality["topk-overlap@5"] < 1.0

@@ -15,7 +15,7 @@ from grc.kernels.fusion import Cost, FusedOp
 from grc.kernels.packed_linear.cases import CASES
 from grc.kernels.packed_linear.panels import pack, unpack
 
-__all__ = ["ACTIVATIONS", "PACKED_LINEAR", "pack", "unpack"]
+__all__ = ["ACTIVATIONS", "PACKED_LINEAR", "finished", "pack", "unpack"]
 
 # in the order of the schema's numbers and of `Activation` in grc/gemm.h
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -27,6 +27,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
+
+
+def finished(y: Tensor, mul: Tensor | None, add: Tensor | None, activation: int) -> Tensor:
+    """act(y) * mul + add, all of one shape. Raises LoweringError for an activation that is not 0 to 6."""
+    if not 0 <= activation < len(ACTIVATIONS):
+        raise LoweringError(f"linear layers have no activation {activation}", f"choose 0 to {len(ACTIVATIONS) - 1}")
+    y = list(ACTIVATIONS.values())[activation](y)
+    y = y if mul is None else y * mul
+    return y if add is None else y + add
 
 
 def reference(
@@ -43,12 +52,7 @@ def reference(
     mul and add have the result's shape. With mul = x0 and add = x this is a cross layer of DCN v2 (Wang et al. 2021,
     eq. 1). Raises LoweringError for an activation that is not 0 to 6.
     """
-    if not 0 <= activation < len(ACTIVATIONS):
-        raise LoweringError(f"packed_linear has no activation {activation}", f"choose 0 to {len(ACTIVATIONS) - 1}")
-    y = functional.linear(x, unpack(packed, out_features), bias)
-    y = list(ACTIVATIONS.values())[activation](y)
-    y = y if mul is None else y * mul
-    return y if add is None else y + add
+    return finished(functional.linear(x, unpack(packed, out_features), bias), mul, add, activation)
 
 
 def cost(

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from grc.errors import LoweringError
 from grc.kernels.fusion import Cost, FusedOp
-from grc.kernels.packed_linear import ACTIVATIONS
+from grc.kernels.packed_linear import finished
 from grc.kernels.quantised_linear.cases import CASES
 from grc.kernels.quantised_linear.panels import HALVES, MAX_DEPTH, Quantised, quantise, rounded, scaled8, unpack
 
@@ -35,8 +34,6 @@ def reference(
     shape; the kernel's GELU is within 9.2e-5. A row that holds NaN or infinity gives NaN. Raises LoweringError for an
     activation that is not 0 to 6.
     """
-    if not 0 <= activation < len(ACTIVATIONS):
-        raise LoweringError(f"quantised_linear has no activation {activation}", f"choose 0 to {len(ACTIVATIONS) - 1}")
     weight = unpack(packed, out_features, x.shape[-1]).to(x.dtype)
     if scale is None:
         y = functional.linear(x.to(torch.bfloat16).to(x.dtype), weight, bias)
@@ -44,9 +41,7 @@ def reference(
         steps, size = centred(x)
         y = functional.linear(steps, weight) * (size * scale[:out_features].to(x.dtype))
         y = y if bias is None else y + bias
-    y = list(ACTIVATIONS.values())[activation](y)
-    y = y if mul is None else y * mul
-    return y if add is None else y + add
+    return finished(y, mul, add, activation)
 
 
 def centred(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -161,8 +161,9 @@ struct LowItems {
 
     void score(int64_t item, int64_t count, float* scores) const {
       const low::Weight& w = items.weight;
-      low::Gemm g{x.data(), static_cast<const typename Format::Weight*>(w.data) + item * w.depth,
-                  w.scale + item, w.sums + item, x.row(), scores, rows, count, w.depth, x.stride(), {}};
+      low::Gemm g{x.data(), static_cast<const typename Format::Weight*>(w.data) + item * w.depth, nullptr, nullptr,
+                  x.row(), scores, rows, count, w.depth, x.stride(), {}};
+      if (w.scale != nullptr) g.scale = w.scale + item, g.sums = w.sums + item;
       g.epilogue.bias = r.bias == nullptr ? nullptr : r.bias + item;
       low::panels<Format>(g, 0, rows, 0, at::divup(count, kLanes));
     }

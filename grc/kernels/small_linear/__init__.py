@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-from grc.kernels.packed_linear import ACTIVATIONS
+from grc.kernels.packed_linear import finished
 
 
 def reference(
@@ -16,6 +16,4 @@ def reference(
     mul and add have the result's shape; activation is a place in ACTIVATIONS. With mul = x0 and add = x this is a cross
     layer of DCN v2 (Wang et al. 2021, eq. 1).
     """
-    y = list(ACTIVATIONS.values())[activation](functional.linear(x, weight, bias))
-    y = y if mul is None else y * mul
-    return y if add is None else y + add
+    return finished(functional.linear(x, weight, bias), mul, add, activation)
