@@ -55,10 +55,8 @@ def measure(program: grc.Program, inputs: tuple[torch.Tensor, ...], batch: int) 
 
     lane = run.free.get()
     run.free.put(lane)
-    graph, cut = (
-        lane.buckets[run.plan.bucket(batch)].graph,
-        lane.buckets[run.plan.bucket(batch)].cut(run.plan, batch, True),
-    )
+    bucket = lane.buckets[run.plan.bucket(batch)]
+    graph, cut = lane.recorded(bucket, True, True).graph, bucket.cut(run.plan, batch, True)
 
     def replay() -> None:
         with lane.on_stream:

@@ -2,35 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from grc.runtime.plan import Plan, Spec
+from grc.runtime.plan import Plan, Spec, layout, views
 
 Tensors = list[torch.Tensor]
 LARGE = 128 << 10  # bytes an input: a thread copies them in about 10 us
+APART = 64 << 10  # bytes of an answer from which on a copy of its own costs less than one more on the host
+LENT = 64 << 20  # bytes of those answers that callers may hold for each bucket: those of two requests in any case
+SUMMED = 1 << 15  # numbers of an answer up to which one thread of the host finds NaN sooner than the device does
+
+
+@dataclass
+class Recorded:
+    """A captured graph, and the answers as it leaves them on the device."""
+
+    graph: torch.cuda.CUDAGraph
+    answers: Sequence[torch.Tensor]
+    summed: list[int]  # the answers whose sums it leaves on the host, for NaN
 
 
 @dataclass
 class Bucket:
-    """One batch size: its buffers, which are views of the lane's arenas, and its graphs."""
+    """One batch size: its buffers, which are views of the lane's arenas, and its graphs by what they copy."""
 
     batch: int
     host: Tensors
     device: Tensors
-    graph: torch.cuda.CUDAGraph
     answers: Tensors
-    kept: Sequence[torch.Tensor]
-    bare: tuple[torch.cuda.CUDAGraph, Sequence[torch.Tensor]] | None = None
+    graphs: dict[tuple[bool, bool, bool], Recorded] = field(default_factory=dict)
     cuts: dict[tuple[int, bool], Cut] = field(default_factory=dict)
+    lent: list[StorageWeakRef] = field(default_factory=list)
 
     @cached_property
     def large(self) -> bool:
         """Whether a launch for each input costs less than copying the request once more on the host."""
         return sum(buffer.nbytes for buffer in self.host) >= LARGE * len(self.host)
+
+    @cached_property
+    def apart(self) -> list[int]:
+        """Which answers the graphs leave on the device, from where they go to memory of the caller's."""
+        return [index for index, answer in enumerate(self.answers) if answer.nbytes >= APART]
+
+    def summed(self, host: bool) -> list[int]:
+        """Which answers are looked through for NaN on the device: those that stay there, and large ones."""
+        least = SUMMED if host else 0
+        return [i for i, a in enumerate(self.answers) if a.is_floating_point() and a.numel() > least]
+
+    def block(self, specs: Sequence[Spec], batch: int, pinned: Callable[[int], torch.Tensor]) -> Tensors | None:
+        """New pinned memory for answers to `batch` rows, or None while callers hold as much of it as they may."""
+        self.lent = [storage for storage in self.lent if not storage.expired()]
+        size = layout(specs, batch)[1]
+        if len(self.lent) >= max(2, LENT // size):
+            return None
+        memory = pinned(size)
+        self.lent.append(StorageWeakRef(memory.untyped_storage()))
+        return views(memory, specs, batch)
 
     def cut(self, plan: Plan, batch: int, host: bool) -> Cut:
         """The buffers on one side, cut for a request of `batch` rows; made once for each size."""

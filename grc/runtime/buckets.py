@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from grc.errors import ArtifactError, first_line
-from grc.runtime.bucket import Bucket
+from grc.runtime.answers import Answers, hold_nan
+from grc.runtime.bucket import Bucket, Recorded, narrowed
 from grc.runtime.mapped import BY_KERNEL, copy_by_kernel, mapped
 from grc.runtime.plan import Plan, layout, views
 
@@ -41,7 +42,7 @@ class Buckets:
         for _ in range(plan.streams):
             self.free.put(Lane(make(), plan, counts))
 
-    def __call__(self, inputs: Tensors) -> Sequence[torch.Tensor]:
+    def __call__(self, inputs: Tensors) -> Answers:
         lane = self.free.get()
         try:
             return self.answer(lane, inputs, None)
@@ -65,13 +66,12 @@ class Buckets:
             return None
         lane = self.free.get()
         try:
-            bucket = lane.buckets[self.plan.bucket(batch)]
-            graph, _ = bucket.bare or lane.capture_bare(bucket)
+            graph = lane.recorded(lane.buckets[self.plan.bucket(batch)], False, False, False).graph
         finally:
             self.free.put(lane)
         return lambda _: graph.replay()
 
-    def answer(self, lane: Lane, inputs: Tensors, events: Events | None) -> Sequence[torch.Tensor]:
+    def answer(self, lane: Lane, inputs: Tensors, events: Events | None) -> Answers:
         device = False
         for tensor in inputs:
             device = device or tensor.is_cuda
@@ -85,7 +85,7 @@ class Buckets:
         for at, (start, length) in enumerate(self.plan.pieces(batch)):
             first = None if events is None else (events[0] if at == 0 else torch.cuda.Event(), events[1])
             answers.append(one(self.plan.cut(inputs, start, length), length, first))
-        return self.plan.joined(answers)
+        return Answers(self.plan.joined(answers), any(answer.nan for answer in answers))
 
 
 class On:
@@ -128,7 +128,8 @@ class Lane:
         self.stream = torch.cuda.Stream()
         self.on_stream = on(self.stream)
         self.pool = torch.cuda.graph_pool_handle()
-        self.bad = pinned(8).view(torch.int64)
+        self.bad = pinned(8).view(torch.int64).zero_()
+        self.sums = pinned(4 * len(plan.outputs)).view(torch.float32)
         self.buckets: dict[int, Bucket] = {}
         if plan.buckets:
             largest = plan.buckets[-1]
@@ -137,33 +138,41 @@ class Lane:
             self.device_in = torch.zeros(taken, dtype=torch.uint8, device=self.device)
             # The largest first: the smaller ones then fit into the memory that its capture left in the pool.
             for batch in reversed(plan.buckets):
-                self.buckets[batch] = self.capture(batch)
+                host, answers = views(self.host_in, plan.inputs, batch), views(self.host_out, plan.outputs, batch)
+                bucket = Bucket(batch, host, views(self.device_in, plan.inputs, batch), answers)
+                self.warm_up(bucket.device, batch)
+                self.recorded(bucket, True, True)
+                self.buckets[batch] = bucket
 
-    def capture(self, batch: int) -> Bucket:
-        """Capture one bucket with its copies: requests in one copy, since they lie in one arena.
+    def recorded(self, bucket: Bucket, taken: bool, given: bool, told: bool = True) -> Recorded:
+        """The bucket's graph: whether it copies the request from pinned memory, small answers to it, and what it tells of
+        bad ids and NaN.
 
-        Few bytes are copied by a kernel that reads or writes the host's memory itself: between the copy engine and the
-        multiprocessors a graph waits longer than such a copy takes.
+        Captured when a request first needs it. Requests are one copy, since they lie in one arena; a kernel makes it by
+        reading the host's memory itself: between the copy engine and the multiprocessors a graph waits longer than that
+        takes. The same goes for answers, sums and the count of bad ids.
         """
-        plan = self.plan
-        used = layout(plan.inputs, batch)[1]
-        device = views(self.device_in, plan.inputs, batch)
-        answers = views(self.host_out, plan.outputs, batch)
-        self.warm_up(device, batch)
+        found = bucket.graphs.get((taken, given, told))
+        if found is not None:
+            return found
+        self.stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with self.recording(graph, batch):
-            if used <= BY_KERNEL:
+        used = layout(self.plan.inputs, bucket.batch)[1]
+        summed = bucket.summed(given) if told else []
+        with self.recording(graph, bucket.batch):
+            if taken and used <= BY_KERNEL:
                 copy_by_kernel([self.device_in[:used]], [mapped(self.host_in[:used])])
-            else:
+            elif taken:
                 self.device_in[:used].copy_(self.host_in[:used], non_blocking=True)
-            kept = self.run(list(device))
-            own = [*answers, *([self.bad.view(())] if self.counts else [])]
-            if sum(host.nbytes for host in own) <= BY_KERNEL:
-                copy_by_kernel([mapped(host) for host in own], list(kept))
-            else:
-                for host, answer in zip(own, kept, strict=True):
-                    host.copy_(answer, non_blocking=True)
-        return Bucket(batch, views(self.host_in, plan.inputs, batch), device, graph, answers, kept)
+            kept = self.run(list(bucket.device))
+            out = [(self.sums[i], kept[i].sum(dtype=torch.float32)) for i in summed]
+            if given:
+                out += [(bucket.answers[i], kept[i]) for i in range(len(bucket.answers)) if i not in bucket.apart]
+            if self.counts and told:
+                out.append((self.bad.view(()), kept[-1]))
+            copy_by_kernel([mapped(host) for host, _ in out], [value for _, value in out])
+        found = bucket.graphs[taken, given, told] = Recorded(graph, kept, summed)
+        return found
 
     def warm_up(self, device: Tensors, batch: int) -> None:
         with torch.cuda.stream(self.stream):
@@ -198,49 +207,51 @@ class Lane:
         finally:
             clear_workspaces()
 
-    def from_host(self, inputs: Tensors, batch: int, events: Events | None) -> Tensors:
+    def from_host(self, inputs: Tensors, batch: int, events: Events | None) -> Answers:
         """Fill pinned memory, replay, wait, and copy the answers out before another replay can overwrite them.
 
-        A large request in pinned memory goes to the device from where it is.
+        A large request in pinned memory goes to the device from where it is. Large answers come to pinned memory that
+        is the caller's from then on, unless callers hold much of it already.
         """
-        bucket = self.buckets[self.plan.bucket(batch)]
-        cut = bucket.cut(self.plan, batch, True)
-        if bucket.large and all(tensor.is_pinned() for tensor in inputs):
-            self.replay_in_place(bucket, inputs, batch, events)
-        else:
-            cut.fill(inputs)
-            with self.on_stream:
-                if events:
-                    events[0].record()
-                bucket.graph.replay()
-                if events:
-                    events[1].record()
-        self.stream.synchronize()
-        if self.counts and self.bad.item():
-            self.refuse()
-        return [answer.clone() for answer in cut.answers]
-
-    def replay_in_place(self, bucket: Bucket, inputs: Tensors, batch: int, events: Events | None) -> None:
-        """Copy a request from the caller's own pinned memory, replay, and copy the answers to the bucket's."""
-        graph, found = bucket.bare or self.capture_bare(bucket)
-        own = [*bucket.answers, *([self.bad.view(())] if self.counts else [])]
+        plan = self.plan
+        bucket = self.buckets[plan.bucket(batch)]
+        own = bucket.cut(plan, batch, True)
+        in_place = bucket.large and all(tensor.is_pinned() for tensor in inputs)
+        if not in_place:
+            own.fill(inputs)
+        found = self.recorded(bucket, not in_place, True)
         with self.on_stream:
             if events:
                 events[0].record()
-            bucket.cut(self.plan, batch, False).fill(inputs)
-            graph.replay()
-            for host, answer in zip(own, found, strict=True):
-                host.copy_(answer, non_blocking=True)
+            if in_place:
+                bucket.cut(plan, batch, False).fill(inputs)
+            found.graph.replay()
+            lent = self.copy_apart(bucket, found, own.answers, batch) if bucket.apart else {}
             if events:
                 events[1].record()
+        self.stream.synchronize()
+        self.refuse()
+        answers = [lent[i] if i in lent else answer.clone() for i, answer in enumerate(own.answers)]
+        if not found.summed:
+            return Answers(answers, hold_nan(answers))
+        rest = [answer for i, answer in enumerate(answers) if i not in found.summed]
+        return Answers(answers, self.sums_hold_nan(found) or hold_nan(rest))
 
-    def from_device(self, inputs: Tensors, batch: int, events: Events | None) -> Tensors:
+    def copy_apart(self, bucket: Bucket, found: Recorded, own: Tensors, batch: int) -> dict[int, torch.Tensor]:
+        """Copy the large answers to memory for the caller, which is returned, or else to the bucket's own."""
+        specs = [self.plan.outputs[i] for i in bucket.apart]
+        lent = bucket.block(specs, batch, pinned)
+        for host, i, entry in zip(lent or [own[i] for i in bucket.apart], bucket.apart, specs, strict=True):
+            host.copy_(narrowed(found.answers[i], entry, batch), non_blocking=True)
+        return dict(zip(bucket.apart, lent, strict=True)) if lent else {}
+
+    def from_device(self, inputs: Tensors, batch: int, events: Events | None) -> Answers:
         """The same from device memory to device memory. The answers are allocated on the caller's stream.
 
-        The count of bad ids is waited for, so that no answer to a bad request is ever handed out.
+        Where the graph checks anything it is waited for, so that no answer to a bad request is ever handed out.
         """
         plan, bucket = self.plan, self.buckets[self.plan.bucket(batch)]
-        graph, found = bucket.bare or self.capture_bare(bucket)
+        found = self.recorded(bucket, False, False)
         caller = torch.cuda.current_stream(self.device)
         answers = [torch.empty(entry.shape(batch), dtype=entry.dtype, device=self.device) for entry in plan.outputs]
         self.stream.wait_stream(caller)
@@ -248,29 +259,22 @@ class Lane:
             bucket.cut(plan, batch, False).fill(inputs)
             if events:
                 events[0].record()
-            graph.replay()
+            found.graph.replay()
             if events:
                 events[1].record()
-            for answer, own, entry in zip(answers, found, plan.outputs, strict=False):
-                answer.copy_(own if entry.batch_dim is None else own.narrow(entry.batch_dim, 0, batch))
-            if self.counts:
-                self.bad.copy_(found[-1].view(1), non_blocking=True)
+            for answer, own, entry in zip(answers, found.answers, plan.outputs, strict=False):
+                answer.copy_(narrowed(own, entry, batch))
         caller.wait_stream(self.stream)
-        if self.counts:
+        if self.counts or found.summed:
             self.stream.synchronize()
-            self.refuse()
-        return answers
+        self.refuse()
+        return Answers(answers, self.sums_hold_nan(found))
 
-    def capture_bare(self, bucket: Bucket) -> tuple[torch.cuda.CUDAGraph, Sequence[torch.Tensor]]:
-        """The bucket's graph without its copies, captured when the first request comes from device memory."""
-        self.stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with self.recording(graph, bucket.batch):
-            kept = self.run(list(bucket.device))
-        bucket.bare = graph, kept
-        return bucket.bare
+    def sums_hold_nan(self, found: Recorded) -> bool:
+        sums = self.sums.tolist() if found.summed else ()
+        return any(sums[i] != sums[i] for i in found.summed)
 
-    def direct(self, inputs: Tensors, device: bool, events: Events | None) -> Tensors:
+    def direct(self, inputs: Tensors, device: bool, events: Events | None) -> Answers:
         """Launch by launch, for requests that have no bucket."""
         caller = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(caller)
@@ -288,7 +292,7 @@ class Lane:
         self.refuse()
         for answer in answers if device else ():
             answer.record_stream(caller)
-        return answers
+        return Answers(answers, hold_nan(answers))
 
     def refuse(self) -> None:
         """Raise IndexError where the answers come from ids outside of their tables."""
@@ -301,5 +305,5 @@ def here() -> torch.device:
 
 
 def pinned(count: int) -> torch.Tensor:
-    """Bytes of host memory that the device copies from and to by itself."""
-    return torch.zeros(count, dtype=torch.uint8, pin_memory=True)
+    """Bytes of host memory that the device copies from and to by itself, as they are."""
+    return torch.empty(count, dtype=torch.uint8, pin_memory=True)

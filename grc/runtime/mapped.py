@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-# Bytes up to which a kernel moves a request or an answer faster than the copy engine does, whose start and end a graph
-# waits for: see benchmarks/gpu_call.py.
-BY_KERNEL = 64 << 10
+# Bytes up to which a kernel moves a request faster than the copy engine does, whose start and end a graph waits for: see
+# benchmarks/gpu_call.py.
+BY_KERNEL = 2 << 20
+SMALL = 16 << 10  # bytes that one block copies before a second launch would have
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8)  # what is copied is bits, in the widest words that fit
 
 
@@ -32,16 +33,22 @@ def mapped(host: torch.Tensor) -> torch.Tensor:
 
 
 def copy_by_kernel(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copy every source into its target in one launch. Targets are contiguous."""
+    """Copy every source into its target: small ones in one launch, of which each takes 64 KB with one block, for which
+    host memory is too far away; others by as many blocks as they fill. Targets are contiguous."""
     pairs = [(target, source.contiguous()) for target, source in zip(targets, sources, strict=True) if target.numel()]
-    if not pairs:
-        return
-    every = [tensor for pair in pairs for tensor in pair]
-    words = next(w for w in WHOLE if all(t.nbytes % w.itemsize == t.data_ptr() % w.itemsize == 0 for t in every))
-    if len(pairs) == 1:  # for the other form's 64 KB a block, host memory is too far away
-        torch.bitwise_or(as_words(pairs[0][1], words), 0, out=as_words(pairs[0][0], words))
-        return
-    torch._foreach_copy_(*([as_words(tensor, words) for tensor in side] for side in zip(*pairs, strict=True)))
+    small = [pair for pair in pairs if pair[0].nbytes <= SMALL]
+    alone = pairs if len(small) == 1 else [pair for pair in pairs if pair[0].nbytes > SMALL]
+    for target, source in alone:
+        words = widest([target, source])
+        torch.bitwise_or(as_words(source, words), 0, out=as_words(target, words))
+    if len(small) > 1:
+        words = widest([tensor for pair in small for tensor in pair])
+        torch._foreach_copy_(*([as_words(tensor, words) for tensor in side] for side in zip(*small, strict=True)))
+
+
+def widest(tensors: Sequence[torch.Tensor]) -> torch.dtype:
+    """The widest words that all of these are made of."""
+    return next(w for w in WHOLE if all(t.nbytes % w.itemsize == t.data_ptr() % w.itemsize == 0 for t in tensors))
 
 
 def as_words(tensor: torch.Tensor, words: torch.dtype) -> torch.Tensor:

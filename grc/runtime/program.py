@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from grc.errors import EngineError, GrcError, InputError
+from grc.runtime.answers import hold_nan
 from grc.runtime.artifact import Artifact
 from grc.runtime.buckets import Buckets
 from grc.runtime.engines import Run, part_loader
@@ -122,12 +123,8 @@ class Program:
             ) from error
         if padded:
             answers = [self.unpadded(a, spec, batch) for a, spec in zip(answers, self.outputs, strict=True)]
-        for answer in answers:
-            if answer.is_floating_point():
-                total = (answer if answer.numel() == 1 else answer.sum()).item()
-                if total != total:  # NaN: one reduction finds it wherever it is
-                    self.check.nan(inputs)
-                    break
+        if hold_nan(answers):
+            self.check.nan(inputs)
         return answers
 
     def unpadded(self, answer: torch.Tensor, spec: dict[str, Any], batch: int) -> torch.Tensor:

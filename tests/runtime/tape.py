@@ -51,7 +51,7 @@ def capturing(graph: Tape, **settings: Any) -> Iterator[None]:
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the lanes of grc.runtime.buckets run on the CPU."""
     monkeypatch.setattr(buckets, "here", lambda: torch.device("cpu"))
-    monkeypatch.setattr(buckets, "pinned", lambda count: torch.zeros(count, dtype=torch.uint8))
+    monkeypatch.setattr(buckets, "pinned", lambda count: torch.empty(count, dtype=torch.uint8))
     monkeypatch.setattr(buckets, "mapped", lambda host: host)
     monkeypatch.setattr(buckets, "on", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from grc.runtime import buckets
+from grc.runtime.answers import Answers
 from grc.runtime.bucket import Cut
 from grc.runtime.buckets import Buckets
 from grc.runtime.device import DeviceWeights
@@ -99,17 +100,17 @@ class Counting:
     def __init__(self, run: Any, plan: Plan, counts: bool):
         self.plan, self.busy = plan, False
 
-    def from_host(self, inputs: list[torch.Tensor], batch: int, events: Any) -> list[torch.Tensor]:
+    def from_host(self, inputs: list[torch.Tensor], batch: int, events: Any) -> Answers:
         assert not self.busy, "two requests are in one lane"
         self.busy = True
         self.asked.append(("bucket", batch))
-        answer = [inputs[0].sum(1) + inputs[1].sum(1)]
+        answer = Answers([inputs[0].sum(1) + inputs[1].sum(1)], False)
         self.busy = False
         return answer
 
-    def direct(self, inputs: list[torch.Tensor], device: bool, events: Any) -> list[torch.Tensor]:
+    def direct(self, inputs: list[torch.Tensor], device: bool, events: Any) -> Answers:
         self.asked.append(("direct", len(inputs[0])))
-        return [inputs[0].sum(1)]
+        return Answers([inputs[0].sum(1)], False)
 
 
 @pytest.fixture

@@ -91,6 +91,67 @@ def test_a_large_request_in_pinned_memory_is_copied_from_where_it_is(monkeypatch
         run(inputs)
 
 
+def test_large_answers_are_the_callers_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket, "APART", 100)
+    run = Buckets(lambda: model([]), plan(), counts=True)
+    lane = run.free.get()
+    assert [lane.buckets[batch].apart for batch in (1, 4, 16)] == [[], [], [0, 1]]
+    run.free.put(lane)
+    lane.host_out.fill_(77)
+    requests = [request(batch) for batch in (5, 16, 9)]
+    found = [run(inputs) for inputs in requests]
+    assert all(all(map(torch.equal, f, expected(i))) for f, i in zip(found, requests, strict=True))
+    assert bool((lane.host_out == 77).all()), "nothing went through the bucket's own memory"
+    bad = request(7)
+    bad[1][1, 6] = -4
+    with pytest.raises(IndexError):
+        run(bad)
+
+
+def test_callers_that_hold_many_large_answers_get_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket, "APART", 40)
+    monkeypatch.setattr(bucket, "LENT", 1)
+    run = Buckets(lambda: model([]), plan(), counts=True)
+    lane = run.free.get()
+    assert lane.buckets[4].apart == [0], "the other answer is small"
+    run.free.put(lane)
+    held: list[Tensor] = []
+
+    def through_the_bucket() -> bool:
+        lane.buckets[4].answers[0].fill_(77)
+        inputs = request(4)
+        found = run(inputs)
+        assert all(map(torch.equal, found, expected(inputs)))
+        held.append(found[0][1])  # one row of an answer keeps all of its memory
+        return not bool((lane.buckets[4].answers[0] == 77).all())
+
+    assert [through_the_bucket() for _ in range(4)] == [False, False, True, True]
+    held.clear()
+    assert not through_the_bucket()
+
+
+@pytest.mark.parametrize("summed", [0, 1 << 15], ids=["on the device", "on the host"])
+@pytest.mark.parametrize("pinned", [False, True])
+def test_nan_is_found_wherever_it_is_looked_for(monkeypatch: pytest.MonkeyPatch, summed: int, pinned: bool) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: pinned)
+    monkeypatch.setattr(bucket, "LARGE", 1)
+    monkeypatch.setattr(bucket, "SUMMED", summed)
+    run = Buckets(lambda: model([]), plan(), counts=True)
+    for batch in (1, 3, 16, 20):
+        inputs = request(batch)
+        assert not run(inputs).nan
+        inputs[0][batch - 1, 1] = float("nan")
+        assert run(inputs).nan
+        inputs[0][batch - 1, 1] = float("inf")
+        assert not run(inputs).nan
+        lane = run.free.get()
+        inputs = [inputs[0][:1], inputs[1][:, :1], inputs[2]]
+        assert not lane.from_device(inputs, 1, None).nan
+        inputs[2][2] = float("nan")
+        assert lane.from_device(inputs, 1, None).nan
+        run.free.put(lane)
+
+
 @pytest.mark.parametrize("place", [(0, 0), (1, 4)])
 def test_a_bad_id_is_refused_and_the_next_request_is_answered(place: tuple[int, int]) -> None:
     run = Buckets(lambda: model([]), plan(), counts=True)

@@ -39,6 +39,14 @@ def test_a_source_may_have_any_strides() -> None:
     assert torch.equal(target, source)
 
 
+@pytest.mark.parametrize("sizes", [(20_000,), (5, 20_000), (5, 6, 20_000), (20_000, 20_008, 3)])
+def test_large_tensors_beside_small_ones(sizes: tuple[int, ...]) -> None:
+    sources = [torch.arange(size, dtype=torch.int16) for size in sizes]
+    targets = [torch.zeros_like(source) for source in sources]
+    copy_by_kernel(targets, sources)
+    assert all(map(torch.equal, targets, sources))
+
+
 @pytest.mark.gpu
 def test_a_kernel_reads_and_writes_pinned_memory() -> None:
     sources = [source.pin_memory() for source in several()]
