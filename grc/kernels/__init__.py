@@ -1,5 +1,6 @@
 """Fused operators, one folder each: declaration, pattern, C++ kernel, Triton kernel. FUSIONS lists them all."""
 
+from grc.kernels.activation_unit import ACTIVATION_UNIT
 from grc.kernels.attention import ATTENTION
 from grc.kernels.bag_dot import BAG_DOT
 from grc.kernels.bag_fm import BAG_FM
@@ -15,12 +16,13 @@ from grc.kernels.score_topk import PACKED_SCORE_TOPK, SCORE_TOPK
 
 OPS: tuple[FusedOp, ...] = (
     LOOKUP, BAG_DOT, BAG_FM, CROSS, PACKED_LINEAR, QUANTISED_LINEAR, SCALED_LINEAR, SCORE_TOPK, PACKED_SCORE_TOPK,
-    ATTENTION, CHECKED_IDS,
+    ATTENTION, ACTIVATION_UNIT, CHECKED_IDS,
 )  # fmt: skip
 
 for op in OPS:
     register(op)
 
+from grc.kernels.activation_unit.pattern import ActivationUnit  # noqa: E402
 from grc.kernels.attention.pattern import Attention  # noqa: E402
 from grc.kernels.bag_dot.pattern import BagDot  # noqa: E402
 from grc.kernels.bag_fm.pattern import BagFm  # noqa: E402
@@ -28,5 +30,5 @@ from grc.kernels.cross.pattern import Cross  # noqa: E402
 from grc.kernels.fusion import Fusion  # noqa: E402
 from grc.kernels.score_topk.pattern import ScoreTopk  # noqa: E402
 
-FUSIONS: tuple[Fusion, ...] = (BagDot(), BagFm(), Cross(), ScoreTopk(), Attention())
+FUSIONS: tuple[Fusion, ...] = (BagDot(), BagFm(), Cross(), ScoreTopk(), Attention(), ActivationUnit())
 """In the order in which they are tried: the largest patterns first."""

@@ -32,6 +32,20 @@ class Sum:
             self.values.append(node)
             self.weights.append(weight.clone())
 
+    def flatten(self) -> None:
+        """Give the weights of a concatenation to its parts where those are multiplied too."""
+        for node in list(self.values):
+            parts: Any = node.args[0] if is_op(node, aten.cat) else None
+            if parts is None or not all(part in self.values for part in parts):
+                continue
+            if argument(node, "dim") % value(node).dim() != value(node).dim() - 1:
+                continue
+            at = self.values.index(node)
+            weight = self.weights.pop(at)
+            del self.values[at]
+            for part, block in zip(parts, weight.split([shape(part)[-1] for part in parts], 1), strict=True):
+                self.add(part, block)
+
     @property
     def width(self) -> int:
         return sum(weight.shape[1] for weight in self.weights)
@@ -88,6 +102,7 @@ def split(edit: Rewriter, node: fx.Node) -> str | None:
             if rows is None and shape(term)[:-1] != shape(part)[:-1]:
                 raise Miss(f"a part of shape {list(map(str, shape(term)))} is broadcast")
             (every if rows is None else shared).add(term if rows is None else rows, sign * block)
+    every.flatten()
     if not every.values or every.width >= column:
         return None
     bias = argument(node, "bias")

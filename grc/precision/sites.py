@@ -16,8 +16,8 @@ from torch import fx
 
 from grc.graph.cost import rows_per_sample
 from grc.graph.match import aten, attribute, call_arguments, is_op, value
+from grc.kernels import ACTIVATION_UNIT, BAG_DOT, BAG_FM, CROSS, LOOKUP, SCORE_TOPK
 from grc.kernels import ATTENTION as ATTENTION_OP
-from grc.kernels import BAG_DOT, BAG_FM, CROSS, LOOKUP, SCORE_TOPK
 from grc.kernels.lookup.row_formats import row_bytes
 from grc.kernels.quantised_linear import MAX_DEPTH
 from grc.precision.formats import BITS
@@ -59,6 +59,8 @@ def find_sites(graph: fx.GraphModule) -> list[Site]:
     for node in graph.graph.nodes:
         if node.target is ATTENTION_OP.overload and value(node).dtype is torch.float32:
             found[node.name] = Site(node.name, ATTENTION, [node], 0, attention_work(node))
+        if node.target is ACTIVATION_UNIT.overload:
+            found[str(node.args[3].target)] = unit(node)  # type: ignore[union-attr]
         weight = layer_weight(node)
         tensor = attribute(graph, weight)
         if tensor is None or tensor.dim() != 2 or tensor.dtype is not torch.float32:
@@ -74,6 +76,15 @@ def find_sites(graph: fx.GraphModule) -> list[Site]:
         if (node.target is SCORE_TOPK.overload) != (site.kind == RANKING):
             site.reason = "one layer ranks its scores and another does not"
     return [*found.values(), *tables(graph, found)]
+
+
+def unit(node: fx.Node) -> Site:
+    """The layers of an activation unit, by the name of the first."""
+    keys, first, second = node.args[1], node.args[3], node.args[5]
+    elements = value(first).numel() + value(second).numel()
+    site = Site(str(first.target), LAYER, [node], elements, elements * rows_per_sample(keys))  # type: ignore[union-attr, arg-type]
+    site.reason = "an activation unit's layers are joined with each user's query, in float32"
+    return site
 
 
 def attention_work(node: fx.Node) -> int:

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstdint>
 #include <limits>
 #include <utility>
@@ -36,7 +37,7 @@ constexpr int64_t kDepth = 256;
 // Floats of x that stay in L2 while the panels pass by: 192 KiB leave room for a panel in the 512 KiB of older cores.
 constexpr int64_t kBlock = 48 * 1024;
 
-enum class Activation : int64_t { none, relu, gelu, gelu_tanh, silu, sigmoid, tanh };
+enum class Activation : int64_t { none, relu, gelu, gelu_tanh, silu, sigmoid, tanh, prelu, dice };
 
 // A matrix whose rows are contiguous and lie `stride` floats apart. Null data: not given.
 struct Matrix {
@@ -44,11 +45,17 @@ struct Matrix {
   int64_t stride = 0;
 };
 
+// Numbers for each column that an activation reads: alpha, and dice's scale and shift.
+inline int64_t gate_rows(Activation activation) {
+  return activation == Activation::prelu ? 1 : activation == Activation::dice ? 3 : 0;
+}
+
 struct Epilogue {
   const float* bias = nullptr;
   Matrix mul;
   Matrix add;
   Activation activation = Activation::none;
+  Matrix gate;  // [gate_rows, n]
 };
 
 struct Gemm {
@@ -99,9 +106,44 @@ inline Lanes activate(Lanes v, Activation activation) {
   return transcendental(v, activation);
 }
 
+// 1 / (1 + exp(-v)) to three units in the last place. exp is 2^n exp(r) with |r| <= ln(2) / 2 and the series' first terms,
+// refitted; it is inlined so that the many of a tile overlap, which calls of Sleef's do not.
+inline Lanes sigmoid(Lanes v) {
+  typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
+  typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(float))));
+  // within this range 2^n is a normal number or, at its end, infinity; NaN stays NaN
+  const Lanes x = at::vec::clamp_max(at::vec::clamp_min(v.neg(), Lanes(-87.f)), Lanes(89.f));
+  const Lanes rounder(12582912.f);  // 1.5 * 2^23: adding it leaves n in the lowest bits
+  const Lanes shifted = at::vec::fmadd(x, Lanes(1.44269504f), rounder);
+  const Lanes n = shifted - rounder;
+  const Lanes r = at::vec::fmadd(n, Lanes(-1.42860677e-6f), at::vec::fmadd(n, Lanes(-0.693145752f), x));
+  constexpr float P[] = {0.00836872f, 0.04166839f, 0.16666521f, 0.49999993f, 1.f, 1.f};
+  Lanes poly(0.00138146f);
+  for (const float c : P) poly = at::vec::fmadd(poly, r, Lanes(c));
+  const Ints power = (std::bit_cast<Ints>(shifted) + 127) << 23;
+  return Lanes(1.f) / at::vec::fmadd(poly, std::bit_cast<Lanes>(std::bit_cast<Floats>(power)), Lanes(1.f));
+}
+
+// PReLU, and the Dice of DIN, v * (alpha + (1 - alpha) * sigmoid(scale * v + shift)), for some columns.
+struct Gate {
+  bool dice;
+  Lanes alpha, rest, scale, shift;
+
+  Gate(const Epilogue& e, int64_t col, int64_t count) : dice(e.activation == Activation::dice) {
+    const auto row = [&](int64_t i) { return Lanes::loadu(e.gate.data + i * e.gate.stride + col, count); };
+    alpha = row(0);
+    if (dice) rest = Lanes(1.f) - alpha, scale = row(1), shift = row(2);
+  }
+
+  Lanes operator()(Lanes v) const {
+    if (!dice) return Lanes::blendv(v * alpha, v, v > Lanes(0.f));
+    return v * at::vec::fmadd(rest, sigmoid(at::vec::fmadd(v, scale, shift)), alpha);
+  }
+};
+
 inline Lanes finish(Lanes v, const Epilogue& e, int64_t row, int64_t col, int64_t count) {
   if (e.bias) v = v + Lanes::loadu(e.bias + col, count);
-  v = activate(v, e.activation);
+  v = e.gate.data ? Gate(e, col, count)(v) : activate(v, e.activation);
   if (e.mul.data) v = v * Lanes::loadu(e.mul.data + row * e.mul.stride + col, count);
   if (e.add.data) v = v + Lanes::loadu(e.add.data + row * e.add.stride + col, count);
   return v;
@@ -119,18 +161,23 @@ struct Tile {
   const bool relu = last && e.activation == Activation::relu;
   // Tiles may be short, and then this is a good part of their time: what is common runs without a branch.
   const bool common = !last || (!e.mul.data && !e.add.data && (relu || e.activation == Activation::none));
+  const bool gated = last && e.gate.data && !e.mul.data && !e.add.data;
   const Lanes floor(relu ? 0.f : -std::numeric_limits<float>::infinity());
   const int64_t step = vecs * kLanes;
   for (int64_t j = 0; j < vecs; ++j, sums += kLanes) {
     const int64_t col = t.col + j * kLanes;
     const int64_t count = std::min(kLanes, g.n - col);
     float* y = g.y + t.row * g.n + col;
+    const auto sum = [&](int64_t i, Lanes bias) {
+      return Lanes::loadu(sums + i * step) + (first ? Lanes(0.f) : Lanes::loadu(y)) + bias;
+    };
     if (common && count == kLanes) {
       const Lanes bias = last && e.bias ? Lanes::loadu(e.bias + col) : Lanes(0.f);
-      for (int64_t i = 0; i < rows; ++i, y += g.n) {
-        const Lanes before = first ? Lanes(0.f) : Lanes::loadu(y);
-        at::vec::clamp_min(Lanes::loadu(sums + i * step) + before + bias, floor).store(y);
-      }
+      for (int64_t i = 0; i < rows; ++i, y += g.n) at::vec::clamp_min(sum(i, bias), floor).store(y);
+    } else if (gated && count == kLanes) {
+      const Gate gate(e, col, count);
+      const Lanes bias = e.bias ? Lanes::loadu(e.bias + col) : Lanes(0.f);
+      for (int64_t i = 0; i < rows; ++i, y += g.n) gate(sum(i, bias)).store(y);
     } else {
       for (int64_t i = 0; i < rows; ++i, y += g.n) {
         Lanes v = Lanes::loadu(sums + i * step);

@@ -1,0 +1,204 @@
+"""Where the activation unit applies: layers over each step of a history, the first of them split by what it reads."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from grc.graph.match import Miss, argument, aten, attribute, is_op, only_user, same_shape, shape, value
+from grc.graph.rewrite import Rewriter
+from grc.kernels.activation_unit import ACTIVATION_UNIT, DICE, PRELU
+from grc.kernels.fusion import Fused, Fusion
+from grc.kernels.packed_linear import ACTIVATIONS
+
+SIMPLE = {
+    packet: list(ACTIVATIONS).index(name)
+    for name, packet in (("relu", aten.relu), ("silu", aten.silu), ("sigmoid", aten.sigmoid), ("tanh", aten.tanh))
+}
+LARGEST = 1 << 16  # weights of the first layer over the keys: joined with the query they stay in the cache of a core
+
+
+class Activated(NamedTuple):
+    """An activation of `source`, and its numbers for each column."""
+
+    source: fx.Node
+    activation: int
+    gate: Tensor | None
+
+
+class ActivationUnit(Fusion):
+    """MLP([k, k * q, ...]) for every step k of a history: two hidden layers and a score (DIN; Zhou et al. 2018).
+
+    It stands as split-concat-linear leaves it: linear(cat([k, k * q])) + linear(q) is the first layer.
+    """
+
+    name = "activation-unit"
+    op = ACTIVATION_UNIT
+    anchors = (aten.linear,)
+
+    def fuse(self, edit: Rewriter, node: fx.Node) -> Fused | None:
+        head, head_bias = weights(edit, node)
+        outer = activation_of(edit, node.args[0])
+        if head is None or len(head) != 1 or outer is None or not is_op(outer.source, aten.linear):
+            return None
+        second, second_bias = weights(edit, outer.source)
+        inner = activation_of(edit, outer.source.args[0])
+        if second is None or inner is None:
+            return None
+        found = first_layer(edit, inner.source)
+        if found is None:
+            return None
+        query, keys, row, first = found
+        if any(value(operand).dtype is not torch.float32 for operand in (query, keys, row, node)):
+            raise Miss(f"values are {value(node).dtype}")
+        if first.numel() > 2 * LARGEST:
+            raise Miss(f"the first layer's weight of {first.shape[1]} x {first.shape[0]} leaves no room in the cache")
+        width, n1, n2 = int(shape(keys)[2]), len(second[0]), len(second)
+
+        def constant(name: str, tensor: Tensor | None, default: int = 0) -> fx.Node | None:
+            if tensor is None:
+                return edit.parameter(name, torch.zeros(default)) if default else None
+            return edit.parameter(name, tensor.detach().float().contiguous().clone())
+
+        new = edit.call(
+            ACTIVATION_UNIT.overload,
+            edit.reshape(query, -1, width),
+            keys,
+            edit.reshape(row, -1, n1),
+            constant("unit_first", first.t()),
+            constant("unit_first_gate", inner.gate),
+            constant("unit_second", second.t()),
+            constant("unit_second_bias", second_bias, n2),
+            constant("unit_second_gate", outer.gate),
+            constant("unit_head", head[0]),
+            constant("unit_head_bias", head_bias, 1),
+            inner.activation,
+            outer.activation,
+        )
+        return Fused(node, edit.call(aten.unsqueeze.default, new, -1), f"{n1}-{n2}-1 over each step in one kernel")
+
+
+def weights(edit: Rewriter, linear: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The constant weight and bias of a linear layer; no weight where either varies."""
+    weight, bias = attribute(edit.module, linear.args[1]), argument(linear, "bias")
+    if weight is None or weight.dim() != 2 or (bias is not None and attribute(edit.module, bias) is None):
+        return None, None
+    return weight, None if bias is None else attribute(edit.module, bias)
+
+
+def first_layer(edit: Rewriter, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, Tensor] | None:
+    """query [B, 1, D], keys [B, S, D], row [B, 1, N1] and the weight [N1, 2 D] of keys and products."""
+    if not is_op(node, aten.add) or len(node.args) != 2 or argument(node, "alpha") != 1:
+        return None
+    for every, row in (node.args, node.args[::-1]):
+        if not is_op(every, aten.linear) or not is_op(every.args[0], aten.cat) or only_user(every) is not node:  # type: ignore[union-attr, arg-type]
+            continue
+        weight, bias = weights(edit, every)
+        parts: Any = every.args[0].args[0]  # type: ignore[union-attr]
+        if weight is None or bias is not None or len(parts) < 2 or value(node).dim() != 3:
+            continue
+        if not isinstance(row, fx.Node) or value(row).dim() != 3 or shape(row)[1] != 1:
+            continue
+        for product, rest, halves in (
+            (parts[-1], parts[:-1], weight.chunk(2, 1)),
+            (parts[0], parts[1:], weight.chunk(2, 1)[::-1]),
+        ):
+            for keys, query in two_factors(product):
+                if rest == [keys] or (is_op(keys, aten.cat) and rest == list(keys.args[0])):  # type: ignore[arg-type]
+                    return query, keys, row, torch.cat(list(halves), 1)
+    return None
+
+
+def two_factors(product: Any) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Keys and the query [B, 1, D] of `keys * query`, however that is spread over the steps."""
+    if not is_op(product, aten.mul) or len(product.args) != 2:
+        return
+    for keys, query in (product.args, product.args[::-1]):
+        while is_op(query, aten.expand):
+            query = query.args[0]
+        if not isinstance(query, fx.Node) or not isinstance(keys, fx.Node) or not same_shape(product, keys):
+            continue
+        if value(query).dim() == 3 and shape(query)[1] == 1 and shape(query)[2] == shape(keys)[2]:
+            yield keys, query
+
+
+def activation_of(edit: Rewriter, node: Any) -> Activated | None:
+    """The activation that gives this value, of a layer that nothing else reads."""
+    if is_op(node, *SIMPLE):
+        return Activated(node.args[0], next(code for op, code in SIMPLE.items() if is_op(node, op)), None)
+    source = plain(node)
+    if is_op(source, aten.prelu):
+        alpha = attribute(edit.module, source.args[1])
+        x = plain(source.args[0])
+        columns = shape(x)[-1]
+        if alpha is None or (alpha.numel() > 1 and value(source).dim() != 2):  # its channels are dimension 1
+            return None
+        return Activated(x, PRELU, alpha.detach().reshape(1, -1).expand(1, columns))
+    turned = is_turned(source)
+    return dice_of(edit, source.args[0] if turned else source, turned)
+
+
+def dice_of(edit: Rewriter, node: Any, turned: bool) -> Activated | None:
+    """p x + (1 - p) alpha x, p = sigmoid(batch_norm(x)), its factors in any order; `turned` where all of it is computed
+    on [B, N, S], as batch norm takes three dimensions."""
+    if not is_op(node, aten.add) or len(node.args) != 2 or argument(node, "alpha") != 1:
+        return None
+    for kept, scaled in (node.args, node.args[::-1]):
+        p = next((factor for factor in factors(kept) if is_op(factor, aten.sigmoid)), None)
+        x = next((factor for factor in factors(kept) if factor is not p), None)
+        rest = [factor for factor in factors(scaled) if factor is not x]
+        alpha = next((attribute(edit.module, f) for f in rest if attribute(edit.module, f) is not None), None)
+        inverse = any(is_op(f, aten.rsub) and plain(f.args[0]) is p and f.args[1] == 1 for f in rest)
+        if p is None or x is None or alpha is None or not inverse or len(rest) != 2 or len(factors(kept)) != 2:
+            continue
+        columns = shape(x)[1 if turned else -1]
+        affine = batch_norm(edit, plain(p.args[0]), x, 3 if turned else 2)
+        if affine is None or alpha.numel() not in (1, columns) or is_turned(x) is not turned:
+            continue
+        if turned and alpha.numel() > 1 and alpha.shape[-1] != 1:  # a number for each step
+            continue
+        gate = torch.stack([alpha.detach().double().reshape(-1).expand(columns), *affine])
+        return Activated(x.args[0] if turned else x, DICE, gate)
+    return None
+
+
+def is_turned(node: Any) -> bool:
+    """[B, S, N] as [B, N, S], or back."""
+    return is_op(node, aten.transpose) and value(node).dim() == 3 and {d % 3 for d in node.args[1:3]} == {1, 2}
+
+
+def batch_norm(edit: Rewriter, node: Any, x: fx.Node, dims: int) -> tuple[Tensor, Tensor] | None:
+    """Scale and shift [N] of a batch norm of x in eval mode, which has so many dimensions there."""
+    call = node.args[0] if isinstance(node, fx.Node) and node.target is operator.getitem else node
+    if not is_op(call, aten._native_batch_norm_legit_no_training) or plain(call.args[0]) is not x:
+        return None
+    if value(call.args[0]).dim() != dims:
+        return None
+    names = ("weight", "bias", "running_mean", "running_var")
+    weight, bias, mean, var = (attribute(edit.module, argument(call, name)) for name in names)
+    if mean is None or var is None:
+        return None
+    scale = (var.detach().double() + argument(call, "eps")).rsqrt()
+    if weight is not None:
+        scale = scale * weight.detach().double()
+    shift = -mean.detach().double() * scale
+    return scale, shift if bias is None else shift + bias.detach().double()
+
+
+def factors(node: Any) -> list[Any]:
+    """A product's factors, seen through the reshapes that Dice flattens steps with."""
+    node = plain(node)
+    if is_op(node, aten.mul) and len(node.args) == 2:
+        return [*factors(node.args[0]), *factors(node.args[1])]
+    return [node]
+
+
+def plain(node: Any) -> Any:
+    """A value before it was reshaped with its last dimension kept."""
+    while is_op(node, aten.reshape, aten.view) and shape(node)[-1] == shape(node.args[0])[-1]:
+        node = node.args[0]
+    return node
