@@ -24,6 +24,7 @@ class Signature:
         self.flat_call = all("leaf" in part for part in simple)
         self.positional = len(args["tuple"])
         self.parameters = manifest["structure"]["parameters"]
+        self.known = frozenset(self.parameters)
 
     def leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
         """The request's tensors, in the order of the graph's inputs. Raises InputError where it has another structure."""
@@ -45,6 +46,8 @@ class Signature:
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
         names = self.parameters
+        if not args and kwargs.keys() == self.known:
+            return [kwargs[name] for name in names]
         given = dict(zip(names, args, strict=False)) | kwargs
         missing = [n for n in names if n not in given]
         extra = [n for n in given if n not in names]

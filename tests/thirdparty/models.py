@@ -221,7 +221,9 @@ MODELS = (
     ThirdParty(
         "deepctr-xdeepfm", "deepctr_torch", lambda: deepctr_model("xDeepFM", cin_layer_size=(16, 8)), (ONE, ONE)
     ),
-    ThirdParty("deepctr-din", "deepctr_torch", deepctr_din, ("3 look-ups of 3 tables -> 1",), built=True),
+    ThirdParty(
+        "deepctr-din", "deepctr_torch", deepctr_din, ("3 look-ups of 3 tables -> 1",), ("activation-unit",), built=True
+    ),
     ThirdParty("transformers-gpt2", "transformers", gpt2, fused=("attention",) * 2, built=True),
     ThirdParty("transformers-bert", "transformers", bert, fused=("attention",) * 2),
 )
