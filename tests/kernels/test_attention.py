@@ -213,6 +213,10 @@ def real(batch: int) -> Tensor:
     return made
 
 
+def steps(batch: int) -> Tensor:
+    return torch.randn(batch, STEPS, generator=torch.Generator().manual_seed(batch))
+
+
 class Wrapped(nn.Module):
     """A model of one projection to q, k and v, and a function of it."""
 
@@ -280,6 +284,14 @@ def one_head(m: Wrapped, x: Tensor) -> Tensor:
     return torch.softmax(q @ k.transpose(1, 2) * 0.25, -1) @ v
 
 
+def heads_first(m: Wrapped, x: Tensor, *bias: Tensor) -> Tensor:
+    """As AutoInt stacks its heads: [H, B, L, D]."""
+    q, k, v = (torch.stack(t.split(WIDTH // HEADS, 2)) for t in x.chunk(3, -1))
+    weights = torch.einsum("bnik,bnjk->bnij", q, k)
+    weights = F.softmax(weights + bias[0][:, None] if bias else weights, -1)
+    return torch.cat(torch.split(torch.einsum("bnij,bnjk->bnik", weights, v), 1), -1).squeeze(0)
+
+
 def hstu(m: Wrapped, x: Tensor, pad: Tensor) -> Tensor:
     q, k, v = (t.view(x.shape[0], STEPS, HEADS, -1) for t in F.silu(x).chunk(3, -1))
     scores = torch.einsum("bnhd,bmhd->bhnm", q, k) + m.out.weight[:STEPS, :STEPS]
@@ -317,6 +329,11 @@ def test_fuses(attend: Callable[..., Tensor]) -> None:
     left, args = call_of(Wrapped(attend))
     assert not left & (VIEWS | OTHERS)
     assert is_causal(args) == (attend in (sdpa, by_einsum, by_bmm))
+
+
+def test_fuses_heads_that_come_first() -> None:
+    left, args = call_of(Wrapped(heads_first))
+    assert not left & OTHERS and not is_causal(args)
 
 
 @pytest.mark.parametrize("attend", [by_matmul, by_large_number, hstu])
@@ -371,6 +388,7 @@ def double_precision(m: Wrapped, x: Tensor) -> Tensor:
         (scaled_mask, (real,), "the mask is multiplied by a number"),
         (masked_softmax, (real,), "what softmax gives is multiplied by a mask"),
         (double_precision, (), "values are float64"),
+        (heads_first, (steps,), "a mask is added to scores whose first dimension are the heads"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

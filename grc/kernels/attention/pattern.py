@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -127,11 +127,28 @@ def written_out(module: fx.GraphModule, node: fx.Node) -> Found | None:
     left, right = layout(read.product.left_layout, "n"), layout(read.product.right_layout, "m")
     if weights.kind == STRICT_SOFTMAX and weights.masks.factors:
         raise Miss("what softmax gives is multiplied by a mask")
-    return Found(
+    found = Found(
         read.product.left, left, read.product.right, right, out.right, layout(out.right_layout, "m"),
         layout(out.out_layout, "n"), weights.kind, read.scale, weights.gain, False, weights.masks,
         weights.launches + read.launches + 1,
     )  # fmt: skip
+    return heads_first(found) if "g" not in left and isinstance(shape(found.q)[left.index("b")], int) else found
+
+
+def heads_first(found: Found) -> Found:
+    """[H, B, L, D], as AutoInt (Song et al. 2019) stacks its heads: what was taken for the batch is a number."""
+    if isinstance(shape(found.q)[found.q_layout.index("h")], int):
+        return found  # the batch is a number too
+    if found.masks != Masks():
+        raise Miss("a mask is added to scores whose first dimension are the heads")
+    names = str.maketrans("bh", "hb")
+    return replace(
+        found,
+        q_layout=found.q_layout.translate(names),
+        k_layout=found.k_layout.translate(names),
+        v_layout=found.v_layout.translate(names),
+        out_layout=found.out_layout.translate(names),
+    )
 
 
 def layout(names: str, length: str) -> str:
