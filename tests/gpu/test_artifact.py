@@ -109,10 +109,13 @@ def test_answers_on_the_device_that_asks(program: grc.Program, model: nn.Module,
     assert found["best"].dtype is torch.int64
 
 
-def test_pinned_requests_are_copied_from_where_they_are(
-    program: grc.Program, path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("large", ["LARGE", "APART", "both"])
+def test_large_requests_and_answers_go_where_they_are_wanted(
+    program: grc.Program, path: Path, monkeypatch: pytest.MonkeyPatch, large: str
 ) -> None:
-    monkeypatch.setattr(bucket, "LARGE", 1)
+    for name in ("LARGE", "APART") if large == "both" else (large,):
+        monkeypatch.setattr(bucket, name, 1)
+    monkeypatch.setattr(bucket, "SUMMED", 0)
     direct = grc.load(path)
     for batch in (1, 3, 16, 100, 2):
         inputs = click_inputs(batch)

@@ -182,6 +182,9 @@ def test_leaves_what_is_something_else() -> None:
 
     for activation in (lambda n: PerStep(), lambda n: nn.Softplus()):
         assert compiled(Attention(JOINS["din"], 4 * WIDTH, activation)) == ([], [])
+    one_for_all = torch.randn(1, 1, WIDTH)
+    shared = Attention(lambda h, t: torch.cat([t, h, h * one_for_all], -1), 3 * WIDTH, SHAPES["relu"])
+    assert compiled(shared) == ([], [])
     without_product = Attention(lambda h, t: torch.cat([t, h, t - h], -1), 3 * WIDTH, SHAPES["relu"])
     assert compiled(without_product) == ([], [])
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from grc.graph.match import Miss, argument, aten, attribute, is_op, only_user, same_shape, shape, value
+from grc.graph.match import Miss, argument, aten, attribute, is_op, only_user, same_shape, same_size, shape, value
 from grc.graph.rewrite import Rewriter
 from grc.kernels.activation_unit import ACTIVATION_UNIT, DICE, PRELU
 from grc.kernels.fusion import Fused, Fusion
@@ -98,10 +98,11 @@ def first_layer(edit: Rewriter, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Nod
         if not is_op(every, aten.linear) or not is_op(every.args[0], aten.cat) or only_user(every) is not node:  # type: ignore[union-attr, arg-type]
             continue
         weight, bias = weights(edit, every)
-        parts: Any = every.args[0].args[0]  # type: ignore[union-attr]
+        cat: Any = every.args[0]  # type: ignore[union-attr]
+        parts = cat.args[0]
         if weight is None or bias is not None or len(parts) < 2 or value(node).dim() != 3:
             continue
-        if not isinstance(row, fx.Node) or value(row).dim() != 3 or shape(row)[1] != 1:
+        if argument(cat, "dim") not in (-1, 2) or not is_row(row, node):
             continue
         for product, rest, halves in (
             (parts[-1], parts[:-1], weight.chunk(2, 1)),
@@ -120,10 +121,16 @@ def two_factors(product: Any) -> Iterator[tuple[fx.Node, fx.Node]]:
     for keys, query in (product.args, product.args[::-1]):
         while is_op(query, aten.expand):
             query = query.args[0]
-        if not isinstance(query, fx.Node) or not isinstance(keys, fx.Node) or not same_shape(product, keys):
-            continue
-        if value(query).dim() == 3 and shape(query)[1] == 1 and shape(query)[2] == shape(keys)[2]:
+        if isinstance(keys, fx.Node) and same_shape(product, keys) and is_row(query, keys):
             yield keys, query
+
+
+def is_row(node: Any, like: fx.Node) -> bool:
+    """[B, 1, D] beside a [B, S, D]."""
+    if not isinstance(node, fx.Node) or value(node).dim() != 3 or value(like).dim() != 3:
+        return False
+    (batch, one, width), (users, _, columns) = shape(node), shape(like)
+    return one == 1 and same_size(batch, users) and width == columns
 
 
 def activation_of(edit: Rewriter, node: Any) -> Activated | None:
