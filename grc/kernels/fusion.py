@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +38,6 @@ class FusedOp:
     schema: str  # "bag_dot(Tensor arena, Tensor ids, ...) -> Tensor"
     reference: Callable[..., Any]
     cpu: Path | None  # C++ source, `aoti_torch_cpu_NAME`
-    cuda: Callable[..., Any] | None = None  # launches the Triton kernel through wrap_triton
     cost: Callable[..., Cost] | None = None
     cases: Sequence[Case] = field(default_factory=tuple)
     only_float32: bool = False  # of the C++ kernel: calls on other dtypes are the reference's
@@ -45,6 +45,11 @@ class FusedOp:
     @property
     def name(self) -> str:
         return self.schema.split("(")[0]
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it has a Triton kernel."""
+        return importlib.util.find_spec(f"grc.kernels.{self.name}.triton") is not None
 
     @property
     def overload(self) -> torch._ops.OpOverload:

@@ -35,7 +35,7 @@ def pipeline(options: Options, fusions: Sequence[Any]) -> list[Pass]:
         "merge-tables": MergeTables(),
         "simplify": Simplify(),
         "split-concat-linear": SplitConcatLinear(),
-        "fuse": Fuse(tuple(fusion for fusion in fusions if options.device == "cpu" or fusion.op.cuda is not None)),
+        "fuse": Fuse(tuple(fusion for fusion in fusions if options.device == "cpu" or fusion.op.on_gpu)),
         "needed-rows": NeededRows(),
     }
     if options.on_bad_id != "error":
