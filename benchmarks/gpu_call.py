@@ -1,4 +1,4 @@
-"""Where the time of a call on a GPU goes: kernels, copies, launch and wait, Python, with copies by kernel and by engine.
+"""Where the time of a call on a GPU goes: kernels, copies, launch and wait, Python; requests copied by kernel and by engine.
 
     python -m benchmarks.gpu_call MODEL ARTIFACT [--batches 1,128,2048] [--json FILE]
 

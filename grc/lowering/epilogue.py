@@ -10,10 +10,8 @@ from torch import fx
 from grc.graph.match import argument, aten, attribute, is_op, only_user, same_shape, value
 from grc.graph.rewrite import copy_graph
 from grc.kernels import CROSS
+from grc.kernels.packed_linear.activations import NONE, activation_code
 from grc.kernels.packed_linear.panels import NARROW
-
-NONE, RELU, GELU, GELU_TANH, SILU, SIGMOID, TANH = range(7)  # places in packed_linear.ACTIVATIONS
-ACTIVATIONS = {aten.relu: RELU, aten.silu: SILU, aten.sigmoid: SIGMOID, aten.tanh: TANH}
 
 
 class Layer(NamedTuple):
@@ -43,11 +41,8 @@ def layer_of(node: fx.Node) -> Layer | None:
 def activation_of(node: fx.Node) -> tuple[int, fx.Node]:
     """The activation that alone reads a linear layer, and the node that ends the pair."""
     user = only_user(node)
-    if user is not None and is_op(user, *ACTIVATIONS):
-        return next(code for op, code in ACTIVATIONS.items() if is_op(user, op)), user
-    if user is not None and is_op(user, aten.gelu):
-        return (GELU if argument(user, "approximate") == "none" else GELU_TANH), user
-    return NONE, node
+    code = activation_code(user)
+    return (NONE, node) if user is None or code == NONE else (code, user)
 
 
 def residual_of(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from grc.compiler import as_model, optimise, traced
 from grc.kernels import FUSIONS, cpp
-from grc.kernels.activation_unit import ACTIVATION_UNIT, DICE, PRELU
+from grc.kernels.activation_unit import ACTIVATION_UNIT
 from grc.kernels.activation_unit.cases import arguments
-from grc.kernels.packed_linear import ACTIVATIONS
+from grc.kernels.packed_linear.activations import DICE, NONE
 from grc.options import Options
 from grc.passes.pipeline import pipeline
+from grc.precision.sites import find_sites
 from grc.progress import Silent
 from tests.kernels.contract import ISAS
 
@@ -45,7 +46,7 @@ def test_cases(case: Any, isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("activation", [*range(len(ACTIVATIONS)), PRELU, DICE])
+@pytest.mark.parametrize("activation", range(NONE, DICE + 1))
 def test_every_activation(activation: int, isa: str) -> None:
     for n1, n2 in ((16, 8), (19, 3)):
         check(arguments(activation, 3, 11, 5, n1, n2, (activation, activation)), isa)
@@ -140,12 +141,13 @@ SHAPES: dict[str, Callable[[int], nn.Module]] = {
     "prelu of one": lambda n: nn.PReLU(),
     "relu": lambda n: nn.ReLU(),
     "sigmoid": lambda n: nn.Sigmoid(),
+    "gelu": lambda n: nn.GELU(),
     "tanh": lambda n: nn.Tanh(),
 }
 
 
-def compiled(model: nn.Module) -> tuple[list[str], list[str]]:
-    """What was fused and why what wasn't, each pass proven against the model in double precision."""
+def rewritten(model: nn.Module) -> Any:
+    """The graph and the passes' records, each pass proven against the model in double precision."""
 
     def inputs(batch: int) -> tuple[Tensor, Tensor]:
         make = torch.Generator().manual_seed(batch)
@@ -153,8 +155,12 @@ def compiled(model: nn.Module) -> tuple[list[str], list[str]]:
 
     options = Options(strict=True)
     source = traced(as_model(model.eval(), inputs), Silent())
-    done = optimise(source, options, Silent(), pipeline(options, FUSIONS))
-    fuse = next(record for record in done.records if record.name == "fuse")
+    return optimise(source, options, Silent(), pipeline(options, FUSIONS))
+
+
+def compiled(model: nn.Module) -> tuple[list[str], list[str]]:
+    """What was fused and why what wasn't."""
+    fuse = next(record for record in rewritten(model).records if record.name == "fuse")
     return [c.saves for c in fuse.made], [c.missed for c in fuse.missed]
 
 
@@ -193,6 +199,13 @@ def test_a_layer_too_large_for_a_core_is_left_and_says_so(monkeypatch: pytest.Mo
     monkeypatch.setattr("grc.kernels.activation_unit.pattern.LARGEST", 50)
     made, missed = compiled(Attention(JOINS["din"], 4 * WIDTH, SHAPES["relu"]))
     assert made == [] and missed == ["the first layer's weight of 12 x 10 leaves no room in the cache"]
+
+
+def test_its_layers_stay_in_float32_and_say_why() -> None:
+    sites = find_sites(rewritten(Attention(JOINS["din"], 4 * WIDTH, Dice)).graph)
+    assert [(site.name, site.reason is None) for site in sites] == [("split_weight_1", True), ("unit_first", False)]
+    assert sites[1].elements == 10 * 2 * WIDTH + 7 * 10
+    assert sites[1].reason == "an activation unit's layers are joined with each user's query, in float32"
 
 
 def test_only_where_it_has_a_kernel() -> None:

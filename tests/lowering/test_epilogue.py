@@ -12,6 +12,7 @@ from grc.compiler import optimise
 from grc.graph.capture import Source, capture
 from grc.graph.match import aten, is_op
 from grc.graph.model_file import from_module
+from grc.kernels.packed_linear.activations import GELU_TANH, NONE, RELU
 from grc.lowering import epilogue
 from grc.lowering.engine import Lowerable
 from grc.lowering.export import export_graph
@@ -101,7 +102,7 @@ def test_every_layer_but_a_narrow_head_goes_to_the_kernel_for_few_rows(
     found = epilogue.with_small_linears(layers.graph)
     calls = as_reference(found)
     assert count(found, aten.linear, aten.gelu, aten.relu, aten.add) == [1, 0, 1, 2]
-    assert [node.args[5] for node in calls] == [epilogue.RELU, epilogue.NONE, epilogue.GELU_TANH, epilogue.NONE]
+    assert [node.args[5] for node in calls] == [RELU, NONE, GELU_TANH, NONE]
     (x,) = layers.inputs(3)
     torch.testing.assert_close(found(x)[0], layers.graph(x)[0])
 

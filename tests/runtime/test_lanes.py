@@ -12,7 +12,7 @@ from torch import Tensor
 
 from grc.errors import ArtifactError
 from grc.runtime import bucket
-from grc.runtime.buckets import Buckets
+from grc.runtime.buckets import Buckets, Lane
 from grc.runtime.plan import Plan
 from tests.runtime.tape import install
 
@@ -53,6 +53,13 @@ def plan(sizes: tuple[int, ...] = (1, 4, 16), **more: Any) -> Plan:
     return Plan.of(INPUTS, OUTPUTS, sizes, **more)
 
 
+def lane_of(run: Buckets) -> Lane:
+    """Its one lane, which stays free."""
+    lane = run.free.get()
+    run.free.put(lane)
+    return lane
+
+
 def test_replays_answer_every_size_and_run_the_model_no_more() -> None:
     calls: list[int] = []
     run = Buckets(lambda: model(calls), plan(), counts=True)
@@ -77,9 +84,8 @@ def test_a_large_request_in_pinned_memory_is_copied_from_where_it_is(monkeypatch
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
     monkeypatch.setattr(bucket, "LARGE", 64)
     run = Buckets(lambda: model([]), plan(), counts=True)
-    lane = run.free.get()
+    lane = lane_of(run)
     assert [lane.buckets[batch].large for batch in (1, 4, 16)] == [False, False, True]
-    run.free.put(lane)
     lane.host_in.fill_(77)
     for batch in (5, 16):
         inputs = request(batch)
@@ -94,9 +100,8 @@ def test_a_large_request_in_pinned_memory_is_copied_from_where_it_is(monkeypatch
 def test_large_answers_are_the_callers_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bucket, "APART", 100)
     run = Buckets(lambda: model([]), plan(), counts=True)
-    lane = run.free.get()
+    lane = lane_of(run)
     assert [lane.buckets[batch].apart for batch in (1, 4, 16)] == [[], [], [0, 1]]
-    run.free.put(lane)
     lane.host_out.fill_(77)
     requests = [request(batch) for batch in (5, 16, 9)]
     found = [run(inputs) for inputs in requests]
@@ -112,9 +117,8 @@ def test_callers_that_hold_many_large_answers_get_copies(monkeypatch: pytest.Mon
     monkeypatch.setattr(bucket, "APART", 40)
     monkeypatch.setattr(bucket, "LENT", 1)
     run = Buckets(lambda: model([]), plan(), counts=True)
-    lane = run.free.get()
+    lane = lane_of(run)
     assert lane.buckets[4].apart == [0], "the other answer is small"
-    run.free.put(lane)
     held: list[Tensor] = []
 
     def through_the_bucket() -> bool:
@@ -144,12 +148,11 @@ def test_nan_is_found_wherever_it_is_looked_for(monkeypatch: pytest.MonkeyPatch,
         assert run(inputs).nan
         inputs[0][batch - 1, 1] = float("inf")
         assert not run(inputs).nan
-        lane = run.free.get()
+        lane = lane_of(run)
         inputs = [inputs[0][:1], inputs[1][:, :1], inputs[2]]
         assert not lane.from_device(inputs, 1, None).nan
         inputs[2][2] = float("nan")
         assert lane.from_device(inputs, 1, None).nan
-        run.free.put(lane)
 
 
 @pytest.mark.parametrize("place", [(0, 0), (1, 4)])

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from grc.kernels.activation_unit.cases import CASES
 from grc.kernels.fusion import Cost, FusedOp
-from grc.kernels.packed_linear import ACTIVATIONS
-
-PRELU, DICE = len(ACTIVATIONS), len(ACTIVATIONS) + 1  # what follows the activations of linear layers in grc/gemm.h
+from grc.kernels.packed_linear.activations import ACTIVATIONS, DICE, PRELU
 
 
 def activated(y: Tensor, activation: int, gate: Tensor | None) -> Tensor:
@@ -51,10 +49,10 @@ def reference(
     return y @ head + head_bias
 
 
-def cost(query: Tensor, keys: Tensor, row: Tensor, first: Tensor, *rest: object) -> Cost:
+def cost(
+    query: Tensor, keys: Tensor, row: Tensor, first: Tensor, first_gate: Tensor | None, second: Tensor, *rest: object
+) -> Cost:
     """Everything read once, the scores written once; the first layer's weights are joined for each user."""
-    second = rest[1]
-    assert isinstance(second, Tensor)
     users, steps, width = keys.shape
     n1, n2 = second.shape
     read = query.numel() + keys.numel() + row.numel() + first.numel() + second.numel()

@@ -33,7 +33,8 @@ const float* matrix(AtenTensorHandle handle, const char* name, int64_t rows, int
   const View view(handle);
   bool contiguous = false;
   check(aoti_torch_is_contiguous(handle, &contiguous));
-  if (view.dtype != aoti_torch_dtype_float32() || view.rank != 2 || view.sizes[0] != rows || view.sizes[1] != n || !contiguous)
+  const bool fits = view.rank == 2 && view.sizes[0] == rows && view.sizes[1] == n;
+  if (view.dtype != aoti_torch_dtype_float32() || !fits || !contiguous)
     throw std::invalid_argument(std::string(name) + " is not a contiguous float32 [" + std::to_string(rows) + ", " +
                                 std::to_string(n) + "]");
   return static_cast<const float*>(view.data);

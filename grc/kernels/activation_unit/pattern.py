@@ -11,14 +11,10 @@ from torch import Tensor, fx
 
 from grc.graph.match import Miss, argument, aten, attribute, is_op, only_user, same_shape, same_size, shape, value
 from grc.graph.rewrite import Rewriter
-from grc.kernels.activation_unit import ACTIVATION_UNIT, DICE, PRELU
+from grc.kernels.activation_unit import ACTIVATION_UNIT
 from grc.kernels.fusion import Fused, Fusion
-from grc.kernels.packed_linear import ACTIVATIONS
+from grc.kernels.packed_linear.activations import DICE, NONE, PRELU, activation_code
 
-SIMPLE = {
-    packet: list(ACTIVATIONS).index(name)
-    for name, packet in (("relu", aten.relu), ("silu", aten.silu), ("sigmoid", aten.sigmoid), ("tanh", aten.tanh))
-}
 LARGEST = 1 << 16  # weights of the first layer over the keys: joined with the query they stay in the cache of a core
 
 
@@ -135,8 +131,9 @@ def is_row(node: Any, like: fx.Node) -> bool:
 
 def activation_of(edit: Rewriter, node: Any) -> Activated | None:
     """The activation that gives this value, of a layer that nothing else reads."""
-    if is_op(node, *SIMPLE):
-        return Activated(node.args[0], next(code for op, code in SIMPLE.items() if is_op(node, op)), None)
+    code = activation_code(node)
+    if code != NONE:
+        return Activated(node.args[0], code, None)
     source = plain(node)
     if is_op(source, aten.prelu):
         alpha = attribute(edit.module, source.args[1])

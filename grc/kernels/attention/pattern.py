@@ -132,13 +132,17 @@ def written_out(module: fx.GraphModule, node: fx.Node) -> Found | None:
         layout(out.out_layout, "n"), weights.kind, read.scale, weights.gain, False, weights.masks,
         weights.launches + read.launches + 1,
     )  # fmt: skip
-    return heads_first(found) if "g" not in left and isinstance(shape(found.q)[left.index("b")], int) else found
+    return with_heads_first(found) if heads_come_first(found) else found
 
 
-def heads_first(found: Found) -> Found:
-    """[H, B, L, D], as AutoInt (Song et al. 2019) stacks its heads: what was taken for the batch is a number."""
-    if isinstance(shape(found.q)[found.q_layout.index("h")], int):
-        return found  # the batch is a number too
+def heads_come_first(found: Found) -> bool:
+    """[H, B, L, D], as AutoInt (Song et al. 2019) stacks its heads: what was taken for the batch is a number, and what was
+    taken for the heads is none."""
+    sizes = dict(zip(found.q_layout, shape(found.q), strict=True))
+    return "g" not in sizes and isinstance(sizes["b"], int) and not isinstance(sizes["h"], int)
+
+
+def with_heads_first(found: Found) -> Found:
     if found.masks != Masks():
         raise Miss("a mask is added to scores whose first dimension are the heads")
     names = str.maketrans("bh", "hb")

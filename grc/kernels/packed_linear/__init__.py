@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from grc.errors import LoweringError
 from grc.kernels.fusion import Cost, FusedOp
+from grc.kernels.packed_linear.activations import ACTIVATIONS
 from grc.kernels.packed_linear.cases import CASES
 from grc.kernels.packed_linear.panels import pack, unpack
 
 __all__ = ["ACTIVATIONS", "PACKED_LINEAR", "finished", "pack", "unpack"]
-
-# in the order of the schema's numbers and of `Activation` in grc/gemm.h
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda y: y,
-    "relu": torch.relu,
-    "gelu": functional.gelu,
-    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
-    "silu": functional.silu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-}
 
 
 def finished(y: Tensor, mul: Tensor | None, add: Tensor | None, activation: int) -> Tensor:
