@@ -1,4 +1,4 @@
-"""Buckets: one captured CUDA graph per batch size, with the copies from and to pinned memory inside it.
+"""Buckets: one captured CUDA graph per batch size, with all copies from and to pinned memory but large ones inside it.
 
 A lane is a stream, a memory pool and the graphs that were captured on them; one request at a time goes through a lane,
 because a replay may overwrite the answers of any other graph of its pool. A request takes the smallest bucket that holds
