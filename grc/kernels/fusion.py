@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,11 +44,6 @@ class FusedOp:
     @property
     def name(self) -> str:
         return self.schema.split("(")[0]
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether it has a Triton kernel."""
-        return importlib.util.find_spec(f"grc.kernels.{self.name}.triton") is not None
 
     @property
     def overload(self) -> torch._ops.OpOverload:

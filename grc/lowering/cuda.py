@@ -23,9 +23,11 @@ from grc.lowering.epilogue import (
     takes_small_linears,
     with_heads_as_sums,
     with_relu_in_products,
+    with_rows_as_sums,
     with_small_linears,
 )
 from grc.lowering.export import export_graph
+from grc.lowering.in_place import with_parts_in_place
 from grc.lowering.inductor import package, packaged_constants, settings
 from grc.lowering.move import moved
 from grc.lowering.twins import optional_twins, with_twins
@@ -135,7 +137,7 @@ class CudaInductor:
         if self.twins:
             without = (*self.without, "cross") if self.small else self.without
             graph, counts = with_twins(graph, self.gpu.device, self.count, without)
-            graph = with_heads_as_sums(aligned(graph))
+            graph = with_rows_as_sums(with_heads_as_sums(with_parts_in_place(aligned(graph))))
             if self.small:
                 graph = with_small_linears(graph)
             elif self.bucket is None:  # one that is autotuned may find a kernel of Inductor's with any epilogue

@@ -141,6 +141,28 @@ def with_heads_as_sums(graph: fx.GraphModule) -> fx.GraphModule:
     return cleaned(copy)
 
 
+def with_rows_as_sums(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph for the GPU in which [B, 1, S] @ [B, S, D], a weighted sum of steps, is a product and a sum.
+
+    Inductor takes them in one launch with what makes the weights; cuBLAS needs one of its own, and a copy.
+    """
+    copy = copy_graph(graph)
+    for node in list(copy.graph.nodes):
+        if not is_op(node, aten.bmm, aten.matmul) or any(value(operand).dim() != 3 for operand in node.args):
+            continue
+        weights, steps = node.args
+        if value(weights).shape[1] != 1 or not isinstance(value(steps).shape[1], int):
+            continue
+        call = copy.graph.call_function
+        with copy.graph.inserting_before(node):
+            turned = call(aten.transpose.int, (weights, 1, 2))
+            wide = [call(aten.to.dtype, (operand, torch.float32)) for operand in (turned, steps)]
+            new = call(aten.sum.dim_IntList, (call(aten.mul.Tensor, tuple(wide)), [1], True))
+            new = call(aten.to.dtype, (new, value(node).dtype))
+        put(node, new)
+    return cleaned(copy)
+
+
 def put(old: fx.Node, new: fx.Node) -> None:
     new.meta = dict(old.meta)
     old.replace_all_uses_with(new)

@@ -22,8 +22,6 @@ NAMES = ("jagged", "normalise", "merge-tables", "simplify", "split-concat-linear
 def pipeline(options: Options, fusions: Sequence[Any]) -> list[Pass]:
     """Plain aten, canonical form, merged tables, canonical form of what that left, fused, only what is read; bad ids last.
 
-    On a GPU only what has a kernel there is fused: the others would be taken apart again, their weights in float32.
-
     Raises GrcError for a name in `options.disable` that no pass has.
     """
     unknown = [name for name in options.disable if name not in NAMES]
@@ -35,7 +33,7 @@ def pipeline(options: Options, fusions: Sequence[Any]) -> list[Pass]:
         "merge-tables": MergeTables(),
         "simplify": Simplify(),
         "split-concat-linear": SplitConcatLinear(),
-        "fuse": Fuse(tuple(fusion for fusion in fusions if options.device == "cpu" or fusion.op.on_gpu)),
+        "fuse": Fuse(tuple(fusions)),
         "needed-rows": NeededRows(),
     }
     if options.on_bad_id != "error":

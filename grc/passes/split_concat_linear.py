@@ -87,8 +87,6 @@ def split(edit: Rewriter, node: fx.Node) -> str | None:
     weight = attribute(edit.module, node.args[1])
     if weight is None:
         raise Miss("the weight is not a constant")
-    if weight.dtype is not torch.float32:
-        raise Miss(f"the weight is {str(weight.dtype).removeprefix('torch.')}")
     every, shared = Sum(), Sum()
     column = 0
     for part in parts:
@@ -106,18 +104,18 @@ def split(edit: Rewriter, node: fx.Node) -> str | None:
     if not every.values or every.width >= column:
         return None
     bias = argument(node, "bias")
-    new = product(edit, every, None if shared.values else bias)
+    new = product(edit, every, weight.dtype, None if shared.values else bias)
     if shared.values:
-        new = edit.call(aten.add.Tensor, new, product(edit, shared, bias))
+        new = edit.call(aten.add.Tensor, new, product(edit, shared, weight.dtype, bias))
     edit.replace(node, new)
     return f"{column - every.width} of {column} columns"
 
 
-def product(edit: Rewriter, total: Sum, bias: fx.Node | None) -> fx.Node:
+def product(edit: Rewriter, total: Sum, dtype: torch.dtype, bias: fx.Node | None) -> fx.Node:
     joined = total.values[0]
     if len(total.values) > 1:
         joined = edit.call(aten.cat.default, total.values, value(joined).dim() - 1)
-    weight = edit.parameter("split_weight", torch.cat(total.weights, 1).float().contiguous())
+    weight = edit.parameter("split_weight", torch.cat(total.weights, 1).to(dtype).contiguous())
     return edit.call(aten.linear.default, joined, weight, bias)
 
 

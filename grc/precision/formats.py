@@ -14,8 +14,11 @@ BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "fp8": 8, "int4": 4}
 
 FIRST_FP8 = 89  # compute capability
 
+ON_GPU = {"bf16": ("bf16",), **dict.fromkeys(("fp16", "int8", "int4", "fp8", "auto"), ("fp16",))}
+
 # What each precision allows, the smallest first. "At most this precision": what the budget refuses goes one step up. int4 is
-# a format of tables; layers beside them are int8. Attention has no weights to make smaller: on a GPU its operands are.
+# a format of tables; layers beside them are int8. Of an attention and an activation unit a GPU takes the operands in half
+# precision; a CPU joins a unit's layers with each user's query, in float32.
 FORMATS: Mapping[str, Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     "layer": {
         "cpu": {
@@ -36,7 +39,7 @@ FORMATS: Mapping[str, Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     # Items whose best are kept: our kernel for a GPU takes them in half precision.
     "ranking": {
         "cpu": {"bf16": ("bf16",), **dict.fromkeys(("int8", "int4", "auto"), ("int8", "bf16"))},
-        "cuda": {"bf16": ("bf16",), **dict.fromkeys(("fp16", "int8", "int4", "fp8", "auto"), ("fp16",))},
+        "cuda": ON_GPU,
     },
     "table": {
         "cpu": {
@@ -55,10 +58,8 @@ FORMATS: Mapping[str, Mapping[str, Mapping[str, tuple[str, ...]]]] = {
             "auto": ("int4", "int8", "fp16"),
         },
     },
-    "attention": {
-        "cpu": {},
-        "cuda": {"bf16": ("bf16",), **dict.fromkeys(("fp16", "int8", "int4", "fp8", "auto"), ("fp16",))},
-    },
+    "attention": {"cpu": {}, "cuda": ON_GPU},
+    "activation unit": {"cpu": {}, "cuda": ON_GPU},
 }
 
 

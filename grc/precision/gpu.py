@@ -12,11 +12,10 @@ from torch import fx
 
 from grc.graph.match import argument, aten, attribute, call_arguments, is_op, value
 from grc.graph.rewrite import Rewriter, copy_graph
-from grc.kernels import ATTENTION as ATTENTION_OP
 from grc.kernels import BAG_FM, CROSS, SCALED_LINEAR, SCORE_TOPK
 from grc.kernels.quantised_linear.panels import HALVES
 from grc.kernels.scaled_linear import rows_in_8_bits, weight_in_8_bits
-from grc.precision.sites import LAYER, LOOKUPS, RANKING, TABLE, Site, layer_weight
+from grc.precision.sites import HALVED, LAYER, LOOKUPS, RANKING, TABLE, Site, layer_weight
 
 OCTETS = ("int8", "fp8")
 
@@ -34,7 +33,7 @@ def tables_of_bytes(sites: Sequence[Site], formats: Mapping[str, str]) -> dict[s
 
 
 def narrowed(graph: fx.GraphModule, sites: Sequence[Site], formats: Mapping[str, str]) -> fx.GraphModule:
-    """A copy of the graph, its tables of bytes in place, in which the other tables, layers and attentions are narrow."""
+    """A copy of the graph, its tables of bytes in place, in which the other sites are narrow."""
     copy = copy_graph(graph)
     arenas = {site.arena: formats.get(site.name, "fp32") for site in sites if site.kind == TABLE}
     edit = Narrower(copy)
@@ -42,11 +41,12 @@ def narrowed(graph: fx.GraphModule, sites: Sequence[Site], formats: Mapping[str,
     for node in list(copy.graph.nodes):
         if node.op != "call_function":
             continue
-        if node.target is ATTENTION_OP.overload and node.name in formats:
-            dtype = HALVES[formats[node.name]]
+        if node.target in HALVED and node.name in formats:
+            dtype, args = HALVES[formats[node.name]], list(node.args)
             with edit.at(node):
-                q, k, v = (edit.half(arg, dtype) for arg in node.args[:3])
-            edit.swap(node, node.target, dtype, q, k, v, *node.args[3:])
+                for place in HALVED[node.target]:
+                    args[place] = None if args[place] is None else edit.half(args[place], dtype)  # type: ignore[arg-type]
+            edit.swap(node, node.target, dtype, *args)
         elif (weight := layer_weight(node)) is not None:
             form = layers.get(str(weight.target))
             if form in OCTETS:

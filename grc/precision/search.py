@@ -186,7 +186,7 @@ class Search:
         return FORMATS[site.kind][self.device].get(self.precision, ())
 
     def nothing(self, site: Site) -> str:
-        return f"{self.precision} has no format for a {site.kind}"
+        return f"{self.precision} has no format for {site.kind}s on a {'CPU' if self.device == 'cpu' else 'GPU'}"
 
     def sensitivities(self, sites: Sequence[Site]) -> dict[str, float]:
         """What each site alone costs in its smallest format, as a share of the budget."""

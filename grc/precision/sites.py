@@ -1,6 +1,6 @@
-"""Sites: the tables, layers, ranked items and attentions of a graph that may be kept in fewer bits.
+"""Sites: the tables, layers, ranked items, attentions and activation units of a graph that may be kept in fewer bits.
 
-Each goes by the name of its weight, and an attention, which has none, by its place in the graph.
+Each goes by the name of its weight, and an attention or a unit by its place in the graph.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from grc.kernels.lookup.row_formats import row_bytes
 from grc.kernels.quantised_linear import MAX_DEPTH
 from grc.precision.formats import BITS
 
-LAYER, RANKING, TABLE, ATTENTION = "layer", "ranking", "table", "attention"
+LAYER, RANKING, TABLE, ATTENTION, UNIT = "layer", "ranking", "table", "attention", "activation unit"
 LOOKUPS = tuple(op.overload for op in (LOOKUP, BAG_DOT, BAG_FM))
+# The operands of attentions and units that a GPU takes in half precision, by their places.
+HALVED = {ATTENTION_OP.overload: (0, 1, 2), ACTIVATION_UNIT.overload: tuple(range(10))}
 
 
 @dataclass
@@ -53,14 +55,15 @@ class Site:
 
 
 def find_sites(graph: fx.GraphModule) -> list[Site]:
-    """Every float32 layer of a constant weight, attention and set of items that are ranked, in the order of the graph, then
-    every table. A table whose rows a layer multiplies with too is stored twice, and has another name as a table."""
+    """Every float32 layer of a constant weight, attention, activation unit and set of items that are ranked, in the order of
+    the graph, then every table. A table whose rows a layer multiplies with too is stored twice, with two names."""
     found: dict[str, Site] = {}
     for node in graph.graph.nodes:
         if node.target is ATTENTION_OP.overload and value(node).dtype is torch.float32:
             found[node.name] = Site(node.name, ATTENTION, [node], 0, attention_work(node))
-        if node.target is ACTIVATION_UNIT.overload:
-            found[str(node.args[3].target)] = unit(node)  # type: ignore[union-attr]
+        if node.target is ACTIVATION_UNIT.overload and value(node).dtype is torch.float32:
+            keys, weights = node.args[1], sum(value(node.args[place]).numel() for place in (3, 5))
+            found[node.name] = Site(node.name, UNIT, [node], weights, weights * rows_per_sample(keys))
         weight = layer_weight(node)
         tensor = attribute(graph, weight)
         if tensor is None or tensor.dim() != 2 or tensor.dtype is not torch.float32:
@@ -76,15 +79,6 @@ def find_sites(graph: fx.GraphModule) -> list[Site]:
         if (node.target is SCORE_TOPK.overload) != (site.kind == RANKING):
             site.reason = "one layer ranks its scores and another does not"
     return [*found.values(), *tables(graph, found)]
-
-
-def unit(node: fx.Node) -> Site:
-    """The layers of an activation unit, by the name of the first."""
-    keys, first, second = node.args[1], node.args[3], node.args[5]
-    elements = value(first).numel() + value(second).numel()
-    site = Site(str(first.target), LAYER, [node], elements, elements * rows_per_sample(keys))  # type: ignore[union-attr, arg-type]
-    site.reason = "an activation unit's layers are joined with each user's query, in float32"
-    return site
 
 
 def attention_work(node: fx.Node) -> int:

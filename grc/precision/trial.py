@@ -14,7 +14,7 @@ from grc.kernels import CROSS, SCORE_TOPK
 from grc.kernels.lookup.pooling import NO_PADDING
 from grc.kernels.lookup.row_formats import FLOATS, rounded_rows
 from grc.kernels.quantised_linear import rounded, simulated
-from grc.precision.sites import ATTENTION, LAYER, RANKING, Site, layer_weight
+from grc.precision.sites import ATTENTION, HALVED, LAYER, RANKING, UNIT, Site, layer_weight
 
 Tensors = list[torch.Tensor]
 
@@ -46,10 +46,10 @@ class Trial(fx.Interpreter):
             if site.kind in (LAYER, RANKING) and site.name in formats
             for node in site.nodes
         }
-        self.attentions = {
+        self.halved = {
             site.nodes[0]: FLOATS[formats[site.name]]
             for site in sites
-            if site.kind == ATTENTION and site.name in formats
+            if site.kind in (ATTENTION, UNIT) and site.name in formats
         }
         self.tables: dict[fx.Node, dict[int, str]] = {}
         for site in sites:
@@ -64,10 +64,12 @@ class Trial(fx.Interpreter):
         if n in self.layers:
             path, form = self.layers[n]
             return self.layer(n, self.weights.weight(path, n, form), form)
-        if n in self.attentions:
-            q, k, v, *rest = self.fetch_args_kwargs_from_env(n)[0]
-            halves = [t.to(self.attentions[n]).float() for t in (q, k, v)]
-            return n.target(*halves, *rest).to(self.attentions[n]).float()  # type: ignore[operator]
+        if n in self.halved:
+            args = list(self.fetch_args_kwargs_from_env(n)[0])
+            for place in HALVED[n.target]:  # type: ignore[index]
+                if args[place] is not None:
+                    args[place] = args[place].to(self.halved[n]).float()
+            return n.target(*args).to(self.halved[n]).float()  # type: ignore[operator]
         if n in self.tables and is_op(n, aten.embedding):
             table, ids = self.env[n.args[0]], self.env[n.args[1]]
             found, places = torch.unique(ids, return_inverse=True)

@@ -16,7 +16,7 @@ from grc.kernels.activation_unit.cases import arguments
 from grc.kernels.packed_linear.activations import DICE, NONE
 from grc.options import Options
 from grc.passes.pipeline import pipeline
-from grc.precision.sites import find_sites
+from grc.precision.sites import LAYER, UNIT, find_sites
 from grc.progress import Silent
 from tests.kernels.contract import ISAS
 
@@ -201,17 +201,7 @@ def test_a_layer_too_large_for_a_core_is_left_and_says_so(monkeypatch: pytest.Mo
     assert made == [] and missed == ["the first layer's weight of 12 x 10 leaves no room in the cache"]
 
 
-def test_its_layers_stay_in_float32_and_say_why() -> None:
+def test_it_is_one_site_of_its_precision() -> None:
     sites = find_sites(rewritten(Attention(JOINS["din"], 4 * WIDTH, Dice)).graph)
-    assert [(site.name, site.reason is None) for site in sites] == [("split_weight_1", True), ("unit_first", False)]
+    assert [(site.name, site.kind) for site in sites] == [("split_weight_1", LAYER), ("activation_unit_default", UNIT)]
     assert sites[1].elements == 10 * 2 * WIDTH + 7 * 10
-    assert sites[1].reason == "an activation unit's layers are joined with each user's query, in float32"
-
-
-def test_only_where_it_has_a_kernel() -> None:
-    def names(device: str) -> list[str]:
-        steps = {step.name: step for step in pipeline(Options(device=device), FUSIONS)}
-        return [fusion.name for fusion in steps["fuse"].fusions]  # type: ignore[attr-defined]
-
-    assert names("cpu") == [fusion.name for fusion in FUSIONS]
-    assert names("cuda") == [fusion.name for fusion in FUSIONS if fusion.name != "activation-unit"]

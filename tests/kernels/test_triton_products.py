@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from grc.kernels.activation_unit import ACTIVATION_UNIT
+from grc.kernels.activation_unit import cases as unit_cases
+from grc.kernels.activation_unit import triton as activation_unit
 from grc.kernels.attention import ATTENTION
 from grc.kernels.attention import triton as attention
 from grc.kernels.attention.cases import arguments, padding, relative, share
@@ -17,6 +20,7 @@ from grc.kernels.cross import CROSS
 from grc.kernels.cross import triton as cross
 from grc.kernels.fusion import Case
 from grc.kernels.packed_linear import ACTIVATIONS
+from grc.kernels.packed_linear.activations import DICE, NONE
 from grc.kernels.score_topk import cases as topk_cases
 from grc.kernels.score_topk import triton as score_topk
 from grc.kernels.small_linear import reference as small_linear_reference
@@ -149,7 +153,35 @@ def test_attention_of_every_remainder_of_a_block(kind: int, queries: int, keys: 
         check(attention, ATTENTION.reference, placed(args, torch.float16))
 
 
-TOPK = [*topk_cases.CASES, Case("many groups", lambda seed: topk_cases.arguments(seed, (19, 64), 5003, 20, bias=True))]
+@runs
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ACTIVATION_UNIT.cases, ids=lambda case: case.name)
+def test_activation_unit(case: Case, dtype: torch.dtype) -> None:
+    args = placed(case.build(4), dtype)
+    if not activation_unit.able(*args):
+        pytest.skip("the kernel leaves this case to plain torch")
+    check(activation_unit, ACTIVATION_UNIT.reference, args)
+
+
+@runs
+@pytest.mark.parametrize("activation", range(NONE, DICE + 1))
+def test_every_activation_of_a_unit(activation: int) -> None:
+    args = unit_cases.arguments(activation, 3, 19, 5, 19, 3, (activation, activation))
+    check(activation_unit, ACTIVATION_UNIT.reference, placed(args, torch.float16))
+
+
+def popular_first(seed: int) -> tuple[Any, ...]:
+    """The best items are neighbours: all of them lie in a few groups."""
+    x, weight, _, k = topk_cases.arguments(seed, (2, 24), 3001, 40)
+    return x, weight, torch.linspace(20, -20, 3001), k
+
+
+TOPK = [
+    *topk_cases.CASES,
+    Case("many groups", lambda seed: topk_cases.arguments(seed, (19, 64), 5003, 20, bias=True)),
+    Case("many wanted", lambda seed: topk_cases.arguments(seed, (2, 16), 5200, 320)),
+    Case("popular first", popular_first),
+]
 
 
 @runs
@@ -191,6 +223,17 @@ def test_equal_scores_come_in_the_order_of_their_items_and_nan_comes_first() -> 
     assert values[1, 0].isnan() and values[1, 1:].tolist() == [32.0, 16.0, 0.0, 0.0]
 
 
+@runs
+@pytest.mark.parametrize("k", [20, 270])
+def test_scores_that_are_all_equal(k: int) -> None:
+    check_topk(
+        [
+            torch.ones(2, 16, dtype=torch.float16, device=DEVICE),
+            *placed([torch.full((4400, 16), -1.5), None, k], torch.float16),
+        ]
+    )
+
+
 def test_what_the_kernels_leave_to_others() -> None:
     half, single = torch.zeros(4, 8, dtype=torch.float16), torch.zeros(4, 8)
     assert cross.able(half, half, half, None, half) and not cross.able(single, single, single, None, single)
@@ -198,8 +241,13 @@ def test_what_the_kernels_leave_to_others() -> None:
     heads = torch.zeros(1, 2, 1, 200, dtype=torch.float16)
     assert not attention.able(heads, heads, heads, None, None)
     assert attention.able(*[heads[..., :128]] * 3, None, None)
+    unit = [t.half() if isinstance(t, Tensor) else t for t in unit_cases.arguments(0, 2, 5, 32, 80, 40)]
+    assert activation_unit.able(*unit) and not activation_unit.able(unit[0].float(), *unit[1:])
     assert not score_topk.able(half, half, None, 1), "4 items have no groups"
     assert score_topk.able(half, torch.zeros(64, 8, dtype=torch.float16), None, 4)
+    catalogue = torch.zeros(1, 8, dtype=torch.float16).expand(10_000_000, 8)
+    assert score_topk.able(half, catalogue[:1_000_000], None, 1000)
+    assert not score_topk.able(half, catalogue, None, 100), "its groups do not fit into registers"
 
 
 @elsewhere

@@ -13,11 +13,17 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from grc.kernels import ACTIVATION_UNIT, ATTENTION, CROSS  # noqa: E402
+from grc.kernels.activation_unit import triton as activation_unit  # noqa: E402
+from grc.kernels.attention import triton as attention  # noqa: E402
 from grc.kernels.bag_dot import triton as bag_dot  # noqa: E402
 from grc.kernels.bag_fm import triton as bag_fm  # noqa: E402
+from grc.kernels.cross import triton as cross  # noqa: E402
+from grc.kernels.fusion import Case  # noqa: E402
 from grc.kernels.lookup import triton as lookup  # noqa: E402
 from grc.kernels.scaled_linear import rows_in_8_bits, weight_in_8_bits  # noqa: E402
 from grc.kernels.scaled_linear import triton as scaled_linear  # noqa: E402
+from grc.kernels.score_topk import triton as score_topk  # noqa: E402
 from grc.kernels.small_linear import triton as small_linear  # noqa: E402
 from tests.kernels.bags import DEVICE, LOOKUPS, NO_PADDING, Bags, make, packed  # noqa: E402
 
@@ -39,25 +45,28 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ptx(module: Any, call: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Compile the kernel that `call` would launch, for sm_90."""
-    seen: dict[str, Any] = {}
+    """Compile the kernels that `call` would launch, for sm_90."""
+    seen: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
     class Recorder:
         def __init__(self, kernel: Any):
             self.kernel = kernel
 
         def __getitem__(self, grid: Any) -> Any:
-            return lambda *args, **kwargs: seen.update(kernel=self.kernel, args=args, kwargs=kwargs)
+            return lambda *args, **kwargs: seen.append((self.kernel, args, kwargs))
 
     monkeypatch.setattr(module, "wrap_triton", Recorder)
     call()
-    kernel, kwargs = seen["kernel"], dict(seen["kwargs"])
-    options = {"num_warps": kwargs.pop("num_warps")}
-    names = {torch.float16: "*fp16", torch.float32: "*fp32", torch.bfloat16: "*bf16"}
-    names |= {torch.int64: "*i64", torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8"}
+    return "".join(compiled(*launch) for launch in seen)
+
+
+def compiled(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+    names = {torch.float16: "*fp16", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.bool: "*i1"}
+    names |= {torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8"}
     names[torch.float8_e4m3fn] = "*fp8e4nv"
     signature, constants, attributes = {}, {}, {}
-    given = dict(zip(kernel.arg_names, seen["args"], strict=False)) | kwargs
+    given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     values = {name: given[name] for name in kernel.arg_names}
     for at, (parameter, value) in enumerate(values.items()):
         if isinstance(value, torch.Tensor):
@@ -71,6 +80,37 @@ def ptx(module: Any, call: Any, monkeypatch: pytest.MonkeyPatch) -> str:
                 attributes[(at,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+
+def topk_case(items: int, k: int) -> tuple[Any, ...]:
+    """One row of 64 numbers, scored against a catalogue whose memory is a single row's."""
+    row = torch.zeros(1, 64, dtype=torch.float16, device=DEVICE)
+    return row, row.expand(items, 64), None, k
+
+
+TOPK = (
+    Case("100 of 50,000", lambda seed: topk_case(50_000, 100)),
+    Case("700 of 20,000", lambda seed: topk_case(20_000, 700)),
+)
+PRODUCTS = [
+    (module, case)
+    for module, cases in ((cross, CROSS.cases), (attention, ATTENTION.cases), (activation_unit, ACTIVATION_UNIT.cases))
+    for case in cases
+] + [(score_topk, case) for case in TOPK]
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("module", "case"), PRODUCTS, ids=lambda part: getattr(part, "name", getattr(part, "__package__", ""))
+)
+def test_compiles(module: Any, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs what the compiler refuses: types that differ between branches, shapes of a broadcast."""
+    halved = [a.half() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in case.build(0)]
+    args = [a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in halved]
+    if not module.able(*args):
+        pytest.skip("the kernel leaves this case to plain torch")
+    name = module.__package__.rpartition(".")[2]
+    assert ".local" not in ptx(module, lambda: getattr(module, name)(*args), monkeypatch), "registers spill into memory"
 
 
 WIDE = {

@@ -77,6 +77,23 @@ def test_narrow_heads_become_sums(layers: Source) -> None:
     same_answers(found, layers)
 
 
+class Pooled(nn.Module):
+    """Steps weighted and summed, and a product of whole matrices."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = torch.softmax(x.sum(-1), -1)
+        return torch.matmul(weights.unsqueeze(1), x).squeeze(1) + torch.bmm(x, x.transpose(1, 2)).sum(1).mean(-1, True)
+
+
+@torch.no_grad()
+def test_weighted_sums_of_steps_are_no_matrix_products() -> None:
+    source = capture(from_module(Pooled().eval(), lambda batch: (torch.randn(batch, 6, 5),)))
+    found = epilogue.with_rows_as_sums(source.graph)
+    before, after = (count(graph, aten.bmm, aten.matmul) for graph in (source.graph, found))
+    assert sum(before) == 2 and sum(after) == 1
+    same_answers(found, source)
+
+
 @pytest.fixture
 def as_reference(monkeypatch: pytest.MonkeyPatch) -> Callable[[fx.GraphModule], list[fx.Node]]:
     """Where no GPU is, the kernel's calls are answered by its reference."""

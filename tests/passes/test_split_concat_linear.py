@@ -93,11 +93,14 @@ def test_leaves_what_is_there_once(join: Callable[[Tensor, Tensor], Tensor]) -> 
     assert split(join, 2 * WIDTH)[1:] == ([], [])
 
 
-def test_says_why_not() -> None:
+def test_splits_layers_in_bfloat16() -> None:
     def narrow(history: Tensor, target: Tensor) -> Tensor:
         return din(history.bfloat16(), target.bfloat16())
 
-    assert split(narrow, 4 * WIDTH, dtype=torch.bfloat16)[1:] == ([], ["the weight is bfloat16"])
+    graph, saved, missed = split(narrow, 4 * WIDTH, dtype=torch.bfloat16)
+    assert (saved, missed) == (["16 of 32 columns"], [])
+    kept = [n.meta["val"].dtype for n in graph.graph.nodes if is_op(n, aten.linear)]
+    assert kept == [torch.bfloat16] * 2
 
 
 def test_repeated_targets_are_multiplied_for_every_step_but_once() -> None:

@@ -173,6 +173,24 @@ class Steps(nn.Module):
         return self.head(found.transpose(1, 2).flatten(2).mean(1))
 
 
+class Target(nn.Module):
+    """How much each step of a history says about a candidate, and what the steps then are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unit = nn.Sequential(nn.Linear(24, 10), nn.PReLU(), nn.Linear(10, 6), nn.ReLU(), nn.Linear(6, 1))
+
+    def forward(self, history: Tensor, target: Tensor) -> Tensor:
+        query = target.unsqueeze(1).expand_as(history)
+        scores = self.unit(torch.cat([query, history, query * history], -1))
+        return (scores.transpose(1, 2) @ history).squeeze(1)
+
+
+def target_inputs(batch: int) -> tuple[Tensor, Tensor]:
+    make = torch.Generator().manual_seed(batch)
+    return torch.randn(batch, 6, 8, generator=make), torch.randn(batch, 8, generator=make)
+
+
 def step_inputs(batch: int) -> tuple[Tensor]:
     return (torch.randn(batch, 6, 16, generator=torch.Generator().manual_seed(batch)),)
 
@@ -222,7 +240,7 @@ ROUNDED = {"fp16": 0.02, "bf16": 0.2, "int8": 0.02, "int4": 0.02, "fp8": 0.02}
 
 
 @pytest.mark.parametrize("precision", ROUNDED)
-@pytest.mark.parametrize(("model", "inputs"), [(Bags, bag_inputs), (Steps, step_inputs)])
+@pytest.mark.parametrize(("model", "inputs"), [(Bags, bag_inputs), (Steps, step_inputs), (Target, target_inputs)])
 def test_the_graph_that_a_gpu_is_given_answers_as_the_trial_does(precision: str, model, inputs, tmp_path) -> None:
     source, graph = captured(model(), inputs)
     sites = find_sites(graph)
@@ -246,6 +264,19 @@ def test_halves_are_stored_as_such(precision: str, dtypes: set[torch.dtype]) -> 
     assert {n.meta["val"].dtype for n in narrow.graph.nodes if n.op == "get_attr"} == dtypes
     (attention,) = [n for n in narrow.graph.nodes if "attention" in str(n.target)]
     assert {attention.meta["val"].dtype} == dtypes
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("int8", torch.float16), ("bf16", torch.bfloat16)])
+def test_an_activation_unit_is_halved_on_a_gpu_and_not_on_a_cpu(precision: str, dtype: torch.dtype) -> None:
+    _, graph = captured(Target(), target_inputs)
+    sites = find_sites(graph)
+    assert [site.kind for site in sites] == ["layer", "activation unit"]
+    (call,) = [
+        n for n in narrowed(graph, sites, smallest(sites, precision)).graph.nodes if "activation_unit" in str(n.target)
+    ]
+    assert {n.meta["val"].dtype for n in call.args if hasattr(n, "meta")} == {dtype}
+    decided = {d.kind: d for d in searched(Target(), target_inputs, precision, "max-error=1").decisions}
+    assert decided["activation unit"].reason == f"{precision} has no format for activation units on a CPU"
 
 
 def test_layers_of_8_bits_have_a_second_form_in_halves() -> None:

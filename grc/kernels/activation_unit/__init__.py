@@ -41,7 +41,8 @@ def reference(
     """The score of each step, [B, S]: act2(act1([k, k * q] @ first + row) @ second + second_bias) @ head + head_bias.
 
     query [B, D]; keys [B, S, D]; row [B, N1], what is the same for all steps; first [2 D, N1], for the keys and then for
-    their products with the query; second [N1, N2]; head [N2]; head_bias [1]. Gates are as in `activated`.
+    their products with the query; second [N1, N2]; head [N2]; head_bias [1]. Gates are as in `activated`. All are of one
+    dtype.
     """
     pairs = torch.cat([keys, keys * query.unsqueeze(1)], -1)
     y = activated(pairs @ first + row.unsqueeze(1), first_activation, first_gate)

@@ -49,7 +49,8 @@ class ActivationUnit(Fusion):
         if found is None:
             return None
         query, keys, row, first = found
-        if any(value(operand).dtype is not torch.float32 for operand in (query, keys, row, node)):
+        dtype = value(keys).dtype
+        if dtype is torch.float64 or any(value(operand).dtype is not dtype for operand in (query, row, node)):
             raise Miss(f"values are {value(node).dtype}")
         if first.numel() > 2 * LARGEST:
             raise Miss(f"the first layer's weight of {first.shape[1]} x {first.shape[0]} leaves no room in the cache")
@@ -57,8 +58,8 @@ class ActivationUnit(Fusion):
 
         def constant(name: str, tensor: Tensor | None, default: int = 0) -> fx.Node | None:
             if tensor is None:
-                return edit.parameter(name, torch.zeros(default)) if default else None
-            return edit.parameter(name, tensor.detach().float().contiguous().clone())
+                return edit.parameter(name, torch.zeros(default, dtype=dtype)) if default else None
+            return edit.parameter(name, tensor.detach().to(dtype).contiguous().clone())
 
         new = edit.call(
             ACTIVATION_UNIT.overload,

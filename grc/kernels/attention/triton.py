@@ -12,9 +12,20 @@ from grc.kernels.rows import tl, triton
 
 DTYPES = (torch.float16, torch.bfloat16)
 WIDEST = 128  # of a head: keys and values of a block lie in shared memory as a whole
-# On an H100, the fastest of 16 to 128 for histories of 10, 50 and 200 steps at batches 1 and 128.
-QUERIES, KEYS = 32, 32
+# On an H200, of 16 to 128: the fastest for histories of 50 and 200 steps at batch 1, and as fast as any at 128.
+QUERIES, KEYS = 16, 64
 STRICT_SOFTMAX, SILU = 1, 2
+
+
+@triton.jit
+def block_of(mask, query, key, row, step, N, M, OF_KEYS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A block of a bias or factor [N, M]: one row for all queries where it is of keys alone."""
+    if OF_KEYS:
+        block = tl.load(mask + key * step, mask=key < M, other=0)[None, :]
+    else:
+        place = (mask + query.to(tl.int64) * row)[:, None] + (key * step)[None, :]
+        block = tl.load(place, mask=(query < N)[:, None] & (key < M)[None, :], other=0)
+    return block
 
 
 @triton.jit
@@ -23,6 +34,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     qb, qn, qh, qd, kb, km, kh, kd, vb, vm, vh, vd, bb, bh, bn, bm, fb, fh, fn, fm,
     SCALE: tl.constexpr, GAIN: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     KIND: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr, FACTOR: tl.constexpr,
+    BIAS_OF_KEYS: tl.constexpr, FACTOR_OF_KEYS: tl.constexpr,
     PD: tl.constexpr, PV: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
@@ -38,6 +50,8 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     largest = tl.full([BN], float("-inf"), tl.float32)
     weight = tl.zeros([BN], tl.float32)
     end = tl.minimum(M, (tl.program_id(1) + 1) * BN) if CAUSAL else M
+    bias += user * bb + head * bh
+    factor += user * fb + head * fh
     for at in tl.range(0, end, BM, num_stages=STAGES):
         key = at + tl.arange(0, BM)
         there = key < M
@@ -53,11 +67,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
         inside = asked[:, None] & there[None, :]
         seen = inside & (key[None, :] <= query[:, None]) if CAUSAL else inside
         if BIAS > 0:
-            held = tl.load(
-                bias + user * bb + head * bh + query[:, None].to(tl.int64) * bn + key[None, :] * bm,
-                mask=inside,
-                other=0,
-            )
+            held = block_of(bias, query, key, bn, bm, N, M, BIAS_OF_KEYS)
             if BIAS == 2:
                 seen = seen & (held != 0)
             else:
@@ -66,10 +76,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
         if KIND == 2:
             part = tl.where(score == float("-inf"), 0.0, score / (1.0 + tl.exp(-score)))
             if FACTOR:
-                part *= tl.load(
-                    factor + user * fb + head * fh + query[:, None].to(tl.int64) * fn + key[None, :] * fm,
-                    mask=inside, other=0,
-                ).to(tl.float32)  # fmt: skip
+                part *= block_of(factor, query, key, fn, fm, N, M, FACTOR_OF_KEYS).to(tl.float32)
             total = tl.dot(part.to(values.dtype), values, total)
         else:
             higher = tl.maximum(largest, tl.max(score, 1))
@@ -96,6 +103,11 @@ def able(q: Any, k: Any, v: Any, bias: Any, factor: Any, *rest: Any) -> bool:
 def spread(mask: torch.Tensor | None, shape: tuple[Any, ...]) -> tuple[int, ...]:
     """The strides of a mask broadcast to [B, H, N, M]."""
     return (0, 0, 0, 0) if mask is None else mask.expand(shape).stride()
+
+
+def of_keys(mask: torch.Tensor | None) -> bool:
+    """Whether a mask broadcast to [B, H, N, M] is the same for all queries."""
+    return mask is not None and mask.dim() > 1 and isinstance(mask.shape[-2], int) and mask.shape[-2] == 1
 
 
 def block(steps: Any, most: int) -> int:
@@ -130,6 +142,7 @@ def attention(
         *q.stride(), *k.stride(), *v.stride(), *spread(bias, shape), *spread(factor, shape),
         SCALE=scale, GAIN=gain,  # as arguments they would be float64 in a package, and with them all scores
         D=width, V=values, KIND=kind, CAUSAL=causal, BIAS=mode, FACTOR=factor is not None,
+        BIAS_OF_KEYS=of_keys(bias), FACTOR_OF_KEYS=of_keys(factor),
         PD=max(16, triton.next_power_of_2(width)), PV=max(16, triton.next_power_of_2(values)), BN=bn, BM=bm,
         STAGES=2, num_warps=4 if bn * bm > 1024 else 2,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Score every item of a table and keep the best k, without ever writing the scores of all items."""
+"""Score every item of a table and keep the best k: on a CPU without ever writing the scores of all items."""
 
 from __future__ import annotations
 

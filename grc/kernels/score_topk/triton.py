@@ -1,8 +1,8 @@
-"""`grc_cuda::score_topk` in Triton: the best k of all items, with only the largest score of every group written.
+"""`grc_cuda::score_topk` in Triton: a 16-bit key for every score, then one program a row that picks the best k.
 
-The k best items lie in the k groups whose largest scores are the largest: were one in another group, k scores at least
-as large would be outside of it. So one kernel scores all items and keeps a number a group, top-k picks k groups, and a
-second kernel scores their items again.
+The k best items lie in the k groups whose largest keys are the largest: were one in another group, k keys at least as
+large would be outside of it. So the first kernel writes the largest key of every group of items too, and the second
+picks k groups of these, then k items of theirs, and ranks them.
 """
 
 from __future__ import annotations
@@ -17,65 +17,134 @@ from grc.kernels.rows import tl, triton
 
 DTYPES = (torch.float16, torch.bfloat16)
 WIDEST = 256  # of a row: it lies in registers as a whole
-ROWS, ITEMS = 16, 256
+ROWS, ITEMS = 16, 128  # of a tile of scores
+RANKED = 256  # entries up to which comparing each with each is faster than sorting
+MOST = 1 << 15  # groups, or items of the groups that are picked: the second kernel has them in registers
 
 
 @triton.jit
-def group_kernel(  # type: ignore[no-untyped-def]
-    x, weight, bias, out, R, N, GROUPS, x_row, weight_row,
+def key_kernel(  # type: ignore[no-untyped-def]
+    x, weight, bias, keys, best, R, N, GROUPS, x_row, weight_row,
     D: tl.constexpr, PD: tl.constexpr, BIASED: tl.constexpr,
     BR: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(1) * BR + tl.arange(0, BR)).to(tl.int64)
     item = tl.program_id(0) * BN + tl.arange(0, BN)
-    d = tl.arange(0, PD)
-    users = tl.load(x + row[:, None] * x_row + d[None, :], mask=(row < R)[:, None] & (d < D)[None, :], other=0.0)
-    place = weight + item.to(tl.int64)[:, None] * weight_row + d[None, :]
-    items = tl.load(place, mask=(item < N)[:, None] & (d < D)[None, :], other=0.0)
-    score = tl.dot(users, tl.trans(items))
-    if BIASED:
-        score += tl.load(bias + item, mask=item < N, other=0.0).to(tl.float32)[None, :]
-    # NaN counts as larger than every number, and the maximum below would pass it over.
-    score = tl.where(score != score, float("inf"), tl.minimum(score, 3.4028234e38))
-    score = tl.where((item < N)[None, :], score, float("-inf"))
-    best = tl.max(tl.reshape(score, [BR, BN // GROUP, GROUP]), 2)
     group = tl.program_id(0) * (BN // GROUP) + tl.arange(0, BN // GROUP)
-    tl.store(out + row[:, None] * GROUPS + group[None, :], best, mask=(row < R)[:, None] & (group < GROUPS)[None, :])
+    d = tl.arange(0, PD)
+    place = weight + item.to(tl.int64)[:, None] * weight_row + d[None, :]
+    items = tl.trans(tl.load(place, mask=(item < N)[:, None] & (d < D)[None, :], other=0.0))
+    for at in tl.range(0, R, BR):
+        row = (at + tl.arange(0, BR)).to(tl.int64)
+        users = tl.load(x + row[:, None] * x_row + d[None, :], mask=(row < R)[:, None] & (d < D)[None, :], other=0.0)
+        score = tl.dot(users, items)
+        if BIASED:
+            score += tl.load(bias + item, mask=item < N, other=0.0).to(tl.float32)[None, :]
+        rounded = score.to(x.dtype.element_ty)
+        # The bits of a float in the order of integers. NaN counts as larger than every number.
+        bits = rounded.to(tl.int16, bitcast=True).to(tl.int32)
+        key = tl.where(bits < 0, bits ^ 0x7FFF, bits)
+        key = tl.where(score != score, 0x7FFF, key)
+        key = tl.where((item < N)[None, :], key, -0x8000)
+        tl.store(
+            keys + row[:, None] * N + item[None, :], key.to(tl.int16), mask=(row < R)[:, None] & (item < N)[None, :]
+        )
+        largest = tl.max(tl.reshape(key, [BR, BN // GROUP, GROUP]), 2)
+        there = (row < R)[:, None] & (group < GROUPS)[None, :]
+        tl.store(best + row[:, None] * GROUPS + group[None, :], largest.to(tl.int16), mask=there)
 
 
 @triton.jit
-def item_kernel(  # type: ignore[no-untyped-def]
-    x, weight, bias, groups, out, N, COUNT, x_row, weight_row,
-    D: tl.constexpr, PD: tl.constexpr, BIASED: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr,
+def counted(key, least, step):  # type: ignore[no-untyped-def]
+    """How many keys reach least + step, + 2 step and + 3 step."""
+    total = tl.sum(
+        (key >= least + step).to(tl.int64)
+        + ((key >= least + 2 * step).to(tl.int64) << 20)
+        + ((key >= least + 3 * step).to(tl.int64) << 40),
+        0,
+    )
+    return (total & 0xFFFFF).to(tl.int32), ((total >> 20) & 0xFFFFF).to(tl.int32), (total >> 40).to(tl.int32)
+
+
+@triton.jit
+def largest(key, K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A place from 0 to K - 1 for each of the K largest keys, in no order, and K or more for the others; and the least of
+    the K. Keys are of 16 bits."""
+    least, step, above = -0x8000, 0x4000, 0
+    for _ in tl.static_range(8):  # the largest number that K keys reach, a quarter of what is left at a time
+        first, second, third = counted(key, least, step)
+        above = tl.where(first < K, first, tl.where(second < K, second, tl.where(third < K, third, above)))
+        least += step * ((first >= K).to(tl.int32) + (second >= K).to(tl.int32) + (third >= K).to(tl.int32))
+        step = step // 4
+    over, level = key > least, key == least
+    seen = tl.cumsum(over.to(tl.int32) + (level.to(tl.int32) << 16), 0)
+    place = tl.where(over, seen & 0xFFFF, above + ((seen >> 16) & 0xFFFF)) - 1
+    return tl.where(over | level, place, K), least
+
+
+@triton.jit
+def select_kernel(  # type: ignore[no-untyped-def]
+    keys, best, picked, found, values, items, N, GROUPS,
+    K: tl.constexpr, GROUP: tl.constexpr, PG: tl.constexpr, PC: tl.constexpr, ROOM: tl.constexpr,
+    RANKED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * BG + tl.arange(0, BG)
-    d = tl.arange(0, PD)
-    taken = place < COUNT * GROUP
-    item = tl.load(groups + row * COUNT + place // GROUP, mask=taken, other=0) * GROUP + place % GROUP
-    known = taken & (item < N)
-    user = tl.load(x + row * x_row + d, mask=d < D, other=0.0).to(tl.float32)
-    items = tl.load(weight + item[:, None] * weight_row + d[None, :], mask=known[:, None] & (d < D)[None, :], other=0.0)
-    score = tl.sum(items.to(tl.float32) * user[None, :], 1)
-    if BIASED:
-        score += tl.load(bias + item, mask=known, other=0.0).to(tl.float32)
-    score = score.to(x.dtype.element_ty).to(tl.float32)
-    # The bits of a float in the order of integers, and below them the item: of equal scores the lowest item is first.
-    bits = tl.where(score != score, 0x7FFFFFFF, score.to(tl.int32, bitcast=True))
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    key = (bits.to(tl.int64) << 32) | (0xFFFFFFFF - item)
-    tl.store(out + row * (COUNT * GROUP) + place, tl.where(known, key, -9223372036854775808), mask=taken)
+    group = tl.arange(0, PG)
+    tops = tl.load(best + row * GROUPS + group, mask=group < GROUPS, other=0).to(tl.int32)
+    place, least = largest(tl.where(group < GROUPS, tops, -0x8001), K)
+    tl.store(picked + row * K + place, group, mask=place < K)
+    tl.debug_barrier()
+
+    candidate = tl.arange(0, PC)
+    taken = candidate < K * GROUP
+    item = tl.load(picked + row * K + candidate // GROUP, mask=taken, other=0) * GROUP + candidate % GROUP
+    taken = taken & (item < N)
+    key = tl.load(keys + row * N + item, mask=taken, other=0).to(tl.int32)
+    # K groups reach `least`, and hardly more than K items of theirs, unless the best items are neighbours.
+    key = tl.where(taken & (key >= least), key, -0x8001)
+    reach = (key > -0x8001).to(tl.int32)
+    count = tl.sum(reach, 0)
+    place = tl.where(reach > 0, tl.cumsum(reach, 0) - 1, ROOM)
+    if count > ROOM:
+        place, least = largest(key, K)
+        count = K
+    # Of equal scores that are returned the lowest item is first.
+    entry = (key.to(tl.int64) << 32) | (0xFFFFFFFF - item.to(tl.int64))
+    tl.store(found + row * ROOM + place, entry, mask=place < count)
+    tl.debug_barrier()
+
+    at = tl.arange(0, ROOM)
+    mine = tl.load(found + row * ROOM + at, mask=at < count, other=-0x8000000000000000)
+    if RANKED == 0:
+        mine, rank = tl.sort(mine, descending=True), at
+    else:
+        rank = tl.zeros([ROOM], tl.int32)
+        for start in tl.static_range(0, ROOM, RANKED):
+            other = start + tl.arange(0, RANKED)
+            theirs = tl.load(found + row * ROOM + other, mask=other < count, other=-0x8000000000000000)
+            rank += tl.sum((theirs[None, :] > mine[:, None]).to(tl.int32), 1)
+    bits = (mine >> 32).to(tl.int32)
+    bits = tl.where(bits < 0, bits ^ 0x7FFF, bits).to(tl.int16)
+    here = (rank < K) & (mine != -0x8000000000000000)
+    tl.store(values + row * K + rank, bits.to(values.dtype.element_ty, bitcast=True), mask=here)
+    tl.store(items + row * K + rank, 0xFFFFFFFF - (mine & 0xFFFFFFFF), mask=here)
 
 
 def able(x: Any, weight: Any, bias: Any, k: int) -> bool:
     """Whether the kernels take these operands, and there are fewer groups to pick from than items."""
     fits = x.dtype in DTYPES and weight.dtype == x.dtype and int(weight.shape[1]) <= WIDEST
-    return fits and k > 0 and 16 * k <= int(weight.shape[0]) and (bias is None or bias.dtype == x.dtype)
+    many = k > 0 and 16 * k <= int(weight.shape[0]) and group_of(int(weight.shape[0]), k) > 0
+    return fits and many and (bias is None or bias.dtype == x.dtype)
 
 
 def group_of(items: int, k: int) -> int:
-    """Items a group: about as many groups to pick from as items in the groups that are picked."""
-    return max(8, min(64, triton.next_power_of_2(int((items / k) ** 0.5) + 1) // 2))
+    """Items a group, so that there are few groups and few items in k of them; 0 where there are too many of either."""
+    sizes = {size: (lanes(-(-items // size)), lanes(k * size)) for size in (8, 16, 32, 64, 128)}
+    fitting = [size for size, both in sizes.items() if max(both) <= MOST]
+    return min(reversed(fitting), key=lambda size: sum(sizes[size]), default=0)
+
+
+def lanes(count: int) -> int:
+    return 1 << max(count - 1, 15).bit_length()
 
 
 def score_topk(
@@ -91,22 +160,22 @@ def score_topk(
     flat, weight = (t if t.stride(-1) == 1 else t.contiguous() for t in (flat, weight))
     rows, group = flat.shape[0], group_of(items, k)
     groups = triton.cdiv(items, group)
-    own = flat if bias is None else bias.contiguous()
-    shared = {"D": width, "PD": max(16, triton.next_power_of_2(width)), "BIASED": bias is not None, "GROUP": group}
-    best = flat.new_empty(rows, groups, dtype=torch.float32)
-    wrap_triton(group_kernel)[(triton.cdiv(items, ITEMS), triton.cdiv(rows, ROWS))](
-        flat, weight, own, best, rows, items, groups, flat.stride(0), weight.stride(0),
-        BR=ROWS, BN=ITEMS, **shared, num_warps=4,
+    keys, best = (flat.new_empty(rows, count, dtype=torch.int16) for count in (items, groups))
+    wrap_triton(key_kernel)[(triton.cdiv(items, ITEMS),)](
+        flat, weight, flat if bias is None else bias.contiguous(), keys, best, rows, items, groups,
+        flat.stride(0), weight.stride(0), D=width, PD=lanes(width), BIASED=bias is not None,
+        BR=ROWS, BN=ITEMS, GROUP=group, num_warps=4,
     )  # fmt: skip
-    picked = torch.topk(best, k, sorted=False)[1]
-    keys = flat.new_empty(rows, k * group, dtype=torch.int64)
-    wrap_triton(item_kernel)[(rows, triton.cdiv(k * group, 128))](
-        flat, weight, own, picked, keys, items, k, flat.stride(0), weight.stride(0), BG=128, **shared, num_warps=4
-    )
-    found = torch.topk(keys, k)[0]
-    bits = (found >> 32).to(torch.int32)
-    values = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float32).to(x.dtype)
-    return values.reshape(*lead, k), (0xFFFFFFFF - (found & 0xFFFFFFFF)).reshape(*lead, k)
+    room = lanes(k + 2 * k * k * group // items + 8)  # for items as good as the groups, were they spread evenly
+    picked, found = flat.new_empty(rows, k, dtype=torch.int32), flat.new_empty(rows, room, dtype=torch.int64)
+    values, indices = flat.new_empty(rows, k), flat.new_empty(rows, k, dtype=torch.int64)
+    most = max(lanes(groups), lanes(k * group))
+    wrap_triton(select_kernel)[(rows,)](
+        keys, best, picked, found, values, indices, items, groups, K=k, GROUP=group, PG=lanes(groups),
+        PC=lanes(k * group), ROOM=room, RANKED=0 if room > RANKED else min(room, RANKED // 2),
+        num_warps=min(max(most // 512, 4), 16),
+    )  # fmt: skip
+    return values.reshape(*lead, k), indices.reshape(*lead, k)
 
 
 @functools.cache
