@@ -35,7 +35,8 @@ def aligned(graph: fx.GraphModule) -> fx.GraphModule:
             x.args[0].args = (*x.args[0].args, width + extra)
         elif weight.itemsize == 2 and width >= WIDE and value(x).dim() == 2:
             with copy.graph.inserting_before(node):
-                x = copy.graph.call_function(aten.constant_pad_nd.default, (x, [0, extra]))
+                narrow, x = x, copy.graph.call_function(aten.constant_pad_nd.default, (x, [0, extra]))
+            x.meta = {**narrow.meta, "val": functional.pad(value(narrow), (0, extra))}
         else:
             continue
         name = f"{node.name}_aligned"

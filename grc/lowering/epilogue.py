@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from grc.graph.match import argument, aten, attribute, is_op, only_user, same_shape, value
+from grc.graph.match import argument, aten, attribute, is_op, only_user, same_shape, same_size, shape, static, value
 from grc.graph.rewrite import copy_graph
 from grc.kernels import CROSS
 from grc.kernels.packed_linear.activations import NONE, activation_code
 from grc.kernels.packed_linear.panels import NARROW
+
+SUMMED = (torch.float32, torch.float16, torch.bfloat16)  # in float32
 
 
 class Layer(NamedTuple):
@@ -74,7 +76,7 @@ def small_layer_of(graph: fx.GraphModule, node: fx.Node) -> Layer | None:
         return None
     operands = (layer.x, layer.bias, layer.mul, layer.add, layer.last)
     same = all(value(operand).dtype is weight.dtype for operand in operands if operand is not None)
-    return layer if same and weight.dtype in (torch.float32, torch.float16, torch.bfloat16) else None
+    return layer if same and weight.dtype in SUMMED else None
 
 
 def with_small_linears(graph: fx.GraphModule) -> fx.GraphModule:
@@ -127,7 +129,7 @@ def with_heads_as_sums(graph: fx.GraphModule) -> fx.GraphModule:
     copy = copy_graph(graph)
     for node in list(copy.graph.nodes):
         weight = attribute(copy, node.args[1]) if is_op(node, aten.linear) else None
-        if weight is None or weight.dim() != 2 or weight.shape[0] > NARROW or not weight.is_floating_point():
+        if weight is None or weight.dim() != 2 or weight.shape[0] > NARROW or weight.dtype not in SUMMED:
             continue
         bias = argument(node, "bias")
         call = copy.graph.call_function
@@ -151,7 +153,7 @@ def with_rows_as_sums(graph: fx.GraphModule) -> fx.GraphModule:
         if not is_op(node, aten.bmm, aten.matmul) or any(value(operand).dim() != 3 for operand in node.args):
             continue
         weights, steps = node.args
-        if value(weights).shape[1] != 1 or not isinstance(value(steps).shape[1], int):
+        if not same_size(shape(weights)[1], 1) or not static(shape(steps)[1]) or value(node).dtype not in SUMMED:
             continue
         call = copy.graph.call_function
         with copy.graph.inserting_before(node):

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import operator
-from collections import Counter
 from typing import Any
 
 import torch
 from torch import fx
 
-from grc.graph.match import aten, is_op, same_size, shape, value
+from grc.graph.match import aten, is_op, same_size, shape, static, value
 from grc.graph.rewrite import copy_graph
+from grc.kernels.attention.layout import PARTS, Affine, Sizes, affine, is_view
 
-VIEWS = (
-    aten.slice, aten.unflatten, aten.reshape, aten.view, aten.permute, aten.transpose, aten.select, aten.split,
-    aten.split_with_sizes, aten.chunk, aten.unsqueeze, aten.squeeze,
-)  # fmt: skip
 MADE = (aten.silu, aten.gelu, aten.relu, aten.sigmoid, aten.tanh)
 
 
@@ -25,21 +20,26 @@ def with_parts_in_place(graph: fx.GraphModule) -> fx.GraphModule:
     As slices of it, Inductor would compute each of them in a launch of its own (HSTU: silu(linear(x)) split in four).
     """
     copy = copy_graph(graph)
-    for node in list(copy.graph.nodes):
+    wholes: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+    for node in copy.graph.nodes:
         if getattr(node.target, "namespace", "") != "grc_cuda" or node.target._opname != "attention":
             continue
-        bases = [base_of(operand) for operand in node.args[:3]]
-        for place, (base, many) in enumerate(zip(bases, [Counter(bases)[b] for b in bases], strict=True)):
-            operand = node.args[place]
-            if base is None or many < 2 or not is_part(operand, base):
+        operands = node.args[:3]
+        bases = [base_of(operand) for operand in operands]
+        for place, (operand, base) in enumerate(zip(operands, bases, strict=True)):
+            layout = None if base is None or bases.count(base) < 2 else layout_in(operand, base)
+            if layout is None:
                 continue
+            key = base, value(operand).dtype
+            if key not in wholes:
+                with copy.graph.inserting_before(node):
+                    whole = copy.graph.call_function(aten.to.dtype, key)
+                    wholes[key] = copy.graph.call_function(aten.contiguous.default, (whole,))
             with copy.graph.inserting_before(node):
-                sizes = [
-                    s if isinstance(s, int) else copy.graph.call_function(aten.sym_size.int, (base, 0))
-                    for s in shape(operand)
-                ]
-                layout = value(operand).stride(), value(operand).storage_offset()
-                view = copy.graph.call_function(aten.as_strided.default, (base, sizes, list(layout[0]), layout[1]))
+                batch = copy.graph.call_function(aten.sym_size.int, (base, 0))
+                sizes = [size if static(size) else batch for size in shape(operand)]
+                strides = [0 if stride is None else stride for stride in layout.strides]
+                view = copy.graph.call_function(aten.as_strided.default, (wholes[key], sizes, strides, layout.offset))
             view.meta = dict(operand.meta)
             node.update_arg(place, view)
     copy.graph.eliminate_dead_code()
@@ -48,16 +48,20 @@ def with_parts_in_place(graph: fx.GraphModule) -> fx.GraphModule:
 
 
 def base_of(node: Any) -> fx.Node | None:
-    """The activation that a node is a view of, or None."""
-    while isinstance(node, fx.Node) and (is_op(node, *VIEWS) or node.target is operator.getitem):
+    """The activation that a node is a view of, or that view in another dtype; None where it is neither."""
+    node = uncast(node)
+    while is_view(node) or is_op(node, *PARTS):
         node = node.args[0]
-    return node if isinstance(node, fx.Node) and is_op(node, *MADE) else None
+    return node if is_op(node, *MADE) else None
 
 
-def is_part(node: fx.Node, base: fx.Node) -> bool:
-    """Whether a view's place in its base does not depend on a size that varies, but for the batch."""
-    part, whole = value(node), value(base)
-    fixed = all(isinstance(number, int) for number in (*part.stride(), part.storage_offset()))
-    batches = [size for size in part.shape if not isinstance(size, int)]
-    same = all(same_size(size, whole.shape[0]) for size in batches)
-    return isinstance(whole, torch.Tensor) and whole.is_contiguous() and fixed and same
+def uncast(node: Any) -> Any:
+    return node.args[0] if is_op(node, aten.to) else node
+
+
+def layout_in(node: fx.Node, base: fx.Node) -> Affine | None:
+    """Where a view's elements lie in its base, row by row; None where that is uneven, or sizes vary but for the batch."""
+    batch, *rest = shape(base)
+    if not all(map(static, rest)) or not all(static(size) or same_size(size, batch) for size in shape(node)):
+        return None
+    return affine(Sizes().positions(uncast(node), base))

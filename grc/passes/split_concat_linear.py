@@ -87,6 +87,8 @@ def split(edit: Rewriter, node: fx.Node) -> str | None:
     weight = attribute(edit.module, node.args[1])
     if weight is None:
         raise Miss("the weight is not a constant")
+    if not weight.is_floating_point():
+        raise Miss(f"the weight is {str(weight.dtype).removeprefix('torch.')}")
     every, shared = Sum(), Sum()
     column = 0
     for part in parts:

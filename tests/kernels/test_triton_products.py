@@ -20,7 +20,7 @@ from grc.kernels.cross import CROSS
 from grc.kernels.cross import triton as cross
 from grc.kernels.fusion import Case
 from grc.kernels.packed_linear import ACTIVATIONS
-from grc.kernels.packed_linear.activations import DICE, NONE
+from grc.kernels.packed_linear.activations import DICE, NONE, SIGMOID
 from grc.kernels.score_topk import cases as topk_cases
 from grc.kernels.score_topk import triton as score_topk
 from grc.kernels.small_linear import reference as small_linear_reference
@@ -154,7 +154,7 @@ def test_attention_of_every_remainder_of_a_block(kind: int, queries: int, keys: 
 
 
 @runs
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", activation_unit.DTYPES, ids=str)
 @pytest.mark.parametrize("case", ACTIVATION_UNIT.cases, ids=lambda case: case.name)
 def test_activation_unit(case: Case, dtype: torch.dtype) -> None:
     args = placed(case.build(4), dtype)
@@ -168,6 +168,14 @@ def test_activation_unit(case: Case, dtype: torch.dtype) -> None:
 def test_every_activation_of_a_unit(activation: int) -> None:
     args = unit_cases.arguments(activation, 3, 19, 5, 19, 3, (activation, activation))
     check(activation_unit, ACTIVATION_UNIT.reference, placed(args, torch.float16))
+
+
+@runs
+def test_what_is_infinite_stays_in_its_own_step() -> None:
+    args = placed(unit_cases.arguments(1, 2, 19, 5, 19, 3, (SIGMOID, SIGMOID)), torch.float32)
+    args[0][:, 2], args[3][5 + 2], args[1][0, 3, 2] = 1.0, args[3][2], torch.inf  # no infinity less another
+    found, exact = activation_unit.register()(*args), ACTIVATION_UNIT.reference(*wide(args))
+    assert exact.isfinite().all() and (found - exact).abs().max() < 1e-5
 
 
 def popular_first(seed: int) -> tuple[Any, ...]:
@@ -221,6 +229,9 @@ def test_equal_scores_come_in_the_order_of_their_items_and_nan_comes_first() -> 
     values, items = score_topk.register()(x, weight, None, 5)
     assert items[0, :3].tolist() == [300, 301, 7] and items[0, 3] < items[0, 4]
     assert values[1, 0].isnan() and values[1, 1:].tolist() == [32.0, 16.0, 0.0, 0.0]
+    weight[:] = -1e-8  # a score that is -0.0 in float16 is as large as one that is 0
+    weight[9] = 0
+    assert score_topk.register()(x, weight, None, 5)[1].tolist() == [[0, 1, 2, 3, 4]] * 2
 
 
 @runs
@@ -243,6 +254,7 @@ def test_what_the_kernels_leave_to_others() -> None:
     assert attention.able(*[heads[..., :128]] * 3, None, None)
     unit = [t.half() if isinstance(t, Tensor) else t for t in unit_cases.arguments(0, 2, 5, 32, 80, 40)]
     assert activation_unit.able(*unit) and not activation_unit.able(unit[0].float(), *unit[1:])
+    assert not activation_unit.able(*(t.double() if isinstance(t, Tensor) else t for t in unit))
     assert not score_topk.able(half, half, None, 1), "4 items have no groups"
     assert score_topk.able(half, torch.zeros(64, 8, dtype=torch.float16), None, 4)
     catalogue = torch.zeros(1, 8, dtype=torch.float16).expand(10_000_000, 8)

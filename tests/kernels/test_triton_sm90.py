@@ -93,19 +93,27 @@ TOPK = (
     Case("700 of 20,000", lambda seed: topk_case(20_000, 700)),
 )
 PRODUCTS = [
-    (module, case)
-    for module, cases in ((cross, CROSS.cases), (attention, ATTENTION.cases), (activation_unit, ACTIVATION_UNIT.cases))
+    (module, case, dtype)
+    for module, cases, dtypes in (
+        (cross, CROSS.cases, [torch.float16]),
+        (attention, ATTENTION.cases, [torch.float16]),
+        (activation_unit, ACTIVATION_UNIT.cases, [torch.float16, torch.float32]),
+        (score_topk, TOPK, [torch.float16]),
+    )
     for case in cases
-] + [(score_topk, case) for case in TOPK]
+    for dtype in dtypes
+]
 
 
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(
-    ("module", "case"), PRODUCTS, ids=lambda part: getattr(part, "name", getattr(part, "__package__", ""))
+    ("module", "case", "dtype"),
+    PRODUCTS,
+    ids=lambda part: getattr(part, "name", getattr(part, "__package__", str(part))),
 )
-def test_compiles(module: Any, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiles(module: Any, case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter runs what the compiler refuses: types that differ between branches, shapes of a broadcast."""
-    halved = [a.half() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in case.build(0)]
+    halved = [a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in case.build(0)]
     args = [a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in halved]
     if not module.able(*args):
         pytest.skip("the kernel leaves this case to plain torch")

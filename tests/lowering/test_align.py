@@ -12,6 +12,8 @@ from grc.graph.capture import capture
 from grc.graph.match import aten, is_op
 from grc.graph.model_file import from_module
 from grc.lowering.align import aligned
+from grc.lowering.epilogue import with_heads_as_sums, with_relu_in_products, with_small_linears
+from grc.lowering.in_place import with_parts_in_place
 from grc.lowering.twins import with_twins
 from grc.options import Options
 from grc.progress import Silent
@@ -45,6 +47,17 @@ def test_odd_layers_in_half_precision_become_whole_vectors(width: int, dtype: to
     assert [tuple(w.shape) for w in weights] == [(24, wide), (3, 24)]
     x = torch.randn(5, width).to(dtype)
     torch.testing.assert_close(found(x), graph(x), rtol=2e-3, atol=2e-3)
+
+
+@torch.no_grad()
+def test_an_input_that_is_padded_goes_through_what_follows() -> None:
+    torch.manual_seed(0)
+    graph = graph_of(Two(77, torch.half), lambda batch: (torch.randn(batch, 77).half(),))
+    summed = with_heads_as_sums(with_parts_in_place(aligned(graph)))
+    x = torch.randn(5, 77).half()
+    torch.testing.assert_close(with_relu_in_products(summed)(x), graph(x), rtol=2e-3, atol=2e-3)
+    (layer,) = [node for node in with_small_linears(summed).graph.nodes if "small_linear" in str(node.target)]
+    assert layer.args[0].meta["val"].shape[1] == 80
 
 
 class Dots(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -13,6 +15,8 @@ from grc.lowering.engine import Lowerable
 from grc.lowering.export import export_graph
 from grc.options import Options
 from grc.passes.pipeline import pipeline
+from grc.precision.gpu import narrowed
+from grc.precision.sites import find_sites
 from grc.progress import Silent
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -25,18 +29,34 @@ STEPS, HEADS, WIDTH = 6, 2, 4
 
 
 class Steps(nn.Module):
-    """Attention whose operands are slices of one layer (HSTU), or three layers of their own."""
+    """Attention whose operands are three parts of one layer, taken out of it in some way, or three layers."""
 
-    def __init__(self, together: bool, activation: nn.Module):
+    def __init__(self, activation: nn.Module, parts: Callable[[Tensor], Sequence[Tensor]] | None):
         super().__init__()
-        self.together, self.activation = together, activation
-        self.layers = nn.ModuleList(nn.Linear(8, 32 if together else 8) for _ in range(1 if together else 3))
+        self.parts, self.activation = parts, activation
+        self.layers = nn.ModuleList(nn.Linear(8, 24 if parts else 8) for _ in range(1 if parts else 3))
 
     def forward(self, x: Tensor) -> Tensor:
         made = [self.activation(layer(x)) for layer in self.layers]
-        q, k, v = made[0].split(8, -1)[1:] if self.together else made
-        q, k, v = (part.unflatten(-1, (HEADS, WIDTH)).transpose(1, 2) for part in (q, k, v))
+        q, k, v = self.parts(made[0]) if self.parts else map(heads, made)
         return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def heads(part: Tensor) -> Tensor:
+    return part.unflatten(-1, (HEADS, WIDTH)).transpose(1, 2)
+
+
+PARTS: dict[str, Callable[[Tensor], Sequence[Tensor]]] = {
+    "split": lambda y: [heads(part) for part in y.split(8, -1)],
+    "slices": lambda y: [heads(y[..., at : at + 8]) for at in (16, 0, 8)],
+    "parts of a head": lambda y: [
+        part.contiguous().transpose(1, 2) for part in y.view(-1, STEPS, HEADS, 3 * WIDTH).chunk(3, -1)
+    ],
+    "stacked": lambda y: y.view(-1, STEPS, 3, HEADS, WIDTH).permute(2, 0, 3, 1, 4).unbind(0),
+}
+COPIES: Callable[[Tensor], Sequence[Tensor]] = lambda y: [  # noqa: E731
+    part.reshape(-1, HEADS, STEPS, WIDTH) for part in y.chunk(3, -1)
+]
 
 
 def in_place(model: nn.Module) -> tuple[fx.GraphModule, fx.GraphModule, list[Tensor]]:
@@ -55,12 +75,43 @@ def in_place(model: nn.Module) -> tuple[fx.GraphModule, fx.GraphModule, list[Ten
     return twins, found, source.inputs(5)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize(
-    ("together", "activation", "views"), [(True, nn.SiLU(), 3), (True, nn.Identity(), 0), (False, nn.SiLU(), 0)]
-)
-def test_parts_of_one_activation_are_views_of_it(together: bool, activation: nn.Module, views: int) -> None:
-    twins, found, inputs = in_place(Steps(together, activation))
+def agree(model: nn.Module, views: int) -> None:
+    twins, found, inputs = in_place(model)
     assert sum(is_op(node, aten.as_strided) for node in found.graph.nodes) == views
     for got, wanted in zip(found(*inputs), twins(*inputs), strict=True):
         assert torch.equal(got, wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("parts", PARTS)
+def test_parts_of_one_activation_are_views_of_it(parts: str) -> None:
+    agree(Steps(nn.SiLU(), PARTS[parts]), 3)
+
+
+@torch.no_grad()
+def test_what_is_computed_apart_or_copied_is_left() -> None:
+    agree(Steps(nn.Identity(), PARTS["split"]), 0)
+    agree(Steps(nn.SiLU(), None), 0)
+    agree(Steps(nn.SiLU(), COPIES), 0)
+
+
+@torch.no_grad()
+def test_an_activation_that_is_not_row_by_row() -> None:
+    class Turned(Steps):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.activation(self.layers[0](x).transpose(1, 2).contiguous().transpose(1, 2).contiguous())
+            return nn.functional.scaled_dot_product_attention(*PARTS["split"](y)).transpose(1, 2).flatten(2)
+
+    agree(Turned(nn.SiLU(), PARTS["split"]), 3)
+
+
+@torch.no_grad()
+def test_halves_of_its_parts_are_views_of_its_half() -> None:
+    source = traced(as_model(Steps(nn.SiLU(), PARTS["split"]).eval(), lambda b: (torch.randn(b, STEPS, 8),)), Silent())
+    options = Options()
+    graph = optimise(source, options, Silent(), pipeline(options, FUSIONS)).graph
+    sites = find_sites(graph)
+    narrow = narrowed(graph, sites, {site.name: "fp16" for site in sites})
+    found = with_parts_in_place(with_twins(narrow, torch.device("cpu"), count=False)[0])
+    views = [node for node in found.graph.nodes if is_op(node, aten.as_strided)]
+    assert len(views) == 3 and len({view.args[0] for view in views}) == 1

@@ -15,6 +15,7 @@ from grc.kernels.activation_unit import ACTIVATION_UNIT
 from grc.kernels.fusion import Fused, Fusion
 from grc.kernels.packed_linear.activations import DICE, NONE, PRELU, activation_code
 
+COARSE = 0.01  # of what a sigmoid is taken of: steps of the dtype that Dice's scale and shift are rounded to
 LARGEST = 1 << 16  # weights of the first layer over the keys: joined with the query they stay in the cache of a core
 
 
@@ -51,7 +52,11 @@ class ActivationUnit(Fusion):
         query, keys, row, first = found
         dtype = value(keys).dtype
         if dtype is torch.float64 or any(value(operand).dtype is not dtype for operand in (query, row, node)):
-            raise Miss(f"values are {value(node).dtype}")
+            raise Miss(f"values are {dtype_name(value(node).dtype)}")
+        for layer in (inner, outer):
+            steps = 0.0 if layer.gate is None else float(layer.gate.abs().max()) * torch.finfo(dtype).eps
+            if dtype is not torch.float32 and not steps < COARSE:
+                raise Miss(f"the activation's numbers are too large for {dtype_name(dtype)}")
         if first.numel() > 2 * LARGEST:
             raise Miss(f"the first layer's weight of {first.shape[1]} x {first.shape[0]} leaves no room in the cache")
         width, n1, n2 = int(shape(keys)[2]), len(second[0]), len(second)
@@ -77,6 +82,10 @@ class ActivationUnit(Fusion):
             outer.activation,
         )
         return Fused(node, edit.call(aten.unsqueeze.default, new, -1), f"{n1}-{n2}-1 over each step in one kernel")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def weights(edit: Rewriter, linear: Any) -> tuple[Tensor | None, Tensor | None]:

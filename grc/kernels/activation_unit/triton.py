@@ -12,19 +12,21 @@ from grc.kernels.packed_linear.activations import DICE, PRELU
 from grc.kernels.rows import tl, triton
 from grc.kernels.small_linear.triton import activate
 
-DTYPES = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST = 1 << 14  # numbers of a layer's weight, which lies in registers as a whole
 STEPS = 16  # of a program
 
 
 @triton.jit
-def gated(y, gate, column, N, ACTIVATION: tl.constexpr, P: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
+def gated(  # type: ignore[no-untyped-def]
+    y, gate, column, N, ACTIVATION: tl.constexpr, PRELU: tl.constexpr, DICE: tl.constexpr
+):  # fmt: skip
     """An activation of y [..., N] that may have numbers of its own for each column: see `activated` of the reference."""
     here = column < N
-    if ACTIVATION == P:
+    if ACTIVATION == PRELU:
         alpha = tl.load(gate + column, mask=here, other=0.0).to(tl.float32)[None, :]
         y = tl.where(y > 0, y, alpha * y)
-    elif ACTIVATION == D:
+    elif ACTIVATION == DICE:
         alpha = tl.load(gate + column, mask=here, other=0.0).to(tl.float32)[None, :]
         scale = tl.load(gate + N + column, mask=here, other=0.0).to(tl.float32)[None, :]
         shift = tl.load(gate + 2 * N + column, mask=here, other=0.0).to(tl.float32)[None, :]
@@ -46,15 +48,17 @@ def unit_kernel(  # type: ignore[no-untyped-def]
     step = (tl.program_id(0) % blocks) * BS + tl.arange(0, BS)
     d, n, m = tl.arange(0, PD), tl.arange(0, P1), tl.arange(0, P2)
     taken = (step < S)[:, None] & (d < D)[None, :]
-    k = tl.load(keys + user * key_user + step[:, None] * key_step + d[None, :], mask=taken, other=0.0)
+    k = tl.load(keys + user * key_user + step.to(tl.int64)[:, None] * key_step + d[None, :], mask=taken, other=0.0)
     q = tl.load(query + user * query_row + d, mask=d < D, other=0.0)
     inner, outer = (d < D)[:, None] & (n < N1)[None, :], (n < N1)[:, None] & (m < N2)[None, :]
     weight = first + d[:, None] * N1 + n[None, :]
-    y = tl.dot(k, tl.load(weight, mask=inner, other=0.0))
-    y = tl.dot(k * q[None, :], tl.load(weight + D * N1, mask=inner, other=0.0), y)
+    y = tl.dot(k, tl.load(weight, mask=inner, other=0.0), input_precision="ieee")
+    y = tl.dot(k * q[None, :], tl.load(weight + D * N1, mask=inner, other=0.0), y, input_precision="ieee")
     y += tl.load(row + user * row_row + n, mask=n < N1, other=0.0).to(tl.float32)[None, :]
     y = gated(y, first_gate, n, N1, FIRST, PRELU, DICE)
-    y = tl.dot(y.to(k.dtype), tl.load(second + n[:, None] * N2 + m[None, :], mask=outer, other=0.0))
+    y = tl.where((n < N1)[None, :], y, 0.0)  # NaN there where a key is infinite
+    rest = tl.load(second + n[:, None] * N2 + m[None, :], mask=outer, other=0.0)
+    y = tl.dot(y.to(k.dtype), rest, input_precision="ieee")
     y += tl.load(second_bias + m, mask=m < N2, other=0.0).to(tl.float32)[None, :]
     y = gated(y, second_gate, m, N2, SECOND, PRELU, DICE)
     last = tl.load(head + m, mask=m < N2, other=0.0).to(tl.float32)[None, :]
@@ -63,7 +67,7 @@ def unit_kernel(  # type: ignore[no-untyped-def]
 
 
 def able(query: Any, keys: Any, row: Any, first: Any, first_gate: Any, second: Any, *rest: Any) -> bool:
-    """Whether the kernel takes these operands: half precision, and layers that fit."""
+    """Whether the kernel takes these operands: one dtype, and layers that fit."""
     (_, n1), (_, n2), width = first.shape, second.shape, int(keys.shape[2])
     layers = lanes(width) * lanes(int(n1)), lanes(int(n1)) * lanes(int(n2))
     same = keys.dtype == query.dtype == row.dtype == first.dtype == second.dtype
@@ -88,8 +92,8 @@ def activation_unit(
     first_activation: int,
     second_activation: int,
 ) -> torch.Tensor:
-    """The score of each step, [B, S], as `grc.kernels.activation_unit.reference`: query [B, D], keys [B, S, D], in float16
-    or bfloat16. Layers are summed and activated in float32; the first one's outputs are rounded to their dtype."""
+    """The score of each step, [B, S], as `grc.kernels.activation_unit.reference`: query [B, D], keys [B, S, D], in float32,
+    float16 or bfloat16. Layers are summed and activated in float32; the first one's outputs are rounded to their dtype."""
     users, steps, width = keys.shape
     n1, n2 = second.shape
     query, keys, row = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, keys, row))

@@ -21,7 +21,7 @@ MASKS = (
 
 
 class ScoreTopk(Fusion):
-    """Retrieval over all items: score a table and keep the best k, the scores never written.
+    """Retrieval over all items: score a table and keep the best k.
 
     Items that a constant sets to -inf, padding for one, become a bias of -inf.
     """

@@ -18,6 +18,7 @@ from grc.kernels.rows import tl, triton
 DTYPES = (torch.float16, torch.bfloat16)
 WIDEST = 256  # of a row: it lies in registers as a whole
 ROWS, ITEMS = 16, 128  # of a tile of scores
+SPAN = 128  # rows of a program, which reads its items once
 RANKED = 256  # entries up to which comparing each with each is faster than sorting
 MOST = 1 << 15  # groups, or items of the groups that are picked: the second kernel has them in registers
 
@@ -26,14 +27,15 @@ MOST = 1 << 15  # groups, or items of the groups that are picked: the second ker
 def key_kernel(  # type: ignore[no-untyped-def]
     x, weight, bias, keys, best, R, N, GROUPS, x_row, weight_row,
     D: tl.constexpr, PD: tl.constexpr, BIASED: tl.constexpr,
-    BR: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
+    BR: tl.constexpr, SPAN: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0) * BN + tl.arange(0, BN)
     group = tl.program_id(0) * (BN // GROUP) + tl.arange(0, BN // GROUP)
     d = tl.arange(0, PD)
     place = weight + item.to(tl.int64)[:, None] * weight_row + d[None, :]
     items = tl.trans(tl.load(place, mask=(item < N)[:, None] & (d < D)[None, :], other=0.0))
-    for at in tl.range(0, R, BR):
+    start = tl.program_id(1) * SPAN
+    for at in tl.range(start, tl.minimum(R, start + SPAN), BR):
         row = (at + tl.arange(0, BR)).to(tl.int64)
         users = tl.load(x + row[:, None] * x_row + d[None, :], mask=(row < R)[:, None] & (d < D)[None, :], other=0.0)
         score = tl.dot(users, items)
@@ -42,15 +44,15 @@ def key_kernel(  # type: ignore[no-untyped-def]
         rounded = score.to(x.dtype.element_ty)
         # The bits of a float in the order of integers. NaN counts as larger than every number.
         bits = rounded.to(tl.int16, bitcast=True).to(tl.int32)
-        key = tl.where(bits < 0, bits ^ 0x7FFF, bits)
+        key = tl.where(bits < 0, -(bits & 0x7FFF), bits)  # both zeros are 0
         key = tl.where(score != score, 0x7FFF, key)
         key = tl.where((item < N)[None, :], key, -0x8000)
         tl.store(
             keys + row[:, None] * N + item[None, :], key.to(tl.int16), mask=(row < R)[:, None] & (item < N)[None, :]
         )
-        largest = tl.max(tl.reshape(key, [BR, BN // GROUP, GROUP]), 2)
+        tops = tl.max(tl.reshape(key, [BR, BN // GROUP, GROUP]), 2)
         there = (row < R)[:, None] & (group < GROUPS)[None, :]
-        tl.store(best + row[:, None] * GROUPS + group[None, :], largest.to(tl.int16), mask=there)
+        tl.store(best + row[:, None] * GROUPS + group[None, :], tops.to(tl.int16), mask=there)
 
 
 @triton.jit
@@ -105,7 +107,7 @@ def select_kernel(  # type: ignore[no-untyped-def]
     count = tl.sum(reach, 0)
     place = tl.where(reach > 0, tl.cumsum(reach, 0) - 1, ROOM)
     if count > ROOM:
-        place, least = largest(key, K)
+        place, _ = largest(key, K)
         count = K
     # Of equal scores that are returned the lowest item is first.
     entry = (key.to(tl.int64) << 32) | (0xFFFFFFFF - item.to(tl.int64))
@@ -123,7 +125,7 @@ def select_kernel(  # type: ignore[no-untyped-def]
             theirs = tl.load(found + row * ROOM + other, mask=other < count, other=-0x8000000000000000)
             rank += tl.sum((theirs[None, :] > mine[:, None]).to(tl.int32), 1)
     bits = (mine >> 32).to(tl.int32)
-    bits = tl.where(bits < 0, bits ^ 0x7FFF, bits).to(tl.int16)
+    bits = tl.where(bits < 0, -bits | 0x8000, bits).to(tl.int16)
     here = (rank < K) & (mine != -0x8000000000000000)
     tl.store(values + row * K + rank, bits.to(values.dtype.element_ty, bitcast=True), mask=here)
     tl.store(items + row * K + rank, 0xFFFFFFFF - (mine & 0xFFFFFFFF), mask=here)
@@ -153,7 +155,8 @@ def score_topk(
     """The k largest of x @ weight.T + bias and their items, both [..., k], falling; items are int64.
 
     x [..., D], weight [N, D], bias [N], float16 or bfloat16; 1 <= k <= N / 16. Scores are summed in float32 and rounded
-    once. NaN counts as larger than every number; of equal scores that are returned the lowest item comes first.
+    once. NaN counts as larger than every number; of equal scores that are returned the lowest item comes first. As much
+    memory as the scores themselves is taken meanwhile.
     """
     lead, width, items = x.shape[:-1], x.shape[-1], weight.shape[0]
     flat = x.reshape(-1, width)
@@ -161,10 +164,10 @@ def score_topk(
     rows, group = flat.shape[0], group_of(items, k)
     groups = triton.cdiv(items, group)
     keys, best = (flat.new_empty(rows, count, dtype=torch.int16) for count in (items, groups))
-    wrap_triton(key_kernel)[(triton.cdiv(items, ITEMS),)](
+    wrap_triton(key_kernel)[(triton.cdiv(items, ITEMS), triton.cdiv(rows, SPAN))](
         flat, weight, flat if bias is None else bias.contiguous(), keys, best, rows, items, groups,
         flat.stride(0), weight.stride(0), D=width, PD=lanes(width), BIASED=bias is not None,
-        BR=ROWS, BN=ITEMS, GROUP=group, num_warps=4,
+        BR=ROWS, SPAN=SPAN, BN=ITEMS, GROUP=group, num_warps=4,
     )  # fmt: skip
     room = lanes(k + 2 * k * k * group // items + 8)  # for items as good as the groups, were they spread evenly
     picked, found = flat.new_empty(rows, k, dtype=torch.int32), flat.new_empty(rows, room, dtype=torch.int64)
