@@ -229,7 +229,11 @@ def main() -> None:
         artifact = options.artifact or folder / "model.grc"
         if options.artifact is None:
             model = ROOT / "examples" / "zoo" / f"{options.model}.py"
-            grc.compile(str(model), None, grc.Options(artifact, batches=(1, 8, 64)))
+            grc.compile(
+                str(model),
+                None,
+                grc.Options(artifact, batches=(1, 8, 64), stages="stages" in options.server.split(",")),
+            )
         scripts = bodies(artifact, folder)
         targets = [stack.enter_context(opened(server, artifact, folder)) for server in options.server.split(",")]
         rows = cells(targets, scripts, [int(c) for c in options.clients.split(",")], seconds, rounds)
