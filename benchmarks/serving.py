@@ -222,6 +222,7 @@ def main() -> None:
     options = parser.parse_args()
     if shutil.which("wrk") is None:
         sys.exit("error: this benchmark needs wrk\nhint: sudo apt-get install wrk")
+    servers = options.server.split(",")
     rounds = 1 if options.small else ROUNDS
     seconds = 1 if options.small else options.seconds
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
@@ -229,13 +230,9 @@ def main() -> None:
         artifact = options.artifact or folder / "model.grc"
         if options.artifact is None:
             model = ROOT / "examples" / "zoo" / f"{options.model}.py"
-            grc.compile(
-                str(model),
-                None,
-                grc.Options(artifact, batches=(1, 8, 64), stages="stages" in options.server.split(",")),
-            )
+            grc.compile(str(model), None, grc.Options(artifact, batches=(1, 8, 64), stages="stages" in servers))
         scripts = bodies(artifact, folder)
-        targets = [stack.enter_context(opened(server, artifact, folder)) for server in options.server.split(",")]
+        targets = [stack.enter_context(opened(server, artifact, folder)) for server in servers]
         rows = cells(targets, scripts, [int(c) for c in options.clients.split(",")], seconds, rounds)
         manifest = grc.Artifact.open(artifact).manifest
         memory = {target.name: resident(target.pid) for target in targets}

@@ -1,4 +1,4 @@
-"""Tiles of the Triton products: one for few rows, one for some and one for many, all compiled into one kernel."""
+"""Tiles of the Triton products: their least sizes, and for few, some and many rows one each, all in one kernel."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ class Tile(NamedTuple):
     columns: int
     depth: int
     stages: int
+
+
+def lanes(count: int) -> int:
+    """The size of a block that holds so many: a power of two, and no less than a factor of a product on tensor cores."""
+    return 1 << max(count - 1, 15).bit_length()
 
 
 def constants(**tiles: Tile) -> dict[str, int]:

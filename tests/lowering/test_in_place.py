@@ -54,9 +54,10 @@ PARTS: dict[str, Callable[[Tensor], Sequence[Tensor]]] = {
     ],
     "stacked": lambda y: y.view(-1, STEPS, 3, HEADS, WIDTH).permute(2, 0, 3, 1, 4).unbind(0),
 }
-COPIES: Callable[[Tensor], Sequence[Tensor]] = lambda y: [  # noqa: E731
-    part.reshape(-1, HEADS, STEPS, WIDTH) for part in y.chunk(3, -1)
-]
+
+
+def copies(y: Tensor) -> Sequence[Tensor]:
+    return [part.reshape(-1, HEADS, STEPS, WIDTH) for part in y.chunk(3, -1)]
 
 
 def in_place(model: nn.Module) -> tuple[fx.GraphModule, fx.GraphModule, list[Tensor]]:
@@ -92,7 +93,7 @@ def test_parts_of_one_activation_are_views_of_it(parts: str) -> None:
 def test_what_is_computed_apart_or_copied_is_left() -> None:
     agree(Steps(nn.Identity(), PARTS["split"]), 0)
     agree(Steps(nn.SiLU(), None), 0)
-    agree(Steps(nn.SiLU(), COPIES), 0)
+    agree(Steps(nn.SiLU(), copies), 0)
 
 
 @torch.no_grad()

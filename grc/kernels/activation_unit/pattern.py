@@ -52,11 +52,11 @@ class ActivationUnit(Fusion):
         query, keys, row, first = found
         dtype = value(keys).dtype
         if dtype is torch.float64 or any(value(operand).dtype is not dtype for operand in (query, row, node)):
-            raise Miss(f"values are {dtype_name(value(node).dtype)}")
+            raise Miss(f"values are {str(value(node).dtype)[6:]}")
         for layer in (inner, outer):
             steps = 0.0 if layer.gate is None else float(layer.gate.abs().max()) * torch.finfo(dtype).eps
             if dtype is not torch.float32 and not steps < COARSE:
-                raise Miss(f"the activation's numbers are too large for {dtype_name(dtype)}")
+                raise Miss(f"the activation's numbers are too large for {str(dtype)[6:]}")
         if first.numel() > 2 * LARGEST:
             raise Miss(f"the first layer's weight of {first.shape[1]} x {first.shape[0]} leaves no room in the cache")
         width, n1, n2 = int(shape(keys)[2]), len(second[0]), len(second)
@@ -82,10 +82,6 @@ class ActivationUnit(Fusion):
             outer.activation,
         )
         return Fused(node, edit.call(aten.unsqueeze.default, new, -1), f"{n1}-{n2}-1 over each step in one kernel")
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def weights(edit: Rewriter, linear: Any) -> tuple[Tensor | None, Tensor | None]:

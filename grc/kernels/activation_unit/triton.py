@@ -11,6 +11,7 @@ from torch.library import triton_op, wrap_triton
 from grc.kernels.packed_linear.activations import DICE, PRELU
 from grc.kernels.rows import tl, triton
 from grc.kernels.small_linear.triton import activate
+from grc.kernels.tiles import lanes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST = 1 << 14  # numbers of a layer's weight, which lies in registers as a whole
@@ -72,10 +73,6 @@ def able(query: Any, keys: Any, row: Any, first: Any, first_gate: Any, second: A
     layers = lanes(width) * lanes(int(n1)), lanes(int(n1)) * lanes(int(n2))
     same = keys.dtype == query.dtype == row.dtype == first.dtype == second.dtype
     return keys.dtype in DTYPES and same and max(layers) <= LARGEST
-
-
-def lanes(count: int) -> int:
-    return max(16, triton.next_power_of_2(count))
 
 
 def activation_unit(

@@ -9,6 +9,7 @@ import torch
 from torch.library import triton_op, wrap_triton
 
 from grc.kernels.rows import tl, triton
+from grc.kernels.tiles import lanes
 
 DTYPES = (torch.float16, torch.bfloat16)
 WIDEST = 128  # of a head: keys and values of a block lie in shared memory as a whole
@@ -112,7 +113,7 @@ def of_keys(mask: torch.Tensor | None) -> bool:
 
 def block(steps: Any, most: int) -> int:
     """Queries or keys of a block: a number of steps that varies takes the largest."""
-    return max(16, min(most, triton.next_power_of_2(steps))) if isinstance(steps, int) else most
+    return min(most, lanes(steps)) if isinstance(steps, int) else most
 
 
 def attention(
@@ -143,7 +144,7 @@ def attention(
         SCALE=scale, GAIN=gain,  # as arguments they would be float64 in a package, and with them all scores
         D=width, V=values, KIND=kind, CAUSAL=causal, BIAS=mode, FACTOR=factor is not None,
         BIAS_OF_KEYS=of_keys(bias), FACTOR_OF_KEYS=of_keys(factor),
-        PD=max(16, triton.next_power_of_2(width)), PV=max(16, triton.next_power_of_2(values)), BN=bn, BM=bm,
+        PD=lanes(width), PV=lanes(values), BN=bn, BM=bm,
         STAGES=2, num_warps=4 if bn * bm > 1024 else 2,
     )  # fmt: skip
     return out

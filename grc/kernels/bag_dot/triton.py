@@ -28,6 +28,7 @@ from grc.kernels.rows import (
     tl,
     triton,
 )
+from grc.kernels.tiles import lanes
 
 
 class Config(NamedTuple):
@@ -171,10 +172,6 @@ def bag_dot_kernel(  # type: ignore[no-untyped-def]
     tell(bad, counter)
 
 
-def square(nodes: int) -> int:
-    return max(16, triton.next_power_of_2(nodes))
-
-
 def lists(
     arena: torch.Tensor,
     bases: Sequence[int],
@@ -247,7 +244,7 @@ def bag_dot(
     if tables is None:
         tables = table(lists(arena, bases, rows, dim, lengths, padding, packing), arena.device)
     grid = (torch.sym_min(batch, choice.programs),)
-    size = square(nodes)
+    size = lanes(nodes)
     rest = triton.next_power_of_2(width - head - pairs) if width > head + pairs else 0
     padded = any(p != NO_PADDING for p in padding)
     block = min(choice.block, triton.next_power_of_2(dim // (2 if form == INT4 else 1)))

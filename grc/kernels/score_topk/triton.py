@@ -14,6 +14,7 @@ import torch
 from torch.library import triton_op, wrap_triton
 
 from grc.kernels.rows import tl, triton
+from grc.kernels.tiles import lanes
 
 DTYPES = (torch.float16, torch.bfloat16)
 WIDEST = 256  # of a row: it lies in registers as a whole
@@ -143,10 +144,6 @@ def group_of(items: int, k: int) -> int:
     sizes = {size: (lanes(-(-items // size)), lanes(k * size)) for size in (8, 16, 32, 64, 128)}
     fitting = [size for size, both in sizes.items() if max(both) <= MOST]
     return min(reversed(fitting), key=lambda size: sum(sizes[size]), default=0)
-
-
-def lanes(count: int) -> int:
-    return 1 << max(count - 1, 15).bit_length()
 
 
 def score_topk(
