@@ -64,7 +64,7 @@ class MergeTables(Pass):
 
 # Measured beside a look-up of its own on CPUs: as fast under a linear layer, and 1.2 to 1.3 times as fast where the
 # gather is fused with what reads the rows (an attention over a history, a product of two rows) at batch 64 and 1024.
-GATHERED = "no cat and no pooling reads its rows: the layers that do gather them themselves, which is as fast"
+GATHERED = "no cat of several and no pooling reads its rows: the layers that do gather them themselves, which is as fast"
 COMPUTED = "its table is computed: only a parameter or buffer [rows, width] has rows to read"
 
 
@@ -91,7 +91,8 @@ def grouped(graph: fx.GraphModule) -> Iterable[Group]:
             if bag is not None and bag.node in taken:
                 bag = None
             if run and (bag is None or not compatible(run, bag)):
-                yield Group(node, run, start)
+                if len(run) > 1 or gains(run[0]):
+                    yield Group(node, run, start)
                 run = []
             if bag is not None:
                 start = start if run else i
@@ -102,9 +103,14 @@ def grouped(graph: fx.GraphModule) -> Iterable[Group]:
             continue
         alone = getattr(value(node), "ndim", 0) == 2 and not feeds_taken(node, taken)
         bag = find_bag(graph, node) if alone else None
-        if bag is not None and (bag.features > 1 or not is_op(bag.node, aten.embedding)):
+        if bag is not None and gains(bag):
             taken.add(node)
             yield Group(node, [bag], 0)
+
+
+def gains(bag: Bag) -> bool:
+    """Whether a look-up alone is one for a kernel: a single row for each request is gathered by whatever reads it."""
+    return bag.features > 1 or not is_op(bag.node, aten.embedding)
 
 
 def independent(group: Group) -> bool:

@@ -22,11 +22,11 @@ from grc.passes.normalise import Normalise
 class Small(nn.Module):
     """A module whose forward is a function of itself and its inputs."""
 
-    def __init__(self, function: Callable[..., Any], **modules: nn.Module) -> None:
+    def __init__(self, function: Callable[..., Any], **modules: nn.Module | Tensor) -> None:
         super().__init__()
         self.function = function
         for name, module in modules.items():
-            self.add_module(name, module)
+            setattr(self, name, module)
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.function(self, *inputs)
@@ -41,7 +41,7 @@ def ids(batch: int, columns: int, limit: int = 10) -> Tensor:
 
 
 def graph_of(
-    function: Callable[..., Any], *inputs: Tensor, fixed: Sequence[int] = (), **modules: nn.Module
+    function: Callable[..., Any], *inputs: Tensor, fixed: Sequence[int] = (), **modules: nn.Module | Tensor
 ) -> fx.GraphModule:
     """The graph of a function, the first size of every input dynamic but of those in `fixed`."""
     shapes = tuple({} if i in fixed else {0: Dim.DYNAMIC} for i in range(len(inputs)))

@@ -161,6 +161,21 @@ class TestBagFm:
         assert made(changes, "bag-fm") == 1
         check(graph, "CHECK: grc.bag_fm(%arena{{.*}}, %arena{{.*}}, %inputs_0\nCHECK-NOT: grc.lookup")
 
+    @pytest.mark.parametrize("deep", [False, True], ids=["beside", "within another sum"])
+    def test_the_linear_term_of_one_table_with_a_bias(self, deep):
+        def forward(self, x):
+            rows = x + self.starts
+            first = self.weights(rows).sum(1) + self.bias
+            first = first + self.bias if deep else first
+            features = self.table(rows)
+            return first + sum_square(features), features.flatten(1)
+
+        modules = dict(table=nn.Embedding(50, WIDTH), weights=nn.Embedding(50, 1))
+        constants = dict(starts=torch.arange(COUNT) * 10, bias=nn.Parameter(torch.randn(1)))
+        graph, changes = fused(forward, ids(4, COUNT), **modules, **constants)
+        assert made(changes, "bag-fm") == 1
+        check(graph, f"CHECK: grc.bag_fm(%table_weight, {'None' if deep else '%weights_weight'}, %inputs_0")
+
     def test_several_ids_a_feature(self):
         def forward(self, x):
             e = torch.stack([t(x[:, 2 * i : 2 * i + 2]).sum(1) for i, t in enumerate(self.tables)], 1)

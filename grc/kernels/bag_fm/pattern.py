@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from grc.graph.lookups import find_bag
 from grc.graph.match import Miss, argument, aten, is_op, only_user, same_shape, shape, value
 from grc.graph.rewrite import Rewriter
 from grc.kernels.bag_dot.pattern import chosen_pairs, triangle
@@ -36,7 +37,7 @@ class BagFm(Fusion):
             raise Miss("a feature has more than one id")
         if set(dims) != {dim} or len(dims) != count:  # type: ignore[arg-type]
             raise Miss(f"features have widths {sorted(set(dims))}")  # type: ignore[type-var, arg-type]
-        term = linear_term(old, lookup)
+        term = linear_term(edit.module, old, lookup)
         linear = term.lookup.args[0] if term else None
         if term:
             edit.replace(term.sum, term.rest)
@@ -140,20 +141,25 @@ class Linear:
     rest: fx.Node
 
 
-def linear_term(second_order: fx.Node, lookup: fx.Node) -> Linear | None:
+def linear_term(module: fx.GraphModule, second_order: fx.Node, lookup: fx.Node) -> Linear | None:
     """`sum_f w[id_f]` among the terms that the second-order one is added to, read with its ids and row numbers."""
     term, user = second_order, only_user(second_order)
     while user is not None and plain_sum(user, second_order):
         other = user.args[1] if user.args[0] is term else user.args[0]
-        if linear_lookup(other, lookup):
-            return Linear(linear_lookup(other, lookup), user, term)  # type: ignore[arg-type]
+        if same_shape(other, second_order):  # type: ignore[arg-type]
+            found = linear_lookup(module, other, lookup)
+            if found is not None:
+                return Linear(found, user, term)
         waiting = [other]
         while waiting:
             inner = waiting.pop()
             if not isinstance(inner, fx.Node) or only_user(inner) is None or not plain_sum(inner, second_order):
                 continue
             for leaf, rest in (inner.args, inner.args[::-1]):
-                found = linear_lookup(leaf, lookup)
+                # A bias alone has fewer dimensions than the sum, and may stand only where it meets a term of all of them.
+                if not same_shape(leaf, second_order) or not (inner is other or same_shape(rest, second_order)):  # type: ignore[arg-type]
+                    continue
+                found = linear_lookup(module, leaf, lookup)
                 if found is not None:
                     return Linear(found, inner, rest)  # type: ignore[arg-type]
             waiting += inner.args
@@ -162,13 +168,13 @@ def linear_term(second_order: fx.Node, lookup: fx.Node) -> Linear | None:
 
 
 def plain_sum(node: fx.Node, like: fx.Node) -> bool:
-    """True for `a + b` in which both terms have the shape of the second-order one."""
+    """True for `a + b` with the shape of the second-order term."""
     if not is_op(node, aten.add) or len(node.args) != 2 or argument(node, "alpha") != 1:
         return False
-    return all(isinstance(term, fx.Node) and same_shape(term, like) for term in node.args)
+    return same_shape(node, like) and all(isinstance(term, fx.Node) for term in node.args)
 
 
-def linear_lookup(node: Any, lookup: fx.Node) -> fx.Node | None:
+def linear_lookup(module: fx.GraphModule, node: Any, lookup: fx.Node) -> fx.Node | None:
     """The look-up of one weight for each id of `lookup`, where a value is its sum over the features."""
     while is_op(node, aten.reshape):
         node = node.args[0]
@@ -179,12 +185,19 @@ def linear_lookup(node: Any, lookup: fx.Node) -> fx.Node | None:
         return None
     while is_op(weights, aten.reshape):
         weights = weights.args[0]
-    if not (isinstance(weights, fx.Node) and weights.target is torch.ops.grc.lookup.default):
-        return None
-    same = weights.args[1] is lookup.args[1] and weights.args[4] == lookup.args[4] and weights.args[5] == lookup.args[5]
-    if not same or set(weights.args[6]) != {1} or weights.args[9] != lookup.args[9]:  # type: ignore[arg-type]
-        return None
-    if weights.args[2] is not None or weights.args[3] is not None or set(weights.args[7]) != {1}:  # type: ignore[arg-type]
+    if is_op(weights, aten.embedding):
+        bag = find_bag(module, weights)
+        if bag is None or bag.dim != 1:
+            return None
+        read = [bag.ids, list(bag.bases), [bag.rows - base for base in bag.bases], [bag.padding] * bag.features]
+    elif isinstance(weights, fx.Node) and weights.target is torch.ops.grc.lookup.default:
+        if weights.args[2] is not None or weights.args[3] is not None or set(weights.args[7]) != {1}:  # type: ignore[arg-type]
+            return None
+        if set(weights.args[6]) != {1}:  # type: ignore[arg-type]
+            return None
+        read = [weights.args[index] for index in (1, 4, 5, 9)]
+    else:
         return None
     table = value(weights.args[0])
-    return weights if table.dim() == 2 and table.numel() == value(lookup.args[0]).shape[0] else None
+    fits = table.dim() == 2 and table.numel() == value(lookup.args[0]).shape[0]
+    return weights if fits and read == [lookup.args[index] for index in (1, 4, 5, 9)] else None
