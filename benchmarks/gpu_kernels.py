@@ -200,7 +200,7 @@ def problems(arena: Tensor, rows: int, only: set[str], batches: tuple[int, ...])
             )  # fmt: skip
         if "bag_dot" in only:
             op = bag_dot.register()
-            rest = (bases, sizes, DIM, ones, 0, NO_PADDING, False, False, True, None, None, width)
+            rest = (bases, sizes, DIM, ones, 0, NO_PADDING, False, False, True, None, None, None, width)
 
             def plain_dot(x: Tensor, dense: Tensor = dense) -> Tensor:
                 head = dense[: len(x)]
@@ -282,7 +282,7 @@ def packed_problems(form: str, rows: int, batches: tuple[int, ...]) -> Iterator[
             "bag_dot", bag_dot, batch, fixed + batch * item * (DIM + width), random_ids(rows, batch),
             lambda x, head=head: dot(
                 arena, x, None, None, head[: len(x)], bases, sizes, DIM, ones, 0, NO_PADDING, False, False, True, where,
-                None, width,
+                None, None, width,
             ),
             lambda x, head=head: plain_dot(x, head),
             lambda x, head=head: F.pad(plain_dot(x, head.double(), Tensor.double), (0, width - DIM - i.numel())),

@@ -41,7 +41,7 @@ class Dlrm(nn.Module):
 
     def forward(self, dense: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
         low = torch.relu(self.bottom(dense))
-        crossed, _ = torch.ops.grc_cuda.bag_dot(self.arena, ids, None, None, low, *self.args, False, False, True)
+        crossed = torch.ops.grc_cuda.bag_dot(self.arena, ids, None, None, low, *self.args, False, False, True)
         return (torch.sigmoid(self.top(crossed).float()),)
 
 
@@ -55,8 +55,8 @@ class Rest(nn.Module):
 
     def forward(self, dense: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
         args = (self.bases, self.rows, [DIM] * FEATURES, [1] * FEATURES, 0, NO_PADDING)
-        rows, _ = torch.ops.grc_cuda.lookup(self.arena, ids, None, None, *args)
-        flat, fm, _ = torch.ops.grc_cuda.bag_fm(self.arena, None, ids, self.bases, self.rows, DIM, NO_PADDING)
+        rows = torch.ops.grc_cuda.lookup(self.arena, ids, None, None, *args)
+        flat, fm = torch.ops.grc_cuda.bag_fm(self.arena, None, ids, self.bases, self.rows, DIM, NO_PADDING)
         return rows * 2 + dense.sum(1, keepdim=True), flat + 1, torch.sigmoid(fm)
 
 

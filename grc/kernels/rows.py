@@ -219,7 +219,12 @@ def pool(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def tell(bad, counter):
-    """Add the bad ids that a program met to the launch's counter. There are none in nearly all requests."""
+def tell(bad, told):
+    """Add the bad ids that a program met to a counter, of which `told` has the address and its complement.
+
+    An address is no operand that a compiler would have to clear, copy or order; and what Inductor runs kernels on while it
+    builds a package is none."""
     met = tl.sum(bad, 0).to(tl.int64)
-    tl.atomic_add(counter, met, mask=met > 0)
+    address = tl.load(told, mask=met > 0, other=0)
+    sound = (met > 0) & (address == ~tl.load(told + 1, mask=met > 0, other=0))
+    tl.atomic_add(address.to(tl.pointer_type(tl.int64)), met, mask=sound)

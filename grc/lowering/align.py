@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ def aligned(graph: fx.GraphModule) -> fx.GraphModule:
         if not extra:
             continue
         if from_own_kernel(x):
-            x.args[0].args = (*x.args[0].args, width + extra)
+            x.args = (*x.args, width + extra)
         elif weight.itemsize == 2 and width >= WIDE and value(x).dim() == 2:
             with copy.graph.inserting_before(node):
                 narrow, x = x, copy.graph.call_function(aten.constant_pad_nd.default, (x, [0, extra]))
@@ -52,7 +51,5 @@ def aligned(graph: fx.GraphModule) -> fx.GraphModule:
 
 def from_own_kernel(x: Any) -> bool:
     """Whether x is the answer of the Triton bag_dot to this layer alone: that kernel pads rows as it writes them."""
-    if x.target is not operator.getitem or x.args[1] != 0 or len(x.users) != 1:
-        return False
-    target = x.args[0].target
-    return getattr(target, "namespace", "") == "grc_cuda" and target._opname == "bag_dot"
+    own = getattr(x.target, "namespace", "") == "grc_cuda" and x.target._opname == "bag_dot"
+    return own and len(x.users) == 1

@@ -32,7 +32,7 @@ class Built:
     checks_ids: bool = False  # on a CPU: whether its kernels refuse every id that has no row
     graphs: bool = False  # on a GPU: whether its runs are captured as CUDA graphs
     bucket: int | None = None  # on a GPU: the one batch size that it was built for
-    counts_bad_ids: bool = False  # on a GPU: whether its last answer is the number of ids outside of their tables
+    counts_bad_ids: bool = False  # on a GPU: whether its kernels count ids outside of their tables, where COUNTER says
 
 
 @dataclass(frozen=True)

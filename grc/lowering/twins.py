@@ -1,11 +1,10 @@
-"""Give fused ops to their Triton twins, and count the ids of look-ups that lie outside of their tables."""
+"""Give fused ops to their Triton twins, and have them count the ids of look-ups that lie outside of their tables."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import inspect
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import fx
 
 from grc.graph.match import aten, call_arguments, is_op, value
 from grc.graph.rewrite import copy_graph
+from grc.runtime.engines import COUNTER
 
 
 def twin_of(node: fx.Node) -> Any | None:
@@ -54,15 +54,17 @@ def with_twins(
     """A copy of a graph on `device` in which fused look-ups are `grc_cuda::` operators on ready-made lists, and other
     fused ops that have a kernel are such operators too, but for those named in `without`.
 
-    With `count`, the number of ids outside of their tables (int64, 0-dim) follows the outputs, and the answer is whether
-    it does: the kernels read zeros for such ids, and the runtime refuses the request by this number. It does not where one
-    look-up has no kernel, whose ids would not be in it.
+    With `count`, the kernels count ids outside of their tables, for which they read zeros, and the answer is whether they
+    do: where by the constant COUNTER, which the runtime fills in, and refuses the request by that number. They do not
+    where one look-up has no kernel, whose ids would not be in it.
     """
     copy = copy_graph(graph)
     edit = Constants(copy, device)
-    counted: list[fx.Node] = []
-    lookups = sum(is_lookup(node) for node in copy.graph.nodes)
-    for node in list(copy.graph.nodes):
+    nodes = list(copy.graph.nodes)
+    lookups = [node for node in nodes if is_lookup(node)]
+    counts = count and bool(lookups) and all(twin_of(node) is not None for node in lookups)
+    told = edit.constant(COUNTER, [0, 0]) if counts else None
+    for node in nodes:
         module = twin_of(node)
         if module is None or (is_optional(module) and node.target._opname in without):
             continue
@@ -72,21 +74,11 @@ def with_twins(
             continue
         wanted = inspect.signature(module.lists).parameters
         values = module.lists(value(given["arena"]), *(given[parameter] for parameter in list(wanted)[1:]))
-        answers = len(node.target._schema.returns)  # type: ignore[union-attr]
         if given["packing"]:
-            widen(node, answers)
-        node.args = (*given.values(), edit.constant(f"{node.name}_tables", values))
+            widen(node, len(node.target._schema.returns))  # type: ignore[union-attr]
+        node.args = (*given.values(), edit.constant(f"{node.name}_tables", values), told)
         node.kwargs = {}
         node.target = module.register()
-        with copy.graph.inserting_after(node):
-            counted.append(copy.graph.call_function(operator.getitem, (node, answers)))
-            if answers == 1:
-                only = copy.graph.call_function(operator.getitem, (node, 0))
-                node.replace_all_uses_with(only, delete_user_cb=lambda user, keep=(only, counted[-1]): user not in keep)
-                only.meta = dict(node.meta)
-    counts = count and 0 < len(counted) == lookups
-    if counts:
-        add_output(copy.graph, counted)
     copy.graph.eliminate_dead_code()
     copy.recompile()
     return copy, counts
@@ -115,12 +107,3 @@ class Constants:
         self.module.register_buffer(name, torch.tensor(list(values), dtype=torch.int64, device=self.device))
         with self.module.graph.inserting_before(next(iter(self.module.graph.nodes))):
             return self.module.graph.get_attr(name)
-
-
-def add_output(graph: fx.Graph, counts: list[fx.Node]) -> None:
-    output = next(iter(reversed(graph.nodes)))
-    with graph.inserting_before(output):
-        total = counts[0]
-        for other in counts[1:]:
-            total = graph.call_function(operator.add, (total, other))
-    output.args = ((*output.args[0], total),)

@@ -18,7 +18,7 @@ import torch
 from grc.errors import ArtifactError, first_line
 from grc.runtime.answers import Answers, hold_nan
 from grc.runtime.bucket import Bucket, Recorded, narrowed
-from grc.runtime.mapped import BY_KERNEL, copy_by_kernel, mapped
+from grc.runtime.mapped import BY_KERNEL, copy_by_kernel, mapped, telling
 from grc.runtime.plan import Plan, layout, views
 
 Tensors = list[torch.Tensor]
@@ -31,16 +31,16 @@ CAPTURING = threading.Lock()  # torch captures one graph at a time in a process
 class Buckets:
     """A part on the GPU, as a function from a list of tensors to a list of tensors; safe to call from many threads.
 
-    `make` loads one runner for each lane, since a runner serves one thread. With `counts`, the last answer of a runner
-    is the number of ids outside of their tables, and a request that has some raises IndexError. Raises ArtifactError
-    when a graph can't be captured.
+    `make` loads one runner for each lane, since a runner serves one thread; it is given the address where the runner's
+    kernels count ids outside of their tables. With `counts` they do, and a request that has some raises IndexError. Raises
+    ArtifactError when a graph can't be captured.
     """
 
-    def __init__(self, make: Callable[[], Run], plan: Plan, counts: bool):
+    def __init__(self, make: Callable[[torch.Tensor], Run], plan: Plan, counts: bool):
         self.plan = plan
         self.free: queue.SimpleQueue[Lane] = queue.SimpleQueue()
         for _ in range(plan.streams):
-            self.free.put(Lane(make(), plan, counts))
+            self.free.put(Lane(make, plan, counts))
 
     def __call__(self, inputs: Tensors) -> Answers:
         lane = self.free.get()
@@ -122,13 +122,16 @@ def clear_workspaces() -> None:
 class Lane:
     """One stream with its pool, its runner and its buckets. Only one thread at a time may use it."""
 
-    def __init__(self, run: Run, plan: Plan, counts: bool):
-        self.run, self.plan, self.counts = run, plan, counts
+    def __init__(self, make: Callable[[torch.Tensor], Run], plan: Plan, counts: bool):
+        self.plan, self.counts = plan, counts
         self.device = here()
         self.stream = torch.cuda.Stream()
         self.on_stream = on(self.stream)
         self.pool = torch.cuda.graph_pool_handle()
-        self.bad = pinned(8).view(torch.int64).zero_()
+        # Kernels count bad ids in the host's own memory: where there are none, neither side does anything for it.
+        counter = pinned(8).view(torch.int64)
+        self.bad = counter.numpy()
+        self.run = make(telling(counter).to(self.device))
         self.sums = pinned(4 * len(plan.outputs)).view(torch.float32)
         self.buckets: dict[int, Bucket] = {}
         if plan.buckets:
@@ -145,12 +148,12 @@ class Lane:
                 self.buckets[batch] = bucket
 
     def recorded(self, bucket: Bucket, taken: bool, given: bool, told: bool = True) -> Recorded:
-        """The bucket's graph: whether it copies the request from pinned memory, small answers to it, and what it tells of
-        bad ids and NaN.
+        """The bucket's graph: whether it copies the request from pinned memory, small answers to it, and whether it tells of
+        NaN.
 
         Captured when a request first needs it. Requests are one copy, since they lie in one arena; a kernel makes it by
         reading the host's memory itself: between the copy engine and the multiprocessors a graph waits longer than that
-        takes. The same goes for answers, sums and the count of bad ids.
+        takes. The same goes for answers and sums.
         """
         found = bucket.graphs.get((taken, given, told))
         if found is not None:
@@ -168,8 +171,6 @@ class Lane:
             out = [(self.sums[i], kept[i].sum(dtype=torch.float32)) for i in summed]
             if given:
                 out += [(bucket.answers[i], kept[i]) for i in range(len(bucket.answers)) if i not in bucket.apart]
-            if self.counts and told:
-                out.append((self.bad.view(()), kept[-1]))
             copy_by_kernel([mapped(host) for host, _ in out], [value for _, value in out])
         found = bucket.graphs[taken, given, told] = Recorded(graph, kept, summed)
         return found
@@ -180,7 +181,7 @@ class Lane:
                 found = self.run(list(device))
         self.stream.synchronize()
         want = [(entry.shape(batch), entry.dtype) for entry in self.plan.outputs]
-        have = [(tuple(answer.shape), answer.dtype) for answer in found[: len(found) - self.counts]]
+        have = [(tuple(answer.shape), answer.dtype) for answer in found]
         if want != have:
             raise ArtifactError(f"at batch {batch} the part answers {have}, the manifest says {want}", "rebuild it")
 
@@ -220,6 +221,7 @@ class Lane:
         if not in_place:
             own.fill(inputs)
         found = self.recorded(bucket, not in_place, True)
+        self.bad[0] = 0
         with self.on_stream:
             if events:
                 events[0].record()
@@ -252,6 +254,7 @@ class Lane:
         """
         plan, bucket = self.plan, self.buckets[self.plan.bucket(batch)]
         found = self.recorded(bucket, False, False)
+        self.bad[0] = 0
         caller = torch.cuda.current_stream(self.device)
         answers = [torch.empty(entry.shape(batch), dtype=entry.dtype, device=self.device) for entry in plan.outputs]
         self.stream.wait_stream(caller)
@@ -262,7 +265,7 @@ class Lane:
             found.graph.replay()
             if events:
                 events[1].record()
-            for answer, own, entry in zip(answers, found.answers, plan.outputs, strict=False):
+            for answer, own, entry in zip(answers, found.answers, plan.outputs, strict=True):
                 answer.copy_(narrowed(own, entry, batch))
         caller.wait_stream(self.stream)
         if self.counts or found.summed:
@@ -276,6 +279,7 @@ class Lane:
 
     def direct(self, inputs: Tensors, device: bool, events: Events | None) -> Answers:
         """Launch by launch, for requests that have no bucket."""
+        self.bad[0] = 0
         caller = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(caller)
         with torch.cuda.stream(self.stream):
@@ -283,8 +287,6 @@ class Lane:
                 events[0].record()
             moved = [tensor.to(self.device, non_blocking=True) for tensor in inputs]
             found = list(self.run(moved))
-            if self.counts:
-                self.bad.copy_(found.pop().view(1), non_blocking=True)
             answers = found if device else [answer.cpu() for answer in found]
             if events:
                 events[1].record()
@@ -296,8 +298,8 @@ class Lane:
 
     def refuse(self) -> None:
         """Raise IndexError where the answers come from ids outside of their tables."""
-        if self.counts and self.bad.item():
-            raise IndexError(f"{self.bad.item()} ids, counted with padded rows, are outside of their tables")
+        if self.counts and self.bad[0]:
+            raise IndexError(f"{self.bad[0]} ids, counted with padded rows, are outside of their tables")
 
 
 def here() -> torch.device:

@@ -18,6 +18,7 @@ from grc.runtime.plan import Plan
 
 Tensors = list[torch.Tensor]
 Run = Callable[[Tensors], Sequence[torch.Tensor]]
+COUNTER = "bad_ids_counter"  # the constant of a part on a GPU that tells its kernels where to count bad ids
 CONCURRENT = 8  # AOTInductor model instances: as many requests run at once, all on the same weights
 
 
@@ -53,11 +54,11 @@ def load_on_gpu(part: Mapping[str, Any], folder: Path, constants: Mapping[str, t
     elif part["bucket"] is not None:
         plan = replace(plan, buckets=(part["bucket"],))
 
-    def make() -> Run:
+    def make(told: torch.Tensor) -> Run:
         if part["engine"] == "eager":
             return load_eager(path, constants)
         # One thread a runner: the runner that serves many waits for events, which can't be captured.
-        return load_inductor(path, constants, alone=True)
+        return load_inductor(path, {**constants, COUNTER: told}, alone=True)
 
     return Buckets(make, plan, part["counts_bad_ids"])
 

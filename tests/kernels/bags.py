@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from grc.kernels.lookup.row_formats import LINE, pack_table, packing, rounded_rows, row_bytes
+from grc.runtime.mapped import telling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NO_PADDING = -(2**63)
@@ -161,6 +162,15 @@ def pooled(a: dict[str, Any], absolute: bool = False) -> list[torch.Tensor]:
                 out[b] = (got.sum(0), got.mean(0), got.amax(0))[a["pooling"]]
         outs.append(out)
     return outs
+
+
+def counted(op: Any, *values: Any, **more: Any) -> tuple[Any, int]:
+    """A call's answer, and how many bad ids its kernels told of."""
+    counter = torch.zeros(1, dtype=torch.int64, pin_memory=DEVICE == "cuda")
+    answer = op(*values, told=telling(counter).to(DEVICE), **more)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return answer, int(counter)
 
 
 def outside(a: dict[str, Any]) -> int:

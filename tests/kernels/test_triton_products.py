@@ -40,6 +40,11 @@ def placed(args: Sequence[Any], dtype: torch.dtype) -> list[Any]:
     return [a.to(DEVICE) if isinstance(a, Tensor) else a for a in halved]
 
 
+def leave_to_a_gpu(case: Case) -> None:
+    if INTERPRETED and "large batch" in case.name:
+        pytest.skip("too large for the interpreter: needs a GPU")
+
+
 def wide(args: Sequence[Any]) -> list[Any]:
     return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
 
@@ -136,6 +141,7 @@ def test_small_linear_takes_views() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ATTENTION.cases, ids=lambda case: case.name)
 def test_attention(case: Case, dtype: torch.dtype) -> None:
+    leave_to_a_gpu(case)
     args = placed(case.build(7), dtype)
     if len(args[0]) == 0:  # torch's own attention fails on a GPU then
         assert attention.register()(*args).shape == (0, args[0].shape[1], args[0].shape[2] * args[2].shape[3])
@@ -196,8 +202,7 @@ TOPK = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", TOPK, ids=lambda case: case.name)
 def test_score_topk(case: Case, dtype: torch.dtype) -> None:
-    if INTERPRETED and case.name == "large batch":
-        pytest.skip("too large for the interpreter: needs a GPU")
+    leave_to_a_gpu(case)
     args = placed(case.build(3), dtype)
     if not score_topk.able(*args):
         pytest.skip("the kernel leaves this case to plain torch")

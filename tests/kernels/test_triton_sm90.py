@@ -121,6 +121,7 @@ def test_compiles(module: Any, case: Case, dtype: torch.dtype, monkeypatch: pyte
     assert ".local" not in ptx(module, lambda: getattr(module, name)(*args), monkeypatch), "registers spill into memory"
 
 
+TOLD = torch.zeros(2, dtype=torch.int64, device=DEVICE)
 WIDE = {
     "fp16": ({}, torch.float16, True),
     "fp32": ({}, torch.float32, True),
@@ -138,19 +139,20 @@ def test_rows_are_read_16_bytes_at_a_time(name: str, monkeypatch: pytest.MonkeyP
     change, dtype, wide = WIDE[name]
     case = Bags(**{"dims": (128,) * 3, "batch": 64, **change})
     a = make(case, dtype)
-    code = [ptx(lookup, lambda: lookup.lookup(*a.values()), monkeypatch)]
+    code = [ptx(lookup, lambda: lookup.lookup(*a.values(), told=TOLD), monkeypatch)]
     if not case.flat:
         dense = torch.zeros(64, case.dims[0], dtype=dtype, device=DEVICE)
         shared_part = (a["arena"], a["ids"], a["offsets"], a["weights"], dense, a["bases"], a["rows"], case.dims[0])
         rest = (a["lengths"], a["pooling"], a["padding"], False, False, True)
-        code.append(ptx(bag_dot, lambda: bag_dot.bag_dot(*shared_part, *rest), monkeypatch))
+        code.append(ptx(bag_dot, lambda: bag_dot.bag_dot(*shared_part, *rest, told=TOLD), monkeypatch))
     if case.lengths == (1, 1, 1) and not case.flat:
         fm = (a["arena"], None, a["ids"], a["bases"], a["rows"], case.dims[0], a["padding"])
-        code.append(ptx(bag_fm, lambda: bag_fm.bag_fm(*fm), monkeypatch))
+        code.append(ptx(bag_fm, lambda: bag_fm.bag_fm(*fm, told=TOLD), monkeypatch))
     for text in code:
         # Into registers, or past them into shared memory: cp.async.cg copies 16 bytes and nothing else.
         assert bool(re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\.", text)) == wide
         assert ".local" not in text, "registers spill into memory"
+        assert re.search(r"atom\.global\S*\.add\.u64", text), "bad ids are counted"
     assert bool(re.search(r"st\.global\S*\.v4\.b32", code[0])) == wide
 
 
@@ -178,7 +180,7 @@ def packed_dot(form: str) -> tuple[Any, ...]:
     a, _, _ = packed(make(case, torch.float32), form)
     dense = torch.zeros(5, 128, dtype=torch.float16, device=DEVICE)
     head = (a["arena"], a["ids"], None, None, dense, a["bases"], a["rows"], 128, a["lengths"], 0, a["padding"])
-    return (*head, False, False, True, a["packing"])
+    return (*head, False, False, True, a["packing"], None, TOLD)
 
 
 @pytest.mark.usefixtures("hopper")
@@ -235,10 +237,10 @@ def test_traces_with_an_unknown_batch_and_copies_nothing(name: str) -> None:
 
     class Model(torch.nn.Module):
         def forward(self, arena, ids, dense, offsets, weights):  # type: ignore[no-untyped-def]
-            rows, _ = torch.ops.grc_cuda.lookup(arena, ids, offsets, weights, *args)
+            rows = torch.ops.grc_cuda.lookup(arena, ids, offsets, weights, *args)
             bases, sizes, dims, lengths, pooling, padding = args
             rest = (bases, sizes, dims[0], lengths, pooling, padding, False, False, True)
-            dot, _ = torch.ops.grc_cuda.bag_dot(arena, ids, offsets, weights, dense, *rest)
+            dot = torch.ops.grc_cuda.bag_dot(arena, ids, offsets, weights, dense, *rest)
             return rows, dot
 
     dense = torch.randn(5, a["dims"][0], device=DEVICE)
@@ -251,7 +253,7 @@ def test_traces_with_an_unknown_batch_and_copies_nothing(name: str) -> None:
     assert names == ["lookup.default", "bag_dot.default"]
     traced, _ = aot_export_module(program.module(), inputs, trace_joint=False)
     calls = [node for node in traced.graph.nodes if "triton_kernel_wrapper_functional" in str(node.target)]
-    assert [call.kwargs["tensors_to_clone"] for call in calls] == [["out", "counter"], ["out", "counter"]]
+    assert [call.kwargs["tensors_to_clone"] for call in calls] == [["out"], ["out"]]
     assert all(call.kwargs["kwargs"]["tables"].op == "get_attr" for call in calls)
     assert not [node for node in traced.graph.nodes if "copy" in str(node.target)]
 
@@ -265,12 +267,12 @@ def test_products_of_packed_rows_trace_with_an_unknown_batch() -> None:
 
     class Model(torch.nn.Module):
         def forward(self, arena, ids, dense):  # type: ignore[no-untyped-def]
-            return torch.ops.grc_cuda.bag_dot(arena, ids, None, None, dense, *rest)
+            return (torch.ops.grc_cuda.bag_dot(arena, ids, None, None, dense, *rest),)
 
     batch = torch.export.Dim("batch", min=1, max=4096)
     shapes = (None, {0: batch}, {0: batch})
     program = torch.export.export(Model(), (arena, ids, dense), dynamic_shapes=shapes, strict=False)
     traced, _ = aot_export_module(program.module(), (arena, ids, dense), trace_joint=False)
     calls = [node for node in traced.graph.nodes if "triton_kernel_wrapper_functional" in str(node.target)]
-    assert [call.kwargs["tensors_to_clone"] for call in calls] == [["out", "counter"]]
+    assert [call.kwargs["tensors_to_clone"] for call in calls] == [["out"]]
     assert all(call.kwargs["kwargs"]["tables"].op == "get_attr" for call in calls)

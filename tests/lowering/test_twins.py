@@ -16,6 +16,7 @@ from grc.lowering.export import export_graph
 from grc.lowering.twins import optional_twins, with_twins
 from grc.options import Options
 from grc.progress import Silent
+from grc.runtime.engines import COUNTER
 
 CPU = torch.device("cpu")
 
@@ -53,10 +54,11 @@ def test_a_look_up_becomes_its_twin_on_ready_made_lists(lowerable: Lowerable) ->
     assert calls(lowerable.graph) == [], "the graph that was given stays as it was"
 
 
-def test_the_count_follows_the_outputs_and_survives_the_export(lowerable: Lowerable) -> None:
+def test_where_to_count_is_a_constant_and_survives_the_export(lowerable: Lowerable) -> None:
     graph, counts = with_twins(lowerable.graph, CPU, count=True)
     program = export_graph(Lowerable(graph, lowerable.inputs, lowerable.shapes), OPS)
-    assert counts and len(program.graph_signature.user_outputs) == 2
+    assert counts and len(program.graph_signature.user_outputs) == 1
+    assert COUNTER in program.graph_signature.buffers
     assert [n for n in program.graph.nodes if n.target is torch.ops.grc_cuda.lookup.default]
     assert not program.constants, "a constant made while tracing would be copied to the device in every run"
 

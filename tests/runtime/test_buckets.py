@@ -97,8 +97,8 @@ class Counting:
 
     asked: ClassVar[list[tuple[str, int]]] = []
 
-    def __init__(self, run: Any, plan: Plan, counts: bool):
-        self.plan, self.busy = plan, False
+    def __init__(self, make: Any, plan: Plan, counts: bool):
+        self.run, self.plan, self.busy = make(torch.zeros(2, dtype=torch.int64)), plan, False
 
     def from_host(self, inputs: list[torch.Tensor], batch: int, events: Any) -> Answers:
         assert not self.busy, "two requests are in one lane"
@@ -128,20 +128,20 @@ def request(batch: int) -> list[torch.Tensor]:
 def test_a_request_larger_than_the_largest_bucket_is_answered_in_pieces(
     counting: type[Counting], batch: int, pieces: list[int]
 ) -> None:
-    run = Buckets(lambda: lambda inputs: inputs, plan(), counts=False)
+    run = Buckets(lambda told: lambda inputs: inputs, plan(), counts=False)
     dense, ids = request(batch)
     assert torch.equal(run([dense, ids])[0], dense.sum(1) + ids.sum(1))
     assert counting.asked == [("bucket", piece) for piece in pieces]
 
 
 def test_without_buckets_requests_run_as_they_come(counting: type[Counting]) -> None:
-    Buckets(lambda: lambda inputs: inputs, plan(reason="jagged"), counts=False)(request(100))
+    Buckets(lambda told: lambda inputs: inputs, plan(reason="jagged"), counts=False)(request(100))
     assert counting.asked == [("direct", 100)]
 
 
 def test_threads_never_share_a_lane_and_streams_are_lanes(counting: type[Counting]) -> None:
     made: list[int] = []
-    run = Buckets(lambda: made.append(1) or (lambda inputs: inputs), plan(streams=2), counts=False)  # type: ignore[func-returns-value]
+    run = Buckets(lambda told: made.append(1) or (lambda inputs: inputs), plan(streams=2), counts=False)  # type: ignore[func-returns-value]
     assert len(made) == 2
 
     def ask(batch: int) -> bool:

@@ -52,11 +52,11 @@ def pieces(dense, row, step, live, D: tl.constexpr, K: tl.constexpr):  # type: i
 
 @triton.jit
 def byte_dot_kernel(  # type: ignore[no-untyped-def]
-    arena, ids, dense, tables, out, counter, B, id_row, id_step, dense_row, dense_step,
+    arena, ids, dense, tables, out, told, B, id_row, id_step, dense_row, dense_step,
     F: tl.constexpr, D: tl.constexpr, PITCH: tl.constexpr, SCALE: tl.constexpr, ALIGN: tl.constexpr, FORM: tl.constexpr,
     PAIRS: tl.constexpr, WIDTH: tl.constexpr,
     DENSE: tl.constexpr, KEEP: tl.constexpr, UPPER: tl.constexpr, DIAGONAL: tl.constexpr, PADDED: tl.constexpr,
-    P: tl.constexpr, REST: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
+    P: tl.constexpr, REST: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr, TOLD: tl.constexpr,
 ):  # fmt: skip
     HEAD: tl.constexpr = D if KEEP else 0
     # Columns that share a byte, bytes of a row, and how many columns are read beyond it. Those hold -128.
@@ -157,4 +157,5 @@ def byte_dot_kernel(  # type: ignore[no-untyped-def]
         write(line, pair + HEAD, chosen, products, HEAD + PAIRS, REST, WIDTH)
         if DENSE:  # on its way together with the next rows
             head = pieces(dense, (sample + programs) * dense_row, dense_step, at + programs < B, D, K * SHARED)
-    tell(bad, counter)
+    if TOLD:
+        tell(bad, told)

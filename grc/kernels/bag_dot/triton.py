@@ -92,13 +92,13 @@ def config(batch: int | torch.SymInt, features: int, dim: int, dtype: torch.dtyp
 
 @triton.jit
 def bag_dot_kernel(  # type: ignore[no-untyped-def]
-    arena, ids, offsets, weights, dense, tables, out, counter, B, V,
+    arena, ids, offsets, weights, dense, tables, out, told, B, V,
     id_row, id_step, weight_row, weight_step, dense_row, dense_step,
     F: tl.constexpr, D: tl.constexpr, PITCH: tl.constexpr, SCALE: tl.constexpr, ALIGN: tl.constexpr, FORM: tl.constexpr,
     PAIRS: tl.constexpr, WIDTH: tl.constexpr,
     DENSE: tl.constexpr, IN_PLACE: tl.constexpr, KEEP: tl.constexpr, UPPER: tl.constexpr, DIAGONAL: tl.constexpr,
     ONE: tl.constexpr, JAGGED: tl.constexpr, WEIGHTED: tl.constexpr, PADDED: tl.constexpr, POOLING: tl.constexpr,
-    P: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    P: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, TOLD: tl.constexpr,
 ):  # fmt: skip
     N: tl.constexpr = F + DENSE
     HEAD: tl.constexpr = D if KEEP else 0
@@ -169,7 +169,8 @@ def bag_dot_kernel(  # type: ignore[no-untyped-def]
                     tl.store(line + column, head.to(out.dtype.element_ty), mask=inside)
                 gram = tl.dot(tile, tl.trans(tile), gram, input_precision=PRECISION)
         write(line, pair + HEAD, chosen, gram, HEAD + PAIRS, REST, WIDTH)
-    tell(bad, counter)
+    if TOLD:
+        tell(bad, told)
 
 
 def lists(
@@ -204,16 +205,16 @@ def bag_dot(
     keep_dense: bool,
     packing: list[int] | None = None,
     tables: torch.Tensor | None = None,
+    told: torch.Tensor | None = None,
     width: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """All pairs of T = [dense; pooled rows]: [B, pairs], or [B, dim + pairs] if keep_dense (DLRM; Naumov et al. 2019),
-    and how many ids are outside of their tables (int64, 0-dim).
+) -> torch.Tensor:
+    """All pairs of T = [dense; pooled rows]: [B, pairs], or [B, dim + pairs] if keep_dense (DLRM; Naumov et al. 2019).
 
     arena [R, dim] or [E], float32, float16 or bfloat16, or bytes with their `packing`, all of 8 or all of 4 bits, which
     give float16; ids [B, sum(lengths)] of any strides, or [V] with offsets [F * B + 1]; dense [B, dim]. The strict lower
     triangle in row-major order, or with `upper` the upper one, with `diagonal` the diagonal too. Sums in float32; pooled
     rows are rounded to the answer's dtype, as in plain torch; a float32 result is within TF32X3 of |T| @ |T|^T. Ids
-    outside their table count as rows of zeros.
+    outside their table give rows of zeros; `told`, a `telling`, counts them.
     Rows of 8 or 4 bits are multiplied as integers where that is less work (LEAST_ROWS, LEAST_COLUMNS): before it is rounded
     to float16, the product of two is then within INTEGERS * dim of that of the largest sizes that their scales and offsets
     can give. The dense row is taken in steps of FIXED of its largest size, and gives NaN if it is not finite.
@@ -237,7 +238,7 @@ def bag_dot(
     pairs = nodes * (nodes + 1 if diagonal else nodes - 1) // 2
     head = dim if keep else 0
     width = max(width, pairs + head)
-    out, counter = arena.new_empty(batch, width, dtype=dtype), ids.new_zeros((), dtype=torch.int64)
+    out = arena.new_empty(batch, width, dtype=dtype)
     id_row, id_step = strides(ids)
     weight_row, weight_step = (0, 0) if weights is None else strides(weights)
     dense_row, dense_step = (0, 0) if dense is None else strides(dense)
@@ -250,25 +251,26 @@ def bag_dot(
     block = min(choice.block, triton.next_power_of_2(dim // (2 if form == INT4 else 1)))
     if integers:
         wrap_triton(byte_dot_kernel)[grid](
-            arena, ids, arena if dense is None else dense, tables, out, counter, batch,
+            arena, ids, arena if dense is None else dense, tables, out, tables if told is None else told, batch,
             id_row, id_step, dense_row, dense_step,
             F=count, D=dim, PITCH=pitch[0], SCALE=scale[0], ALIGN=align, FORM=form, PAIRS=pairs, WIDTH=width,
             DENSE=int(has_dense), KEEP=keep, UPPER=upper, DIAGONAL=diagonal, PADDED=padded,
-            P=max(32, size), REST=rest, K=max(32, block), STAGES=choice.stages, num_warps=max(choice.warps, size // 32),
+            P=max(32, size), REST=rest, K=max(32, block), STAGES=choice.stages, TOLD=told is not None,
+            num_warps=max(choice.warps, size // 32),
         )  # fmt: skip
-        return out, counter
+        return out
     wrap_triton(bag_dot_kernel)[grid](
         arena, ids, ids if offsets is None else offsets.contiguous(), arena if weights is None else weights,
-        arena if dense is None else dense, tables, out, counter, batch, ids.shape[0],
+        arena if dense is None else dense, tables, out, tables if told is None else told, batch, ids.shape[0],
         id_row, id_step, weight_row, weight_step, dense_row, dense_step,
         F=count, D=dim, PITCH=pitch[0], SCALE=scale[0], ALIGN=align, FORM=form, PAIRS=pairs, WIDTH=width,
         DENSE=int(has_dense), KEEP=keep, UPPER=upper, DIAGONAL=diagonal,
         IN_PLACE=dense is not None and dense.dtype == arena.dtype and dense_step == 1,
         ONE=one, JAGGED=offsets is not None, WEIGHTED=weights is not None, PADDED=padded,
         POOLING=pooling, P=size, REST=rest, BLOCK=max(16, block), STAGES=choice.stages,
-        PRECISION=FLOAT32 if dtype == torch.float32 else "ieee", num_warps=choice.warps,
+        PRECISION=FLOAT32 if dtype == torch.float32 else "ieee", TOLD=told is not None, num_warps=choice.warps,
     )  # fmt: skip
-    return out, counter
+    return out
 
 
 @functools.cache

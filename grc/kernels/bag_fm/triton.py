@@ -35,10 +35,10 @@ def config(batch: int | torch.SymInt, features: int, dim: int, dtype: torch.dtyp
 
 @triton.jit
 def bag_fm_kernel(  # type: ignore[no-untyped-def]
-    arena, linear, ids, tables, rows_out, fm_out, counter, B, id_row, id_step,
+    arena, linear, ids, tables, rows_out, fm_out, told, B, id_row, id_step,
     F: tl.constexpr, D: tl.constexpr, PITCH: tl.constexpr, SCALE: tl.constexpr, FORM: tl.constexpr, ALIGN: tl.constexpr,
     LINEAR_PITCH: tl.constexpr,
-    LINEAR: tl.constexpr, PADDED: tl.constexpr,
+    LINEAR: tl.constexpr, PADDED: tl.constexpr, TOLD: tl.constexpr,
     P: tl.constexpr, BLOCK: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
     feature = tl.arange(0, P)
@@ -71,7 +71,8 @@ def bag_fm_kernel(  # type: ignore[no-untyped-def]
             term = tl.load(linear + (first + index) * LINEAR_PITCH, mask=sound, other=0.0)
             fm += tl.sum(term.to(tl.float32), 0)
         tl.store(fm_out + sample, fm.to(fm_out.dtype.element_ty), mask=sample < B)
-    tell(bad, counter)
+    if TOLD:
+        tell(bad, told)
 
 
 def lists(
@@ -96,15 +97,15 @@ def bag_fm(
     padding: list[int],
     packing: list[int] | None = None,
     tables: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows [B, F * dim], their factorisation machine [B, 1] (Rendle 2010; DeepFM, Guo et al. 2017), and how many ids are
-    outside of their tables (int64, 0-dim).
+    told: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [B, F * dim], their factorisation machine [B, 1] (Rendle 2010; DeepFM, Guo et al. 2017).
 
     arena [R, dim], float32, float16 or bfloat16, or bytes with their `packing`, all of 8 or all of 4 bits, which give
-    float16; linear [R] or [R, 1]; ids [B, F] of any strides, int32 or int64. The
-    sums are taken in float32. Ids outside their table read nothing and count as zeros. `tables` are this call's `lists`
-    on the device; without them they are made here. Raises LoweringError for an arena whose rows are not contiguous, and
-    for linear weights beside a 1-D arena, whose bases don't count rows.
+    float16; linear [R] or [R, 1]; ids [B, F] of any strides, int32 or int64. The sums are taken in float32. Ids outside
+    their table read nothing and give zeros; `told`, a `telling`, counts them. `tables` are this call's `lists` on the
+    device; without them they are made here. Raises LoweringError for an arena whose rows are not contiguous, and for linear
+    weights beside a 1-D arena, whose bases don't count rows.
     """
     check(arena, None, 0)
     if linear is not None and arena.dim() != 2 and not packing:
@@ -115,19 +116,20 @@ def bag_fm(
     dtype = answer_dtype(arena)
     choice = config(batch, count, dim, dtype)
     flat = arena.new_empty(batch, count * dim, dtype=dtype)
-    fm, counter = arena.new_empty(batch, 1, dtype=dtype), ids.new_zeros((), dtype=torch.int64)
+    fm = arena.new_empty(batch, 1, dtype=dtype)
     id_row, id_step = strides(ids)
     if tables is None:
         tables = table(lists(arena, bases, rows, dim, padding, packing), arena.device)
     wrap_triton(bag_fm_kernel)[(triton.cdiv(batch, choice.samples),)](
-        arena, arena if linear is None else linear, ids, tables, flat, fm, counter, batch, id_row, id_step,
+        arena, arena if linear is None else linear, ids, tables, flat, fm,
+        tables if told is None else told, batch, id_row, id_step,
         F=count, D=dim, PITCH=pitch[0], SCALE=scale[0], FORM=form,
         LINEAR_PITCH=0 if linear is None else linear.stride(0), ALIGN=align, LINEAR=linear is not None,
-        PADDED=any(p != NO_PADDING for p in padding),
+        PADDED=any(p != NO_PADDING for p in padding), TOLD=told is not None,
         P=triton.next_power_of_2(count), BLOCK=min(128, triton.next_power_of_2(dim)), SAMPLES=choice.samples,
         num_warps=choice.warps,
     )  # fmt: skip
-    return flat, fm, counter
+    return flat, fm
 
 
 @functools.cache

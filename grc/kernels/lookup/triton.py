@@ -68,11 +68,11 @@ def config(batch: int | torch.SymInt, features: int, dim: int, dtype: torch.dtyp
 
 @triton.jit
 def lookup_kernel(  # type: ignore[no-untyped-def]
-    arena, ids, offsets, weights, tables, out, counter, B, V,
+    arena, ids, offsets, weights, tables, out, told, B, V,
     id_row, id_step, weight_row, weight_step,
     F: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PITCH: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr,
     ONE: tl.constexpr, JAGGED: tl.constexpr, WEIGHTED: tl.constexpr, PADDED: tl.constexpr,
-    POOLING: tl.constexpr, UNROLL: tl.constexpr, CHUNKS: tl.constexpr, FORM: tl.constexpr,
+    POOLING: tl.constexpr, UNROLL: tl.constexpr, CHUNKS: tl.constexpr, FORM: tl.constexpr, TOLD: tl.constexpr,
 ):  # fmt: skip
     begin = tl.program_id(0).to(tl.int64) * CHUNKS
     # 64-bit division once a program; the chunks divide small numbers by a constant.
@@ -111,7 +111,8 @@ def lookup_kernel(  # type: ignore[no-untyped-def]
             start, rows, pitch, scale, padding, 0, VEC,
             CHUNKS, VEC, ALIGN, FORM, 2, POOLING, PADDED, WEIGHTED, UNROLL,
         )  # fmt: skip
-    tell(tl.where(leading, bad, 0), counter)  # the chunks of one row read the same ids: the first one counts them
+    if TOLD:
+        tell(tl.where(leading, bad, 0), told)  # the chunks of one row read the same ids: the first one counts them
     place = (begin + tl.arange(0, CHUNKS)) * VEC
     tl.store(out + place[:, None] + tl.arange(0, VEC)[None, :], value.to(out.dtype.element_ty), mask=live[:, None])
 
@@ -148,15 +149,15 @@ def lookup(
     padding: list[int],
     packing: list[int] | None = None,
     tables: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Look up F features in their tables, pool each bag, and concatenate: [B, sum(dims)] in the arena's dtype, and how
-    many ids are outside of their tables (int64, 0-dim).
+    told: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Look up F features in their tables, pool each bag, and concatenate: [B, sum(dims)] in the arena's dtype.
 
     arena [R, D] or [E], float32, float16 or bfloat16, or bytes with their `packing`, all of 8 or all of 4 bits, which give
-    float16; ids [B, sum(lengths)] of any strides, or [V] with offsets
-    [F * B + 1]; int32 or int64. Ids outside their table read nothing and count as rows of zeros. `tables` are this
-    call's `lists` on the device; without them they are made here. Raises LoweringError for an arena whose rows are not
-    contiguous and for weights with a pooling other than sum.
+    float16; ids [B, sum(lengths)] of any strides, or [V] with offsets [F * B + 1]; int32 or int64. Ids outside their table
+    read nothing and give rows of zeros; `told`, a `telling`, counts them. `tables` are this call's `lists` on the
+    device; without them they are made here. Raises LoweringError for an arena whose rows are not contiguous and for weights
+    with a pooling other than sum.
     """
     check(arena, weights, pooling)
     count = len(dims)
@@ -169,20 +170,20 @@ def lookup(
     uniform = len(set(dims)) == 1
     if tables is None:
         tables = table(lists(arena, bases, rows, dims, lengths, padding, packing), arena.device)
-    out, counter = arena.new_empty(batch, total * vec, dtype=dtype), ids.new_zeros((), dtype=torch.int64)
+    out = arena.new_empty(batch, total * vec, dtype=dtype)
     id_row, id_step = strides(ids)
     weight_row, weight_step = (0, 0) if weights is None else strides(weights)
     wrap_triton(lookup_kernel)[(triton.cdiv(batch * total, choice.chunks),)](
         arena, ids, ids if offsets is None else offsets.contiguous(), arena if weights is None else weights,
-        tables, out, counter, batch, ids.shape[0], id_row, id_step, weight_row, weight_step,
+        tables, out, tables if told is None else told, batch, ids.shape[0], id_row, id_step, weight_row, weight_step,
         F=count, WIDTH=total, COLUMNS=widths[0] if uniform else 0, PITCH=pitch[0] if len(set(pitch)) == 1 else 0,
         VEC=vec, ONE=offsets is None and weights is None and set(lengths) == {1},
         JAGGED=offsets is not None, WEIGHTED=weights is not None, PADDED=any(p != NO_PADDING for p in padding),
         POOLING=pooling, UNROLL=4 if offsets is not None or max(lengths) > 2 else 2, CHUNKS=choice.chunks,
-        FORM=form, ALIGN=align,
+        FORM=form, ALIGN=align, TOLD=told is not None,
         num_warps=choice.warps,
     )  # fmt: skip
-    return out, counter
+    return out
 
 
 @functools.cache
