@@ -17,6 +17,7 @@ from grc.graph.capture import Source
 from grc.graph.oracle import largest_error, run_fp64
 from grc.kernels import OPS, cpp
 from grc.lowering.align import aligned
+from grc.lowering.chains import takes_chains, with_chains
 from grc.lowering.eager import Eager
 from grc.lowering.engine import Built, Engine, Lowerable, Target
 from grc.lowering.epilogue import (
@@ -102,8 +103,8 @@ class CudaInductor:
     """AOTInductor for the GPU: with `twins`, fused ops go to our Triton kernels, whose cubins the package carries.
 
     `without` names fused ops that are left to Inductor all the same, and `label` the graph where there are several. With
-    `bucket`, it is built for that one batch size and max-autotuned; with `small`, linear layers go to our kernel for few
-    rows instead of cuBLAS.
+    `bucket`, it is built for that one batch size and max-autotuned. `layers` says where linear layers go instead of cuBLAS:
+    "small" to our kernel for few rows, "chains", where one narrow layer follows another, to our kernel for all of those.
     """
 
     def __init__(
@@ -114,11 +115,11 @@ class CudaInductor:
         bucket: int | None = None,
         without: Sequence[str] = (),
         label: str = "",
-        small: bool = False,
+        layers: str = "",
     ):
         self.gpu, self.twins, self.count, self.bucket, self.without = gpu, twins, count, bucket, without
-        self.small = small
-        marks = (label, "small" if small else "", *(f"without-{op}" for op in without))
+        self.layers = layers
+        marks = (label, layers, *(f"without-{op}" for op in without))
         name = "-".join(["inductor" if twins else "aoti", *filter(None, marks)])
         self.name = f"{name}@{bucket}" if bucket else name
 
@@ -135,10 +136,13 @@ class CudaInductor:
         ready, originals = self.gpu.moved(lowerable)
         graph, counts = ready.graph, False
         if self.twins:
-            without = (*self.without, "cross") if self.small else self.without
+            without = (*self.without, "cross") if self.layers == "small" else self.without
             graph, counts = with_twins(graph, self.gpu.device, self.count, without)
-            graph = with_rows_as_sums(with_heads_as_sums(with_parts_in_place(aligned(graph))))
-            if self.small:
+            graph = with_parts_in_place(graph)
+            if self.layers == "chains":
+                graph = with_chains(graph)
+            graph = with_rows_as_sums(with_heads_as_sums(aligned(graph)))
+            if self.layers == "small":
                 graph = with_small_linears(graph)
             elif self.bucket is None:  # one that is autotuned may find a kernel of Inductor's with any epilogue
                 graph = with_relu_in_products(graph)
@@ -193,8 +197,9 @@ def gpu_engines(
             for bucket, inputs in fixed:
                 alone = Lowerable(lowerable.graph, inputs, ())
                 offered.append((CudaInductor(gpu, True, count, bucket, without, label), alone))
-        if takes_small_linears(lowerable.graph):
-            offered.append((CudaInductor(gpu, True, count, None, (), label, small=True), lowerable))
+        for layers, takes in (("chains", takes_chains), ("small", takes_small_linears)):
+            if takes(lowerable.graph):
+                offered.append((CudaInductor(gpu, True, count, None, (), label, layers), lowerable))
     if source is not None:
         offered.append((CudaInductor(gpu, False, False), source))
     return [*offered, (CudaEager(gpu), source or next(iter(optimised.values())))]

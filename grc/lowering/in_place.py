@@ -36,15 +36,20 @@ def with_parts_in_place(graph: fx.GraphModule) -> fx.GraphModule:
                     whole = copy.graph.call_function(aten.to.dtype, key)
                     wholes[key] = copy.graph.call_function(aten.contiguous.default, (whole,))
             with copy.graph.inserting_before(node):
-                batch = copy.graph.call_function(aten.sym_size.int, (base, 0))
-                sizes = [size if static(size) else batch for size in shape(operand)]
-                strides = [0 if stride is None else stride for stride in layout.strides]
-                view = copy.graph.call_function(aten.as_strided.default, (wholes[key], sizes, strides, layout.offset))
-            view.meta = dict(operand.meta)
-            node.update_arg(place, view)
+                node.update_arg(place, laid(copy.graph, wholes[key], operand, layout))
     copy.graph.eliminate_dead_code()
     copy.recompile()
     return copy
+
+
+def laid(graph: fx.Graph, whole: fx.Node, like: fx.Node, layout: Affine) -> fx.Node:
+    """A view of contiguous memory in the shape of another value, whose only unknown size is the batch of `whole`."""
+    batch = graph.call_function(aten.sym_size.int, (whole, 0))
+    sizes = [size if static(size) else batch for size in shape(like)]
+    strides = [0 if stride is None else stride for stride in layout.strides]
+    view = graph.call_function(aten.as_strided.default, (whole, sizes, strides, layout.offset))
+    view.meta = {**like.meta, "val": value(like).to(value(whole).dtype)} if "val" in whole.meta else dict(like.meta)
+    return view
 
 
 def base_of(node: Any) -> fx.Node | None:

@@ -14,6 +14,7 @@ from torch import fx
 from grc.graph.match import aten, call_arguments, is_op, value
 from grc.graph.rewrite import copy_graph
 from grc.runtime.engines import COUNTER
+from grc.runtime.mapped import TOLD
 
 
 def twin_of(node: fx.Node) -> Any | None:
@@ -63,7 +64,7 @@ def with_twins(
     nodes = list(copy.graph.nodes)
     lookups = [node for node in nodes if is_lookup(node)]
     counts = count and bool(lookups) and all(twin_of(node) is not None for node in lookups)
-    told = edit.constant(COUNTER, [0, 0]) if counts else None
+    told = edit.constant(COUNTER, [0] * TOLD) if counts else None
     for node in nodes:
         module = twin_of(node)
         if module is None or (is_optional(module) and node.target._opname in without):

@@ -64,7 +64,9 @@ class MergeTables(Pass):
 
 # Measured beside a look-up of its own on CPUs: as fast under a linear layer, and 1.2 to 1.3 times as fast where the
 # gather is fused with what reads the rows (an attention over a history, a product of two rows) at batch 64 and 1024.
-GATHERED = "no cat of several and no pooling reads its rows: the layers that do gather them themselves, which is as fast"
+GATHERED = (
+    "no cat of several and no pooling reads its rows: the layers that do gather them themselves, which is as fast"
+)
 COMPUTED = "its table is computed: only a parameter or buffer [rows, width] has rows to read"
 
 

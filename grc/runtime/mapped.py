@@ -10,6 +10,7 @@ import torch
 # Bytes up to which a kernel moves a request faster than the copy engine does, whose start and end a graph waits for: see
 # benchmarks/gpu_call.py.
 BY_KERNEL = 2 << 20
+TOLD = 16  # numbers: a constant of up to eight would be written into the code by Inductor, and never be read
 SMALL = 16 << 10  # bytes that one block copies before a second launch would have
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8)  # what is copied is bits, in the widest words that fit
 
@@ -34,9 +35,9 @@ def mapped(host: torch.Tensor) -> torch.Tensor:
 
 def telling(counter: torch.Tensor) -> torch.Tensor:
     """What kernels are given to add to a counter, int64, which need not lie on their device: its address, and the
-    complement of it, by which they know that it is one."""
+    complement of it, by which they know that it is one. The rest of TOLD numbers are zeros."""
     address = counter.data_ptr()
-    return torch.tensor([address, ~address], dtype=torch.int64)
+    return torch.tensor([address, ~address, *[0] * (TOLD - 2)], dtype=torch.int64)
 
 
 def copy_by_kernel(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:

@@ -121,7 +121,7 @@ def test_compiles(module: Any, case: Case, dtype: torch.dtype, monkeypatch: pyte
     assert ".local" not in ptx(module, lambda: getattr(module, name)(*args), monkeypatch), "registers spill into memory"
 
 
-TOLD = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+TOLD = torch.zeros(16, dtype=torch.int64, device=DEVICE)
 WIDE = {
     "fp16": ({}, torch.float16, True),
     "fp32": ({}, torch.float32, True),

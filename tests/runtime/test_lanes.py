@@ -34,7 +34,7 @@ def tape(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def model(calls: list[int], told: Tensor) -> Callable[[list[Tensor]], list[Tensor]]:
     """Two answers; ids outside of a table of ten rows are counted where it is told."""
-    address, complement = told.tolist()
+    address, complement = told[:2].tolist()
     assert address == ~complement
     counter = torch.from_numpy(np.ctypeslib.as_array(ctypes.c_int64.from_address(address)))
 
