@@ -14,12 +14,14 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from grc.kernels import ACTIVATION_UNIT, ATTENTION, CROSS  # noqa: E402
+from grc.kernels import layer_chain as steps  # noqa: E402
 from grc.kernels.activation_unit import triton as activation_unit  # noqa: E402
 from grc.kernels.attention import triton as attention  # noqa: E402
 from grc.kernels.bag_dot import triton as bag_dot  # noqa: E402
 from grc.kernels.bag_fm import triton as bag_fm  # noqa: E402
 from grc.kernels.cross import triton as cross  # noqa: E402
 from grc.kernels.fusion import Case  # noqa: E402
+from grc.kernels.layer_chain import triton as layer_chain  # noqa: E402
 from grc.kernels.lookup import triton as lookup  # noqa: E402
 from grc.kernels.scaled_linear import rows_in_8_bits, weight_in_8_bits  # noqa: E402
 from grc.kernels.scaled_linear import triton as scaled_linear  # noqa: E402
@@ -276,3 +278,69 @@ def test_products_of_packed_rows_trace_with_an_unknown_batch() -> None:
     calls = [node for node in traced.graph.nodes if "triton_kernel_wrapper_functional" in str(node.target)]
     assert [call.kwargs["tensors_to_clone"] for call in calls] == [["out"]]
     assert all(call.kwargs["kwargs"]["tables"].op == "get_attr" for call in calls)
+
+
+CHAIN = steps.encode(
+    [
+        (steps.INPUT, 0, 64, 64),
+        (steps.LINEAR, 0, 0, 64, 64, 64, 0),
+        (steps.INPUT, 1, 64, 64),
+        (steps.ADD, 1, 2),
+        (steps.NORM, 3, 64, 64, 1e-8, 64, 128),
+        (steps.LINEAR, 4, 4096, 64, 100, 128, -1),
+        (steps.ACTIVATION, 5, 2),
+        (steps.LINEAR, 6, 12288, 128, 64, 64, 256),
+        (steps.UNEQUAL, 7, 2, 0),
+        (steps.OUTPUT, 8, 0, 64, 1),
+        (steps.WIDE, 8, 20480, 64, 500, 512, 320, 4, 1, 0),
+    ]
+)
+
+
+def chain_inputs(rows: int) -> tuple[torch.Tensor, ...]:
+    x = torch.zeros(rows, 64, dtype=torch.float16, device=DEVICE)
+    return x, x.clone(), torch.zeros(rows, 1, dtype=torch.int64, device=DEVICE)
+
+
+def chain_parameters() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(53248, dtype=torch.float16, device=DEVICE), torch.zeros(832, device=DEVICE)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("rows", [50, 6400])
+def test_a_chain_of_layers_takes_the_tensor_cores(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = (list(chain_inputs(rows)), *chain_parameters(), CHAIN)
+    text = ptx(layer_chain, lambda: layer_chain.layer_chain(*given), monkeypatch)
+    assert re.search(r"(mma\.sync|wgmma\.mma_async)\S*\.f32\.f16\.f16", text)
+    assert ".local" not in text, "registers spill into memory"
+
+
+@pytest.mark.usefixtures("hopper")
+def test_a_chain_of_layers_is_launched_for_few_or_many_rows() -> None:
+    """AOTInductor's view of an unknown batch: two launches, of which one has no programs, and nothing is copied for them."""
+    from torch._functorch.aot_autograd import aot_export_module
+
+    layer_chain.register()
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, tensor in zip(("weights", "vectors"), chain_parameters(), strict=True):
+                self.register_buffer(name, tensor)
+
+        def forward(self, x, y, mask):  # type: ignore[no-untyped-def]
+            return tuple(torch.ops.grc_cuda.layer_chain([x, y, mask], self.weights, self.vectors, CHAIN))
+
+    inputs, batch = chain_inputs(5), torch.export.Dim("batch", min=1, max=65536)
+    program = torch.export.export(Model(), inputs, dynamic_shapes=({0: batch},) * 3, strict=False)
+    traced, _ = aot_export_module(program.module(), inputs, trace_joint=False)
+    launches = [node for node in traced.graph.nodes if "triton_kernel_wrapper_functional" in str(node.target)]
+    assert [node.kwargs["tensors_to_clone"] for node in launches] == [["y0", "y1"]] * 2
+    assert not [node for node in traced.graph.nodes if "copy" in str(node.target) or "clone" in str(node.target)]
+
+
+@pytest.mark.parametrize("rows", [0, 1, layer_chain.FEW, layer_chain.FEW + 1, 10**6])
+def test_one_of_both_launches_is_asked_for(rows: int) -> None:
+    (chosen, asked), *others = layer_chain.configs([(steps.WIDE, 0, 0, 64, 500, 512, -1, 4, 1, 0)], rows)
+    assert asked == 1 and not others
+    assert (chosen.rows, chosen.shares) == ((16, 4) if rows <= layer_chain.FEW else (64, 1))

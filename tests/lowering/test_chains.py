@@ -15,10 +15,9 @@ from grc.graph.oracle import run_fp64
 from grc.kernels import layer_chain as kinds
 from grc.kernels.layer_chain import decode
 from grc.lowering.chains import chains, takes_chains, with_chains
-from tests.kernels.interpreter import INTERPRETED, elsewhere, passes
+from tests.kernels.bags import DEVICE
+from tests.kernels.interpreter import elsewhere, passes, runs
 from tests.passes.small import graph_of
-
-runs = pytest.mark.skipif(not INTERPRETED, reason="test_in_the_interpreter runs this one")
 
 
 def floats(*sizes: int, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -184,7 +183,9 @@ def test_answers_are_as_exact_as_those_of_single_layers(name: str, fixed: bool) 
     function, inputs, modules = CASES[name]
     if fixed and name == "many rows":
         pytest.skip("the same program as with any batch")
-    before = graph(function, *inputs, fixed=tuple(range(len(inputs))) if fixed else (), **halves(**modules))
+    inputs = tuple(tensor.to(DEVICE) for tensor in inputs)
+    modules = {name: module.to(DEVICE) for name, module in halves(**modules).items()}
+    before = graph(function, *inputs, fixed=tuple(range(len(inputs))) if fixed else (), **modules)
     found = with_chains(before)
     assert calls(found)
     with torch.no_grad():

@@ -17,6 +17,7 @@ from tests.server.running import Running, needs_extra, running
 
 needs_extra()
 
+ON_GPU = {"device": "cuda", "engine": "inductor"}
 # Pre- and postprocessing that can be slow and can fail, as users' own may.
 WORDS = """\
 import time
@@ -115,10 +116,19 @@ def bags(models: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(models: Path, tiny: Path, bags: Path) -> Iterator[Running]:
-    """One server for all tests that only ask."""
-    with running(models, f"tiny={tiny}", f"bags={bags}") as found:
+def server(models: Path, tiny: Path, bags: Path, compiled: Callable[..., Path]) -> Iterator[Running]:
+    """One server for all tests that only ask; where there is a GPU, the tiny model is on it too."""
+    served = [f"tiny={tiny}", f"bags={bags}"]
+    if torch.cuda.is_available():
+        served.append(f"gpu={compiled(models / 'gpu.grc', max_batch=64, **ON_GPU)}")
+    with running(models, *served) as found:
         yield found
+
+
+@pytest.fixture(params=["tiny", pytest.param("gpu", marks=pytest.mark.gpu)])
+def model(request: pytest.FixtureRequest) -> str:
+    """The tiny model's name where it runs on the CPU, and where it runs on a GPU."""
+    return str(request.param)
 
 
 @pytest.fixture

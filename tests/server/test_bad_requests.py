@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.server.conftest import ON_GPU
 from tests.server.running import Running, running
 
 grpc = pytest.importorskip("tritonclient.grpc")
@@ -316,11 +317,12 @@ def test_headers_that_do_not_fit(server: Running) -> None:
         assert server.error(RECOMMEND, body, **headers) == (400, told)
 
 
-def test_a_bad_request_in_a_batch_fails_alone(models: Path, bags: Path, compiled: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", [{}, pytest.param(ON_GPU, marks=pytest.mark.gpu)], ids=["cpu", "gpu"])
+def test_a_bad_request_in_a_batch_fails_alone(compiled: Any, tmp_path: Path, device: dict[str, str]) -> None:
     """A slow artifact lets requests pile up behind one, so that good and bad ones share a batch."""
     from tests.server.test_scheduler import slow
 
-    artifact = compiled(tmp_path / "slow.grc", edit=slow, max_batch=64)
+    artifact = compiled(tmp_path / "slow.grc", edit=slow, max_batch=64, **device)
     bodies = [both(ids={"data": [3, 80] if n % 5 == 0 else [3, n % 80]}) for n in range(30)]
     with running(tmp_path, f"tiny={artifact}") as server, ThreadPoolExecutor(30) as pool:
         found = list(pool.map(lambda body: server.ask(INFER, json.dumps(body).encode()), bodies))

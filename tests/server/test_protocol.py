@@ -20,6 +20,9 @@ http = pytest.importorskip("tritonclient.http")
 grpc = pytest.importorskip("tritonclient.grpc")
 
 
+CLOSE = {"tiny": 1e-6, "gpu": 1e-5}
+
+
 def request(batch: int, seed: int = 0) -> dict[str, np.ndarray]:
     make = np.random.default_rng(seed)
     return {
@@ -57,11 +60,11 @@ def clients(server: Running) -> Any:
 
 @pytest.mark.parametrize("name", ["http", "grpc"])
 @pytest.mark.parametrize("batch", [0, 1, 7, 64])
-def test_answers_as_the_program_does(clients: Any, program: grc.Program, name: str, batch: int) -> None:
+def test_answers_as_the_program_does(clients: Any, program: grc.Program, model: str, name: str, batch: int) -> None:
     kind = {"http": http, "grpc": grpc}[name]
     columns = request(batch)
-    found = clients[name].infer("tiny", inputs(kind, columns), request_id="r7")
-    np.testing.assert_allclose(found.as_numpy("output"), expected(program, columns), rtol=1e-6)
+    found = clients[name].infer(model, inputs(kind, columns), request_id="r7")
+    np.testing.assert_allclose(found.as_numpy("output"), expected(program, columns), rtol=CLOSE[model])
     response = found.get_response()
     assert (response if name == "http" else {"id": response.id})["id"] == "r7"
 
@@ -115,7 +118,7 @@ def test_typed_contents_over_grpc(server: Running, program: grc.Program) -> None
     np.testing.assert_allclose(found, expected(program, columns), rtol=1e-6)
 
 
-def test_asynchronous_clients(server: Running, program: grc.Program) -> None:
+def test_asynchronous_clients(server: Running, program: grc.Program, model: str) -> None:
     import tritonclient.grpc.aio as grpc_aio
     import tritonclient.http.aio as http_aio
 
@@ -126,18 +129,20 @@ def test_asynchronous_clients(server: Running, program: grc.Program) -> None:
             http_aio.InferenceServerClient(f"127.0.0.1:{server.http}") as over_http,
             grpc_aio.InferenceServerClient(f"127.0.0.1:{server.grpc}") as over_grpc,
         ):
-            assert await over_http.is_server_ready() and await over_grpc.is_model_ready("tiny")
+            assert await over_http.is_server_ready() and await over_grpc.is_model_ready(model)
             calls = [
-                (over_http if n % 2 else over_grpc).infer("tiny", inputs(http if n % 2 else grpc, columns))
+                (over_http if n % 2 else over_grpc).infer(model, inputs(http if n % 2 else grpc, columns))
                 for n, columns in enumerate(requests)
             ]
             return await asyncio.gather(*calls)
 
     for columns, found in zip(requests, asyncio.run(ask()), strict=True):
-        np.testing.assert_allclose(found.as_numpy("output"), expected(program, columns), rtol=1e-6)
+        np.testing.assert_allclose(found.as_numpy("output"), expected(program, columns), rtol=CLOSE[model])
 
 
-def test_a_stream_answers_every_request_and_survives_a_bad_one(server: Running, program: grc.Program) -> None:
+def test_a_stream_answers_every_request_and_survives_a_bad_one(
+    server: Running, program: grc.Program, model: str
+) -> None:
     import queue
 
     answers: queue.Queue[Any] = queue.Queue()
@@ -145,11 +150,11 @@ def test_a_stream_answers_every_request_and_survives_a_bad_one(server: Running, 
         client.start_stream(lambda result, error: answers.put((result, error)))
         bad = {**request(1), "ids": np.array([[99, 0]])}
         for columns in (request(1), bad, request(2)):
-            client.async_stream_infer("tiny", inputs(grpc, columns))
+            client.async_stream_infer(model, inputs(grpc, columns))
         found = [answers.get(timeout=30) for _ in range(3)]
     assert [error is None for _, error in found] == [True, False, True]
     assert found[1][1].message() == 'input "ids" has id 99 at row 0, column 0; table users.weight has 50 rows'
-    np.testing.assert_allclose(found[2][0].as_numpy("output"), expected(program, request(2)), rtol=1e-6)
+    np.testing.assert_allclose(found[2][0].as_numpy("output"), expected(program, request(2)), rtol=CLOSE[model])
 
 
 @pytest.mark.parametrize("name", ["http", "grpc"])
