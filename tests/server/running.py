@@ -107,7 +107,8 @@ def running(folder: Path, *words: object) -> Iterator[Running]:
     """`grc serve WORDS` on free ports, stopped at the end if it still runs."""
     said = folder / f"server-{time.monotonic_ns()}.log"
     root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     with said.open("w") as log:
         process = subprocess.Popen(
             command(*words, "--port", 0, "--grpc-port", 0, "--server", "own"), stderr=log, env=environment, text=True
