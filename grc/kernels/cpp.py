@@ -1,8 +1,8 @@
 """C++ kernels: built for one ISA, called in this process, and linked into AOTInductor packages.
 
-A kernel is one translation unit that exports `aoti_torch_cpu_NAME`, the C function that AOTInductor's generated code
-calls. Built as "object" it goes into a package and its exceptions rise to AOTInductor's handler, which keeps their
-message; built as "shared" it is called through ctypes, and `grc_last_error` keeps the message.
+A kernel is one translation unit with `aoti_torch_cpu_NAME`, the C function that AOTInductor's generated code calls. Its object
+goes into a package, where its exceptions rise to AOTInductor's handler, which keeps their message. To be called here, the
+same object is linked behind CALLED, which does so for ctypes.
 """
 
 from __future__ import annotations
@@ -37,6 +37,26 @@ ISA_FLAGS = {
     "default": ("-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"),
 }
 
+# No exception may cross into C.
+CALLED = """\
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <exception>
+#include <string>
+static thread_local std::string message;
+extern "C" {{
+{declaration};
+__attribute__((visibility("default"))) const char* grc_last_error() {{ return message.c_str(); }}
+__attribute__((visibility("default"))) AOTITorchError grc_call({parameters}) {{
+  try {{
+    return aoti_torch_cpu_{name}({names});
+  }} catch (const std::exception& error) {{
+    message = error.what();
+    return AOTI_TORCH_FAILURE;
+  }}
+}}
+}}
+"""
+
 _NAMES = {"Tensor": "AtenTensorHandle", "int": "int64_t", "bool": "int32_t", "float": "double"}
 _CTYPES = {"Tensor": ctypes.c_void_p, "int": ctypes.c_int64, "bool": ctypes.c_int32, "float": ctypes.c_double}
 
@@ -69,6 +89,10 @@ def declaration(schema: str) -> str:
     Tensor is AtenTensorHandle, Tensor? a pointer to one (null for None), int[] a pointer and a length, and each
     result a pointer to a handle that the callee fills.
     """
+    return f"AOTITorchError aoti_torch_cpu_{_name(schema)}({', '.join(_parameters(schema))})"
+
+
+def _parameters(schema: str) -> list[str]:
     parsed = _parse(schema)
     parameters: list[str] = []
     for argument in parsed.arguments:
@@ -79,19 +103,22 @@ def declaration(schema: str) -> str:
             parameters.append(f"AtenTensorHandle* {name}")
         else:
             parameters.append(f"{_NAMES[kind]} {name}")
-    parameters += [f"AtenTensorHandle* ret{i}" for i in range(len(parsed.returns))]
-    return f"AOTITorchError aoti_torch_cpu_{_name(schema)}({', '.join(parameters)})"
+    return [*parameters, *(f"AtenTensorHandle* ret{i}" for i in range(len(parsed.returns)))]
 
 
-def build(ops: Sequence[FusedOp], isa: str, kind: str) -> Path:
-    """Compile the ops for `isa` and return one file: a relocatable object ("object") or a library ("shared").
+def build(ops: Sequence[FusedOp], isa: str) -> Path:
+    """Compile the ops for `isa` into one relocatable object.
 
     Results are kept in $GRC_CACHE, else ~/.cache/grc, under a hash of everything that shapes them; processes that
     build the same file at once each write their own and rename it. Raises LoweringError with the compiler's words.
     """
-    if kind not in ("object", "shared"):
-        raise LoweringError(f'there is no build kind "{kind}"', 'choose "object" or "shared"')
-    return _build([_source(op) for op in ops], isa, kind)
+    cxx, flags, sources = compiler(), [*FLAGS, *isa_flags(isa)], [_source(op) for op in ops]
+    with ThreadPoolExecutor(max_workers=max(1, min(len(sources), os.cpu_count() or 1))) as pool:
+        objects = list(pool.map(lambda source: _compile(cxx, source, flags), sources))
+    if len(objects) == 1:
+        return objects[0]
+    key = _hash(*[o.name for o in objects])
+    return _make(cache_folder() / f"{key}.o", lambda out: [cxx, "-r", "-nostdlib", *map(str, objects), "-o", out])
 
 
 def call(op: FusedOp, *args: Any, isa: str | None = None) -> Any:
@@ -100,7 +127,7 @@ def call(op: FusedOp, *args: Any, isa: str | None = None) -> Any:
 
     Raises IndexError for an id outside its table and RuntimeError for any other failure, with the kernel's message.
     """
-    library = _library(_source(op), isa or target_isa())
+    library = _library(op, isa or target_isa())
     parsed = _parse(op.schema)
     args = (*args, *(argument.default_value for argument in parsed.arguments[len(args) :]))
     if len(args) != len(parsed.arguments):
@@ -123,7 +150,7 @@ def call(op: FusedOp, *args: Any, isa: str | None = None) -> Any:
         results = (ctypes.c_void_p * len(parsed.returns))()
         size = ctypes.sizeof(ctypes.c_void_p)
         values += [ctypes.byref(results, i * size) for i in range(len(parsed.returns))]
-        if getattr(library, f"aoti_torch_cpu_{op.name}")(*values) != 0:
+        if library.grc_call(*values) != 0:
             message = library.grc_last_error().decode()
             raise (IndexError if "is outside" in message else RuntimeError)(message)
     finally:
@@ -178,21 +205,6 @@ def _source(op: FusedOp) -> Path:
     return op.cpu
 
 
-def _build(sources: Sequence[Path], isa: str, kind: str) -> Path:
-    cxx = compiler()
-    flags = [*FLAGS, *isa_flags(isa), *(["-DGRC_SHARED"] if kind == "shared" else [])]
-    with ThreadPoolExecutor(max_workers=max(1, min(len(sources), os.cpu_count() or 1))) as pool:
-        objects = list(pool.map(lambda source: _compile(cxx, source, flags), sources))
-    if kind == "object" and len(objects) == 1:
-        return objects[0]
-    key = _hash(kind, *[o.name for o in objects])
-    if kind == "object":
-        return _make(cache_folder() / f"{key}.o", lambda out: [cxx, "-r", "-nostdlib", *map(str, objects), "-o", out])
-    library = Path(torch.__file__).parent / "lib"
-    link = ["-shared", "-fopenmp", *map(str, objects), f"-L{library}", "-ltorch_cpu", "-lc10"]
-    return _make(cache_folder() / f"{key}.so", lambda out: [cxx, *link, "-o", out])
-
-
 def cache_folder() -> Path:
     """Where built kernels are kept: $GRC_CACHE, else ~/.cache/grc."""
     folder = Path(os.environ.get("GRC_CACHE") or Path.home() / ".cache" / "grc")
@@ -216,17 +228,21 @@ def _version(cxx: str) -> str:
 def _compile(cxx: str, source: Path, flags: Sequence[str]) -> Path:
     headers = [header.read_bytes() for header in sorted((INCLUDE / "grc").glob("*.h"))]
     key = _hash(source.read_bytes(), *headers, *flags, torch.__version__, _version(cxx))
-    include = [f"-I{INCLUDE}", f"-I{Path(torch.__file__).parent / 'include'}"]
-    return _make(cache_folder() / f"{key}.o", lambda out: [cxx, *flags, *include, "-c", str(source), "-o", out])
+    return _make(cache_folder() / f"{key}.o", lambda out: [cxx, *flags, *_includes(), "-c", str(source), "-o", out])
 
 
-def _make(target: Path, command: Any) -> Path:
+def _includes() -> list[str]:
+    return [f"-I{INCLUDE}", f"-I{Path(torch.__file__).parent / 'include'}"]
+
+
+def _make(target: Path, command: Any, text: str = "") -> Path:
+    """Make a file by a command that writes it, given its name and on standard input a text."""
     if target.exists():
         return target
     descriptor, name = tempfile.mkstemp(suffix=target.suffix, dir=target.parent)
     os.close(descriptor)
     try:
-        done = subprocess.run(command(name), capture_output=True, text=True)
+        done = subprocess.run(command(name), input=text, capture_output=True, text=True)
         if done.returncode != 0:
             raise LoweringError(f"the C++ compiler failed:\n{done.stderr[-4000:]}", "grc needs g++ 12 or newer")
         os.replace(name, target)
@@ -236,8 +252,17 @@ def _make(target: Path, command: Any) -> Path:
 
 
 @functools.cache
-def _library(source: Path, isa: str) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(_build((source,), isa, "shared")))
+def _library(op: FusedOp, isa: str) -> ctypes.CDLL:
+    """The kernel behind `grc_call`, and `grc_last_error`."""
+    kernel, cxx, parameters = build([op], isa), compiler(), _parameters(op.schema)
+    names = ", ".join(parameter.split()[-1] for parameter in parameters)
+    text = CALLED.format(
+        declaration=declaration(op.schema), name=op.name, parameters=", ".join(parameters), names=names
+    )
+    link = ["-shared", f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
+    command = [cxx, *FLAGS, *_includes(), "-x", "c++", "-", "-x", "none", str(kernel), *link, "-o"]
+    file = _make(cache_folder() / f"{_hash(kernel.name, text)}.so", lambda out: [*command, out], text)
+    library = ctypes.CDLL(str(file))
     library.grc_last_error.restype = ctypes.c_char_p
     return library
 

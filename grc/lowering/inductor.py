@@ -54,7 +54,7 @@ class Inductor:
         ops = [op for op in OPS if op.overload in used and op.cpu is not None]
         program = export_graph(packed, [op for op in OPS if op.cpu is None])
         file = f"{self.name}.pt2"
-        objects = [str(cpp.build(ops, target.isa, "object"))] if ops else []
+        objects = [str(cpp.build(ops, target.isa))] if ops else []
         package(program, folder / file, settings(ops), objects)
         checks_ids = self.packed and all(entry.checked_by_kernel for entry in id_ranges(graph))
         return Built(self.name, file, packaged_constants(folder / file, graph, program), checks_ids=checks_ids)

@@ -10,20 +10,9 @@
 #include <string>
 #include <utility>
 
-// Linked into a package, the kernels stay private and let exceptions rise to AOTInductor's own handler, which keeps the
-// message. Built as a library of their own they are called through C, which no exception may cross.
-#ifdef GRC_SHARED
-#define GRC_EXPORT extern "C" __attribute__((visibility("default")))
-#else
+// Private to the package or library that a kernel is linked into. Its exceptions rise to who called it there, so that their
+// message is kept: AOTInductor's own handler, or the one that grc links before it.
 #define GRC_EXPORT extern "C" __attribute__((visibility("hidden")))
-#endif
-
-#ifdef GRC_SHARED
-inline thread_local std::string grc_message;
-GRC_EXPORT inline __attribute__((used)) const char* grc_last_error() {
-  return grc_message.c_str();
-}
-#endif
 
 namespace grc {
 
@@ -37,16 +26,7 @@ inline void check(AOTITorchError code) {
 
 template <class Body>
 AOTITorchError guard(const Body& body) {
-#ifdef GRC_SHARED
-  try {
-    body();
-  } catch (const std::exception& error) {
-    grc_message = error.what();
-    return AOTI_TORCH_FAILURE;
-  }
-#else
   body();
-#endif
   return AOTI_TORCH_SUCCESS;
 }
 
