@@ -66,17 +66,6 @@ class Chain:
         own = {*self.parts, *(part.within for part in self.parts.values())}
         return [node for node in self.parts if not own.issuperset(node.users)]
 
-    def after(self, other: Chain) -> bool:
-        """Whether it needs another one, or is it."""
-        seen, waiting = {self}, [self]
-        while waiting:
-            chain = waiting.pop()
-            if chain is other:
-                return True
-            waiting += chain.needs - seen
-            seen |= chain.needs
-        return False
-
     @property
     def pays(self) -> bool:
         """Whether it saves a launch: of a single layer, what precedes or follows would be a second one."""
@@ -132,13 +121,25 @@ def chains(graph: fx.GraphModule) -> list[Chain]:
     return found
 
 
+def need(chains: set[Chain], other: Chain) -> bool:
+    """Whether one of these chains needs another one, or is it."""
+    seen, waiting = set(chains), list(chains)
+    while waiting:
+        chain = waiting.pop()
+        if chain is other:
+            return True
+        waiting += chain.needs - seen
+        seen |= chain.needs
+    return False
+
+
 def fits(chain: Chain, part: Part, chain_of: dict[fx.Node, Chain], behind: dict[fx.Node, set[Chain]]) -> bool:
     """Whether a chain can take one more step: what it reads is in registers or does not wait for the chain."""
     for operand in part.operands:
         if operand in chain.parts:
             if chain.parts[operand].kind == kinds.WIDE or operand is part.row:
                 return False
-        elif any(c.after(chain) for c in ({chain_of[operand]} if operand in chain_of else behind[operand])):
+        elif need({chain_of[operand]} if operand in chain_of else behind[operand], chain):
             return False
     parts = [*chain.parts.values(), part]
     dtypes = {p.weight.dtype for p in parts if p.weight is not None}
@@ -225,7 +226,7 @@ def binary(graph: fx.GraphModule, node: fx.Node) -> Part | None:
         if not isinstance(other, fx.Node) or not isinstance(value(other), torch.Tensor):
             continue
         constant = attribute(graph, other)
-        if constant is not None and constant.numel() == shape(node)[-1] and constant.shape[-1] == constant.numel():
+        if constant is not None and constant.dim() > 0 and constant.shape[-1] == constant.numel() == shape(node)[-1]:
             return Part(column, (one,), vectors=(constant.flatten(),))
         if constant is None and same_shape(other, node):
             return Part(both, (one, other))
