@@ -12,7 +12,9 @@ from torch import Tensor
 from grc.kernels import cpp
 from grc.kernels.fusion import Case, FusedOp
 
-ISAS = {"avx512": ("avx512", "avx2", "default"), "avx2": ("avx2", "default")}.get(cpp.target_isa(), ("default",))
+VECTORS = {"avx512": ("avx512", "avx2"), "avx2": ("avx2",)}.get(cpp.target_isa(), ())
+# Kernels without vector instructions take two minutes to compile, and hardly a server runs them.
+ISAS = (*VECTORS, pytest.param("default", marks=pytest.mark.slow) if VECTORS else "default")
 
 
 def arguments(op: FusedOp, case: Case, seed: int = 7) -> dict[str, Any]:

@@ -15,12 +15,10 @@ from grc.kernels import cpp
 from grc.kernels.packed_linear import ACTIVATIONS, PACKED_LINEAR, pack, unpack
 from grc.kernels.packed_linear.cases import arguments
 from grc.kernels.packed_linear.panels import PANEL
-
-HOST = torch.backends.cpu.get_cpu_capability()
-RUNS = {"avx512": HOST == "AVX512", "avx2": HOST in ("AVX2", "AVX512"), "default": True}
+from tests.kernels.contract import ISAS
 
 
-@pytest.fixture(params=[pytest.param(i, marks=pytest.mark.skipif(not RUNS[i], reason=f"no {i} here")) for i in PANEL])
+@pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -82,17 +82,16 @@ def test_cases(case: Any) -> None:
     check(tuple(case.build(3)), cpp.target_isa())
 
 
-def test_int8_sums_are_the_same_on_every_isa() -> None:
+def test_int8_sums_are_the_same_on_every_isa(isa: str) -> None:
     """Whole numbers in, so that the scales are exact: then every ISA must give the same bits."""
     x = torch.randint(-120, 136, (9, 333), generator=torch.Generator().manual_seed(0)).float()
     x[:, 0], x[:, 1] = -120, 135
     weight = torch.randint(-127, 128, (70, 333), generator=torch.Generator().manual_seed(1)).float()
     weight[:, 0] = 127
     want = x.double() @ weight.double().T
-    for isa in ISAS:
-        q = quantise(weight, torch.int8, isa)
-        got = answer((x, q.packed, q.scale, None, None, None, 70, 0), isa)
-        assert torch.equal(got.double(), want)
+    q = quantise(weight, torch.int8, isa)
+    got = answer((x, q.packed, q.scale, None, None, None, 70, 0), isa)
+    assert torch.equal(got.double(), want)
 
 
 def test_the_deepest_sums_stay_in_32_bits(isa: str) -> None:

@@ -198,9 +198,7 @@ ONE = f"{FEATURES} look-ups of {FEATURES} tables -> 1"
 
 MODELS = (
     ThirdParty("torchrec-dlrm", "torchrec", torchrec_dlrm, (ONE,), ("bag-dot",), no_onnx=NO_SEARCH, built=True),
-    ThirdParty(
-        "torchrec-dlrm-dcn", "torchrec", torchrec_dlrm_dcn, (ONE,), ("cross",) * 3, no_onnx=NO_SEARCH, built=True
-    ),
+    ThirdParty("torchrec-dlrm-dcn", "torchrec", torchrec_dlrm_dcn, (ONE,), ("cross",) * 3, no_onnx=NO_SEARCH),
     ThirdParty("torchrec-deepfm", "torchrec", torchrec_deepfm, (ONE,), missed=(("bag-fm", FLAT),), no_onnx=NO_SEARCH),
     ThirdParty("torchrec-sequence", "torchrec", torchrec_sequence),
     ThirdParty("deepctr-deepfm", "deepctr_torch", lambda: deepctr_model("DeepFM"), (ONE, ONE), ("bag-fm",), built=True),
