@@ -223,7 +223,8 @@ def tell(bad, told):
     """Add the bad ids that a program met to a counter, of which `told` has the address and its complement.
 
     An address is no operand that a compiler would have to clear, copy or order; and what Inductor runs kernels on while it
-    builds a package is none."""
+    builds a package is none.
+    """
     met = tl.sum(bad, 0).to(tl.int64)
     address = tl.load(told, mask=met > 0, other=0)
     sound = (met > 0) & (address == ~tl.load(told + 1, mask=met > 0, other=0))

@@ -283,7 +283,8 @@ class Flat:
 def emit(graph: fx.GraphModule, chain: Chain, op: Any, name: str, replaced: dict[fx.Node, fx.Node]) -> None:
     """Write a chain as one call, from which its outputs are taken, at the end of a graph that is to be sorted then.
 
-    `replaced` are the outputs of the chains before it, which its own steps still name as they were."""
+    `replaced` are the outputs of the chains before it, which its own steps still name as they were.
+    """
     writer = Writer(chain)
     steps = list(writer.steps())
     with graph.graph.inserting_before(next(iter(graph.graph.nodes))):
@@ -339,7 +340,7 @@ class Writer:
                 self.add(node)
             if node in self.outputs and part.kind != kinds.WIDE:
                 output = self.outputs.index(node)
-                yield (kinds.OUTPUT, self.places[node], output, int(shape(node)[-1]), wide_floats(node))
+                yield (kinds.OUTPUT, self.places[node], output, int(shape(node)[-1]), is_float32(node))
 
     def add(self, node: fx.Node) -> None:
         self.places[node] = self.count
@@ -354,7 +355,7 @@ class Writer:
             lying = functional.pad(part.weight.detach().t(), (0, lanes(columns) - columns, 0, lanes(depth) - depth))
             at = self.weights.place(lying)
             head = (part.kind, *places, at, lanes(depth), columns, lanes(columns), *vectors)
-            tail = (*part.numbers, self.outputs.index(node), wide_floats(node)) if part.kind == kinds.WIDE else ()
+            tail = (*part.numbers, self.outputs.index(node), is_float32(node)) if part.kind == kinds.WIDE else ()
             return (*head, *tail)
         if part.kind == kinds.NORM:
             return (part.kind, *places, width, lanes(width), *part.numbers, *vectors)
@@ -368,5 +369,5 @@ class Writer:
         return self.vectors.place(functional.pad(tensor.detach().float(), (0, size - tensor.numel())))
 
 
-def wide_floats(node: fx.Node) -> int:
+def is_float32(node: fx.Node) -> int:
     return int(value(node).dtype is torch.float32)

@@ -33,7 +33,7 @@ from grc.lowering.inductor import package, packaged_constants, settings
 from grc.lowering.move import moved
 from grc.lowering.twins import optional_twins, with_twins
 from grc.runtime.device import DeviceWeights
-from grc.runtime.engines import Run, load_on_gpu
+from grc.runtime.engines import COUNTER, Run, load_on_gpu
 from grc.runtime.plan import Plan
 
 
@@ -151,6 +151,8 @@ class CudaInductor:
         configs = settings([]) | ({"max_autotune": True} if self.bucket else {})
         package(program, folder / file, configs)
         constants = packaged_constants(folder / file, graph, program)
+        if counts and COUNTER not in constants:  # a bad id would be answered like a good one
+            raise LoweringError("the package does not read where it is to count bad ids, so it would refuse none")
         stray = [name for name, tensor in constants.items() if tensor.device.type == "cpu"]
         if stray:
             raise LoweringError(f"constant {stray[0]} stays on the host, and would be copied to the GPU in every run")

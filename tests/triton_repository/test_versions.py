@@ -109,7 +109,7 @@ def test_no_request_is_lost_while_a_version_is_added(old: Path, new: Path, tmp_p
     done = threading.Event()
 
     def ask(client: Client) -> None:
-        while not done.wait(0.01):
+        while not done.is_set():
             (scores,) = call(client, made.entry, shapes, request)
             answers.extend(scores.tolist())
 

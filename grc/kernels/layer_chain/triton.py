@@ -18,7 +18,7 @@ from grc.kernels.layer_chain import decode, outputs
 from grc.kernels.rows import tl, triton
 from grc.kernels.small_linear.triton import activate
 
-FEW = 3072  # rows
+FEW = 3072  # rows, up to which many small programs are faster
 BLOCK = tl.constexpr(128)  # columns of a wide layer at a time
 
 INPUT = tl.constexpr(kinds.INPUT)
