@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from grc.kernels import CROSS
 from grc.kernels.packed_linear.activations import NONE, activation_code
 from grc.kernels.packed_linear.panels import NARROW
 
+NO_NORM = (None, None, None)  # scale, shift, epsilon
 SUMMED = (torch.float32, torch.float16, torch.bfloat16)  # in float32
 
 
@@ -80,17 +82,41 @@ def small_layer_of(graph: fx.GraphModule, node: fx.Node) -> Layer | None:
 
 
 def with_small_linears(graph: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a graph for the GPU in which linear and cross layers go to the kernel for few rows, `small_linear`."""
+    """A copy of a graph for the GPU in which linear and cross layers go to the kernel for few rows, `small_linear`.
+
+    Each also names the weight of the one after it, to be brought from memory meanwhile.
+    """
     from grc.kernels.small_linear.triton import register
 
     copy, op = copy_graph(graph), register()
+    calls: list[fx.Node] = []
     for node in list(copy.graph.nodes):
         layer = small_layer_of(copy, node)
         if layer is not None:
+            x, *norm = norm_of(copy, layer.x)
             with copy.graph.inserting_before(layer.last):
-                new = copy.graph.call_function(op, layer[1:])
-            put(layer.last, new)
+                calls.append(copy.graph.call_function(op, (x, *layer[2:], *(norm or NO_NORM))))
+            put(layer.last, calls[-1])
+    for call, after in pairwise(calls):
+        weight: Any = after.args[1]
+        if value(weight).is_contiguous():
+            with copy.graph.inserting_before(call):
+                call.args = (*call.args, copy.graph.get_attr(weight.target))
     return cleaned(copy)
+
+
+def norm_of(graph: fx.GraphModule, node: fx.Node) -> tuple[Any, ...]:
+    """The rows, scale, shift and epsilon of a layer norm that only layers read, which can make it themselves; else `node`."""
+    from grc.kernels.small_linear.triton import DEPTH
+
+    width = int(shape(node)[-1])
+    if not is_op(node, aten.layer_norm) or list(node.args[1]) != [width] or width > DEPTH:  # type: ignore[arg-type]
+        return (node,)
+    given = [argument(node, name) for name in ("weight", "bias")]
+    constant = all(g is None or attribute(graph, g) is not None for g in given)
+    if not constant or not all(small_layer_of(graph, user) is not None for user in node.users):
+        return (node,)
+    return node.args[0], *given, argument(node, "eps")
 
 
 def with_relu_in_products(graph: fx.GraphModule) -> fx.GraphModule:

@@ -109,7 +109,7 @@ def layer_arguments(shape: tuple[int, ...], columns: int, mul: bool, add: bool, 
     ("shape", "columns", "mul", "add"),
     [
         ((1, 40), 9, False, True), ((2, 1100), 5, True, False), ((5, 16), 33, True, True), ((0, 8), 6, False, False),
-        ((3, 2, 130), 20, False, False), ((9, 72), 17, True, True),
+        ((3, 2, 130), 20, False, False), ((9, 72), 17, True, True), ((2, 7, 40), 6, True, True),
     ],
     ids=str,
 )  # fmt: skip
@@ -119,6 +119,27 @@ def test_small_linear(shape: tuple[int, ...], columns: int, mul: bool, add: bool
         if activation == 5:
             args[2] = None
         check(small_linear, small_linear_reference, args)
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
+@pytest.mark.parametrize("shape", [(3, 40), (2, 10, 72), (3, 7, 130), (1, 4, 1100)], ids=str)
+@pytest.mark.parametrize("given", [(True, True), (True, False), (False, False)], ids=["scale-shift", "scale", "plain"])
+def test_small_linear_normalises_rows(shape: tuple[int, ...], given: tuple[bool, bool], dtype: torch.dtype) -> None:
+    x, *rest = layer_arguments(shape, 19, given[0], given[1], 2)
+    parameters = [torch.randn(shape[-1]).add(1) if one else None for one in given]
+    check(small_linear, small_linear_reference, [*placed([x * 3 + 5, *rest, *parameters], dtype), 1e-5])
+
+
+@gpu
+@pytest.mark.parametrize("eps", [None, 1e-5])
+def test_small_linear_asks_for_the_next_weight(eps: float | None) -> None:
+    """The interpreter knows no prefetch. The lines are those of a whole allocation and of an odd end."""
+    args = placed(layer_arguments((3, 10, 512), 40, False, True, 2), torch.float16)
+    want = small_linear.small_linear(*args, None, None, eps)
+    for ahead in (torch.zeros(1 << 20, dtype=torch.float16), torch.zeros(13, 5), torch.zeros(1, dtype=torch.bfloat16)):
+        assert torch.equal(small_linear.small_linear(*args, None, None, eps, ahead.to(DEVICE)), want)
+    torch.cuda.synchronize()
 
 
 @runs

@@ -228,6 +228,21 @@ def test_small_linear_reads_whole_vectors_all_at_once(
 
 
 @pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("depth", "eps"), [(512, None), (1024, None), (2048, None), (512, 1e-5), (1024, 1e-5)], ids=str
+)
+def test_small_linear_holds_the_steps_of_a_user(depth: int, eps: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, vector = (torch.randn(*shape, depth, device=DEVICE).half() for shape in ((1, 10), (64,), ()))
+    norm = (vector, vector, eps) if eps else (None, None, None)
+    given = x, weight, None, None, None, 2, *norm
+    text = ptx(small_linear, lambda: small_linear.small_linear(*given), monkeypatch)
+    ahead = ptx(small_linear, lambda: small_linear.small_linear(*given, weight[:33]), monkeypatch)
+    assert ("mma.sync" in text) == (eps is not None)
+    assert "prefetch" not in text and "prefetch.global.L2" in ahead
+    assert "ld.global.v4.b32" in text and ".local" not in text, "registers spill into memory"
+
+
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("name", ["plain", "mean", "jagged weights"])
 def test_traces_with_an_unknown_batch_and_copies_nothing(name: str) -> None:
     """AOTInductor's view: one kernel, its lists as a constant, and only the output counted as written."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 from grc.compiler import optimise
 from grc.graph.capture import Source, capture
@@ -122,6 +123,35 @@ def test_every_layer_but_a_narrow_head_goes_to_the_kernel_for_few_rows(
     assert [node.args[5] for node in calls] == [RELU, NONE, GELU_TANH, NONE]
     (x,) = layers.inputs(3)
     torch.testing.assert_close(found(x)[0], layers.graph(x)[0])
+
+
+class Normed(nn.Module):
+    """A norm that only layers read, and one that a sum reads too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.LayerNorm(24), nn.LayerNorm(24, bias=False)
+        self.layers = nn.ModuleList(nn.Linear(24, 24) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        x = x + self.layers[0](y) * functional.gelu(self.layers[1](y))
+        y = self.second(x)
+        return y + self.layers[2](y)
+
+
+@torch.no_grad()
+def test_a_norm_that_only_layers_read_goes_with_them(
+    as_reference: Callable[[fx.GraphModule], list[fx.Node]],
+) -> None:
+    source = capture(from_module(Normed().eval(), lambda batch: (torch.randn(batch, 5, 24),)))
+    found = epilogue.with_small_linears(source.graph)
+    calls = as_reference(found)
+    assert count(found, aten.layer_norm, aten.linear) == [1, 0]
+    assert [call.args[8] is not None for call in calls] == [True, True, False], "epsilon"
+    ahead = [weight.target for call in calls for weight in call.args[9:]]
+    assert ahead == [call.args[1].target for call in calls[1:]]
+    torch.testing.assert_close(found(*source.inputs(3))[0], source.graph(*source.inputs(3))[0])
 
 
 @torch.no_grad()

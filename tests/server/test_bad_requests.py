@@ -9,6 +9,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -322,7 +323,8 @@ def test_a_bad_request_in_a_batch_fails_alone(compiled: Any, tmp_path: Path, dev
     """A slow artifact lets requests pile up behind one, so that good and bad ones share a batch."""
     from tests.server.test_scheduler import slow
 
-    artifact = compiled(tmp_path / "slow.grc", edit=slow, max_batch=64, **device)
+    edit = partial(slow, width=12_000) if device else slow
+    artifact = compiled(tmp_path / "slow.grc", edit=edit, max_batch=64, **device)
     bodies = [both(ids={"data": [3, 80] if n % 5 == 0 else [3, n % 80]}) for n in range(30)]
     with running(tmp_path, f"tiny={artifact}") as server, ThreadPoolExecutor(30) as pool:
         found = list(pool.map(lambda body: server.ask(INFER, json.dumps(body).encode()), bodies))

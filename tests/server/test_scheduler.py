@@ -26,10 +26,11 @@ SLOW = """\
 """
 
 
-def slow(text: str) -> str:
-    """A model whose batches all take tens of milliseconds, whatever their rows."""
-    layers = "\n        self.top = nn.Linear(19, 1)\n        self.wide, self.narrow = nn.Linear(19, 1200), nn.Linear(1200, 19)"
-    text = text.replace("\n        self.top = nn.Linear(19, 1)", layers + "\n        self.deep = nn.Linear(1200, 1200)")
+def slow(text: str, width: int = 1200) -> str:
+    """A model whose batches all take tens of milliseconds, whatever their rows; on a GPU it takes a width of thousands."""
+    top = "\n        self.top = nn.Linear(19, 1)"
+    layers = f"\n        self.wide, self.narrow = nn.Linear(19, {width}), nn.Linear({width}, 19)"
+    text = text.replace(top, f"{top}{layers}\n        self.deep = nn.Linear({width}, {width})")
     return text.replace(
         "        return torch.sig", "        wide = self.wide(both)\n" + SLOW + "        return torch.sig"
     )

@@ -9,11 +9,23 @@ from grc.kernels.packed_linear import finished
 
 
 def reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mul: Tensor | None, add: Tensor | None, activation: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mul: Tensor | None,
+    add: Tensor | None,
+    activation: int,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float | None = None,
+    ahead: Tensor | None = None,
 ) -> Tensor:
-    """act(x @ weight.T + bias) * mul + add, of shape [..., N]: x is [..., K], weight [N, K], bias [N].
+    """act(norm(x) @ weight.T + bias) * mul + add, of shape [..., N]: x is [..., K], weight [N, K], bias [N].
 
-    mul and add have the result's shape; activation is a place in ACTIVATIONS. With mul = x0 and add = x this is a cross
-    layer of DCN v2 (Wang et al. 2021, eq. 1).
+    mul and add have the result's shape; activation is a place in ACTIVATIONS. With eps, norm is layer norm by scale and
+    shift [K]. `ahead`, the weight that is read next, changes nothing. With mul = x0 and add = x this is a cross layer of
+    DCN v2 (Wang et al. 2021, eq. 1).
     """
+    if eps is not None:
+        x = functional.layer_norm(x, [x.shape[-1]], scale, shift, eps)
     return finished(functional.linear(x, weight, bias), mul, add, activation)

@@ -1,21 +1,32 @@
 """`grc_cuda::small_linear` in Triton: a linear layer of few rows with its epilogue, in one launch.
 
-At one row, cuBLAS takes twice the time of the launch and of the weight's way from L2. A program here takes two columns of
-one row and all of their depth at once, without tensor cores, and every multiprocessor has some.
+At one row, cuBLAS takes twice the time of the launch and of the weight's way from L2. A program here takes a few columns of
+one row, or of some steps of one user, and all of their depth at once, without tensor cores, and every multiprocessor has
+some. Steps that are normalised first go to the tensor cores: a program that takes more columns normalises for all of them.
+While it runs, a kernel asks for the weight of the layer after it, which then comes from L2 and not from memory.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.library import triton_op, wrap_triton
 
 from grc.kernels.rows import tl, triton
 
-COLUMNS = 2  # of a program; the fastest on an H200 for layers of 400 to 2048 columns
+# The fastest on an H200 for layers of 400 to 2048 columns: of one row, and of 10 to 40.
+COLUMNS = 2  # of a program with one row
+STEPS, STEP_COLUMNS = 5, 4  # of a program with several rows, at most
 DEPTH = 2048  # numbers of a column that are read at once
 ONE_WARP = 1024  # numbers up to which one warp is enough for that
+TILE = 16  # rows and columns of a program on the tensor cores
+DEEPEST = 1024  # numbers of a row that it normalises
+PARTS = 4  # of the depth, each for one warp
+LINE = 128  # bytes that come to L2 together
 
 
 @triton.jit
@@ -36,31 +47,113 @@ def activate(v, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def row_of(x, at, step, seen):  # type: ignore[no-untyped-def]
+    return tl.load(x + at * step, mask=seen, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def fetch(ahead, LINES: tl.constexpr, EACH: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Ask for this program's lines of a weight that a later kernel reads; nothing waits for them."""
+    line = tl.minimum(tl.program_id(0) * EACH + tl.arange(0, EACH), LINES - 1)
+    place = (ahead + line * STEP).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [place], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def small_linear_kernel(  # type: ignore[no-untyped-def]
-    x, weight, bias, mul, add, out, N, K, x_row, mul_row, add_row,
+    x, weight, bias, mul, add, scale, shift, ahead, out, R, N, K, x_row, mul_row, add_row,
     BIASED: tl.constexpr, ACTIVATION: tl.constexpr, MUL: tl.constexpr, ADD: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr,
+    NORM: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr, EPS: tl.constexpr,
+    LINES: tl.constexpr, EACH: tl.constexpr, STEP: tl.constexpr,
+    ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(N, BN)
-    row = (tl.program_id(0) // across).to(tl.int64)
+    first = (tl.program_id(0) // across).to(tl.int64) * ROWS
     column, k = (tl.program_id(0) % across) * BN + tl.arange(0, BN), tl.arange(0, BK)
     wide = column < N
-    rights, lefts = weight + column[:, None] * K + k[None, :], x + row * x_row + k
-    total = tl.zeros([BN], tl.float32)
+    rights = weight + column[:, None] * K + k[None, :]
+    start = tl.zeros([BN], tl.float32)
+    if BIASED:
+        start += tl.load(bias + column, mask=wide, other=0.0).to(tl.float32)
+    totals = (start,) * ROWS
     for block in tl.static_range(BLOCKS):
         at = block * BK
         deep = k < K - at
         right = tl.load(rights + at, mask=wide[:, None] & deep[None, :], other=0.0).to(tl.float32)
-        left = tl.load(lefts + at, mask=deep, other=0.0).to(tl.float32)
-        total += tl.sum(left[None, :] * right, 1)
+        # All rows are read before the first is used.
+        lefts = ()
+        for row in tl.static_range(ROWS):
+            left = row_of(x + k + at, first + row, x_row, deep & (first + row < R))
+            lefts = lefts + (left,)  # type: ignore[assignment] # noqa: RUF005
+        if LINES > 0 and block == 0:
+            fetch(ahead, LINES, EACH, STEP)
+        if SHIFTED:
+            right_shift = tl.sum(right * tl.load(shift + k, mask=deep, other=0.0).to(tl.float32)[None, :], 1)
+        if SCALED:
+            right *= tl.load(scale + k, mask=deep, other=0.0).to(tl.float32)[None, :]
+        sums = ()
+        for row in tl.static_range(ROWS):
+            left = lefts[row]  # type: ignore[misc]
+            if NORM:
+                left = tl.where(deep, left - tl.sum(left, 0) / K, 0.0)
+                spread = tl.rsqrt(tl.sum(left * left, 0) / K + EPS)
+                part = spread * tl.sum(left[None, :] * right, 1)
+                if SHIFTED:
+                    part += right_shift
+            else:
+                part = tl.sum(left[None, :] * right, 1)
+            sums = sums + (totals[row] + part,)  # type: ignore[assignment] # noqa: RUF005
+        totals = sums
+    for row in tl.static_range(ROWS):
+        seen = wide & (first + row < R)
+        answer = activate(totals[row], ACTIVATION)
+        if MUL:
+            answer *= row_of(mul + column, first + row, mul_row, seen)
+        if ADD:
+            answer += row_of(add + column, first + row, add_row, seen)
+        tl.store(out + (first + row) * N + column, answer.to(out.dtype.element_ty), mask=seen)
+
+
+@triton.jit
+def norm_linear_kernel(  # type: ignore[no-untyped-def]
+    x, weight, bias, mul, add, scale, shift, ahead, out, R, N, K, x_row, mul_row, add_row,
+    BIASED: tl.constexpr, ACTIVATION: tl.constexpr, MUL: tl.constexpr, ADD: tl.constexpr,
+    SCALED: tl.constexpr, SHIFTED: tl.constexpr, EPS: tl.constexpr,
+    LINES: tl.constexpr, EACH: tl.constexpr, STEP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The same on the tensor cores, for normalised rows: each warp takes a part of the depth."""
+    across = tl.cdiv(N, BN)
+    row = (tl.program_id(0) // across).to(tl.int64) * BM + tl.arange(0, BM)
+    column = (tl.program_id(0) % across) * BN + tl.arange(0, BN)
+    k = tl.arange(0, PARTS)[:, None] * BK + tl.arange(0, BK)[None, :]
+    live, wide, deep = row < R, column < N, k < K
+    rights = weight + column[None, None, :] * K + k[:, :, None]
+    right = tl.load(rights, mask=deep[:, :, None] & wide[None, None, :], other=0.0)
+    lefts = x + row[None, :, None] * x_row + k[:, None, :]
+    left = tl.load(lefts, mask=live[None, :, None] & deep[:, None, :], other=0.0).to(tl.float32)
+    if LINES > 0:
+        fetch(ahead, LINES, EACH, STEP)
+    mean = tl.sum(tl.sum(left, 2), 0) / K
+    left = tl.where(deep[:, None, :], left - mean[None, :, None], 0.0)
+    spread = tl.rsqrt(tl.sum(tl.sum(left * left, 2), 0) / K + EPS)
+    left *= spread[None, :, None]
+    if SCALED:
+        left *= tl.load(scale + k, mask=deep, other=0.0).to(tl.float32)[:, None, :]
+    if SHIFTED:
+        left += tl.load(shift + k, mask=deep, other=0.0).to(tl.float32)[:, None, :]
+    answer = tl.sum(tl.dot(left.to(right.dtype), right), 0)
     if BIASED:
-        total += tl.load(bias + column, mask=wide, other=0.0).to(tl.float32)
-    answer = activate(total, ACTIVATION)
+        answer += tl.load(bias + column, mask=wide, other=0.0).to(tl.float32)[None, :]
+    answer = activate(answer, ACTIVATION)
+    seen, place = live[:, None] & wide[None, :], row[:, None]
     if MUL:
-        answer *= tl.load(mul + row * mul_row + column, mask=wide, other=0.0).to(tl.float32)
+        answer *= tl.load(mul + place * mul_row + column[None, :], mask=seen, other=0.0).to(tl.float32)
     if ADD:
-        answer += tl.load(add + row * add_row + column, mask=wide, other=0.0).to(tl.float32)
-    tl.store(out + row * N + column, answer.to(out.dtype.element_ty), mask=wide)
+        answer += tl.load(add + place * add_row + column[None, :], mask=seen, other=0.0).to(tl.float32)
+    tl.store(out + place * N + column[None, :], answer.to(out.dtype.element_ty), mask=seen)
 
 
 def small_linear(
@@ -70,11 +163,17 @@ def small_linear(
     mul: torch.Tensor | None,
     add: torch.Tensor | None,
     activation: int,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    eps: float | None = None,
+    ahead: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """act(x @ weight.T + bias) * mul + add: [..., N], for any number of rows, but fast for a few.
+    """act(norm(x) @ weight.T + bias) * mul + add: [..., N], for any number of rows, but fast for a few.
 
     x [..., K], weight [N, K], bias [N], mul and add like the result, all of one dtype: float32, float16 or bfloat16.
-    `activation` is a place in `packed_linear.ACTIVATIONS`. Sums and epilogue in float32, rounded once.
+    `activation` is a place in `packed_linear.ACTIVATIONS`. With `eps`, rows of up to DEPTH numbers are normalised first, by
+    `scale` and `shift` [K] (layer norm). Sums, norm and epilogue in float32, rounded once. `ahead` is a contiguous weight
+    that is read next, and changes no answer.
     """
     columns, depth = weight.shape
     weight = weight.contiguous()
@@ -87,14 +186,48 @@ def small_linear(
     first, last = (left if t is None else rows(t, columns) for t in (mul, add))
     count = left.shape[0]
     out = x.new_empty(count, columns)
-    block = min(DEPTH, triton.next_power_of_2(depth))
-    wrap_triton(small_linear_kernel)[(count * triton.cdiv(columns, COLUMNS),)](
-        left, weight, left if bias is None else bias, first, last, out, columns, depth,
-        left.stride(0), first.stride(0), last.stride(0),
-        BIASED=bias is not None, ACTIVATION=activation, MUL=mul is not None, ADD=add is not None,
-        BN=COLUMNS, BK=block, BLOCKS=triton.cdiv(depth, block), num_warps=1 if depth <= ONE_WARP else 4,
+    operands = (
+        left, weight, left if bias is None else bias, first, last,
+        *(left if t is None else t for t in (scale, shift, ahead)),
+        out, count, columns, depth, left.stride(0), first.stride(0), last.stride(0),
     )  # fmt: skip
+    given: dict[str, Any] = dict(
+        BIASED=bias is not None, ACTIVATION=activation, MUL=mul is not None, ADD=add is not None
+    )
+    given |= dict(SCALED=scale is not None, SHIFTED=shift is not None, EPS=eps or 0.0)
+    steps, block = steps_of(x.shape[:-1]), triton.next_power_of_2(depth)
+    if steps > 1 and eps is not None and depth <= DEEPEST and x.dtype != torch.float32:
+        kernel, high, across = norm_linear_kernel, TILE, TILE
+        sizes = dict(BM=TILE, BN=TILE, PARTS=PARTS, BK=max(block // PARTS, 16), num_warps=PARTS)
+    else:
+        kernel, high, across = small_linear_kernel, at_once(steps), COLUMNS if steps == 1 else STEP_COLUMNS
+        block = min(DEPTH, block)
+        sizes = dict(NORM=eps is not None, ROWS=high, BN=across, BK=block, BLOCKS=triton.cdiv(depth, block))
+        sizes["num_warps"] = 1 if depth <= ONE_WARP else 4 if steps == 1 else 2
+    programs = triton.cdiv(columns, across)
+    given |= lines(ahead, triton.cdiv(steps, high) * programs)
+    wrap_triton(kernel)[(triton.cdiv(count, high) * programs,)](*operands, **given, **sizes)
     return out.reshape(*x.shape[:-1], columns)
+
+
+def steps_of(sizes: Sequence[Any]) -> int:
+    """The rows of one user: the product of the sizes that do not vary."""
+    return max(1, math.prod(size for size in sizes if isinstance(size, int)))
+
+
+def at_once(steps: int) -> int:
+    """How many of a user's rows a program takes: up to STEPS, without a remainder where that is possible."""
+    return 1 if steps == 1 else next((n for n in range(STEPS, 1, -1) if steps % n == 0), STEPS)
+
+
+def lines(ahead: torch.Tensor | None, programs: int) -> dict[str, int]:
+    """The lines of a weight, and of those how many each of so many programs asks for."""
+    if ahead is None:
+        return dict(LINES=0, EACH=1, STEP=1)
+    total = triton.cdiv(ahead.numel() * ahead.element_size(), LINE)
+    return dict(
+        LINES=total, EACH=triton.next_power_of_2(triton.cdiv(total, programs)), STEP=LINE // ahead.element_size()
+    )
 
 
 @functools.cache
