@@ -192,7 +192,9 @@ def lower_in_fewer_bits(
         graphs = graphs_of(found, search.sites, optimised.graph, options.device, folder / SCRATCH)
         progress.end(found.summary())
         try:
-            return found, lower(source, plain, optimised, graphs, options, folder, progress, found)
+            lowering = lower(source, plain, optimised, graphs, options, folder, progress, found)
+            search.settle(found, {batch: candidate.built.engine for batch, candidate in lowering[0].winners})
+            return found, lowering
         except BudgetError as error:
             if not shares:
                 raise
@@ -256,7 +258,7 @@ def lower(
     requests = make_requests(source, optimised, options)
     if lowered is not None and lowered.formats:
         requests = replace(requests, judge=lowered.judge)
-        offered = engines_for(ours[""], None, lowered.formats, lowered.calibration.first(ROWS).batches)
+        offered = engines_for(ours[""], None, lowered.choices, lowered.calibration.first(ROWS).batches)
     else:
         offered = engines_for(ours[""], unguarded)
     return build_and_choose(offered, target, parts, requests, options, progress, load_built, source.eager_runner())

@@ -79,17 +79,18 @@ class Requests:
 def engines_for(
     optimised: Lowerable,
     source: Lowerable | None,
-    formats: Mapping[str, str] | None = None,
+    formats: Mapping[str, Mapping[str, str]] | None = None,
     calibration: Sequence[Sequence[torch.Tensor]] = (),
 ) -> list[tuple[Engine, Lowerable]]:
     """The engines in the order in which ties go: ours, then plain AOTInductor on the graph as it came, then the others.
 
-    With `formats`, those that can keep these weights in fewer bits; `calibration` tells static ones their ranges.
+    With `formats`, those that can keep weights in fewer bits: choices of them by label, the best guess under "".
+    `calibration` tells static ones their ranges.
     """
     if formats is not None:
-        engines = (
-            Inductor(packed=True, formats=formats), OnnxRuntimeInt8(formats), OnnxRuntimeStatic(formats, calibration)
-        )  # fmt: skip
+        ours = [Inductor(packed=True, formats=chosen, label=label) for label, chosen in formats.items()]
+        guess = formats[""]
+        engines: tuple[Engine, ...] = (*ours, OnnxRuntimeInt8(guess), OnnxRuntimeStatic(guess, calibration))
         return [(engine, optimised) for engine in engines]
     offered: list[tuple[Engine, Lowerable]] = [(Inductor(packed=True), optimised)]
     if source is not None:

@@ -31,12 +31,12 @@ from grc.lowering.pack import pack_linears
 class Inductor:
     """`packed` gives linear layers to our packed GEMM; without it they go where Inductor sends them.
 
-    `formats` names the weights that are kept in fewer bits, each with its format.
+    `formats` names the weights that are kept in fewer bits, each with its format, and `label` this choice of them.
     """
 
-    def __init__(self, packed: bool, formats: Mapping[str, str] = MappingProxyType({})):
+    def __init__(self, packed: bool, formats: Mapping[str, str] = MappingProxyType({}), label: str = ""):
         self.packed, self.formats = packed, formats
-        self.name = "inductor" if packed else "aoti"
+        self.name = "-".join(["inductor" if packed else "aoti", *filter(None, [label])])
 
     def missing(self, target: Target) -> str | None:
         try:

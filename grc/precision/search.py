@@ -15,7 +15,7 @@ from grc.errors import GrcError
 from grc.precision.calibration import ROWS, Calibration
 from grc.precision.formats import BITS, FORMATS
 from grc.precision.quality import Limit, Truth, inside, lost
-from grc.precision.sites import TABLE, Site
+from grc.precision.sites import LAYER, TABLE, Site
 from grc.precision.trial import Rounded, Trial
 from grc.report.summary import size
 from grc.runtime.weights import write_weights
@@ -26,6 +26,8 @@ Run = Callable[[list[Tensor]], Sequence[Tensor]]
 # the other way: seen to move the largest error of a 6-layer Transformer by 15%, and once by 27%. Where an engine lands
 # outside all the same, the next smaller share is tried.
 SPENT = (0.8, 0.6, 0.4)
+# Choices beside the outcome itself, which engines are built of too: what its layers are in, by label.
+OTHER_LAYERS = {"float-layers": "fp32", "half-layers": "fp16"}
 FRONTIER = 6  # points of the frontier between nothing lowered and everything
 
 
@@ -70,6 +72,13 @@ class Lowered:
     @property
     def formats(self) -> dict[str, str]:
         return {d.name: d.format for d in self.decisions if d.format != "fp32"}
+
+    @property
+    def choices(self) -> dict[str, dict[str, str]]:
+        """Formats to build for a CPU: these, and where layers are among them the others alone, since a CPU without
+        instructions for 8 bits may lose more by rounding a layer's input than it saves by reading its weight."""
+        others = {d.name: d.format for d in self.decisions if d.format != "fp32" and d.kind != LAYER}
+        return {"": self.formats} if others == self.formats else {"": self.formats, "float-layers": others}
 
     def summary(self) -> str:
         """`int8 27, bf16 1, fp32 2; max-error 0.014; 98.1 MB -> 24.6 MB`."""
@@ -181,6 +190,27 @@ class Search:
             outcome.decisions.append(Decision(site.name, site.kind, form, site.bytes, lowered, loss, reason))
         outcome.trials = self.trials
         return outcome
+
+    def settle(self, outcome: Lowered, engines: Mapping[int, str]) -> None:
+        """Let an outcome say what the engines that won at each batch size made of it."""
+        for label, form in OTHER_LAYERS.items():
+            batches = [batch for batch, engine in engines.items() if label in engine]
+            lowered = [d for d in outcome.decisions if d.kind == LAYER and BITS[d.format] < BITS[form]]
+            if len(batches) == len(engines):
+                for decision in lowered:
+                    decision.reason = f"{form} measured faster than {decision.format}"
+                    decision.format = form
+                for site, decision in zip(self.sites, outcome.decisions, strict=True):
+                    decision.lowered_bytes = site.lowered_bytes(decision.format)
+                outcome.quality = self.measure(outcome.formats, everything=True)
+                others = [point for point in outcome.frontier if not point.chosen]
+                chosen = replace(self.point(outcome.formats), chosen=True)
+                outcome.frontier = sorted([*others, chosen], key=lambda point: -point.bytes)
+            elif batches:
+                sizes = ", ".join(map(str, batches))
+                outcome.notes.append(
+                    f"at batch {sizes} layers are in {form}, which measured faster: they are stored twice"
+                )
 
     def options(self, site: Site) -> tuple[str, ...]:
         return FORMATS[site.kind][self.device].get(self.precision, ())

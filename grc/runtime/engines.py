@@ -128,6 +128,7 @@ def load_onnxruntime(path: Path, constants: Mapping[str, torch.Tensor]) -> Run:
 
 LOADERS: dict[str, Callable[[Path, Mapping[str, torch.Tensor]], Run]] = {
     "inductor": load_inductor,
+    "inductor-float-layers": load_inductor,  # of a choice that keeps layers in float32
     "aoti": load_inductor,
     "onnxruntime": load_onnxruntime,
     "onnxruntime-static": load_onnxruntime,

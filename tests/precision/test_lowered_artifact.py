@@ -62,8 +62,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def artifact(model: Path) -> Path:
     path = model.parent / "int8.grc"
     code, out, err = run(
-        "compile", model, "-o", path, "--precision", "int8", "--budget", "max-error=0.05,auc-drop=0.1", "--batches", "8"
-    )
+        "compile", model, "-o", path, "--precision", "int8", "--budget", "max-error=0.05,auc-drop=0.1", "--batches", "8",
+        "--engine", "inductor",
+    )  # fmt: skip
     assert code == 0, out + err
     return path
 
@@ -149,6 +150,27 @@ def test_the_quantisers_of_onnxruntime_are_held_to_the_same_budget(engine: str, 
         with torch.no_grad():
             want = model(*inputs)
         assert 0 < (program(*inputs) - want).abs().max() <= 0.1 * want.abs().max()
+
+
+def test_layers_stay_in_float32_where_that_is_what_won(tmp_path: Path) -> None:
+    options = grc.Options(
+        tmp_path / "tables.grc",
+        batches=(8,),
+        precision="int8",
+        budget=("max-error=0.05",),
+        engine="inductor-float-layers",
+    )
+    torch.manual_seed(0)
+    program = grc.load(grc.compile(Ranker().eval(), ranker_inputs, options).path)
+    sites = program.artifact.manifest["precision"]["sites"]
+    assert {site["name"]: site["format"] for site in sites} == {
+        "deep.weight": "fp32", "head.weight": "fp32", "users.weight": "int8", "items.weight": "int8",
+    }  # fmt: skip
+    assert sites[0]["reason"] == "fp32 measured faster than int8" and sites[0]["lowered_bytes"] == sites[0]["bytes"]
+    assert {str(t.dtype) for t in program.artifact.weights.values()} == {"torch.float32", "torch.uint8"}
+    inputs = ranker_inputs(9)
+    torch.manual_seed(0)
+    assert 0 < (program(*inputs) - Ranker().eval()(*inputs)).abs().max() <= 0.05
 
 
 def test_an_engine_that_lands_outside_is_built_again_with_less_lowered(

@@ -287,6 +287,24 @@ def test_layers_of_8_bits_have_a_second_form_in_halves() -> None:
     }  # fmt: skip
 
 
+def test_an_outcome_says_what_the_winners_made_of_it() -> None:
+    source, graph = captured(Ranker(), ranker_inputs)
+    search = Search(graph, find_sites(graph), calibration_of(source, None), budget(["max-error=0.5"]), "int8", print)
+    found = search.run()
+    assert found.choices["float-layers"] == {name: "int8" for name in ("users.weight", "items.weight")}
+    before, bytes_before = dict(found.formats), found.frontier[-1].bytes
+    search.settle(found, {1: "inductor", 64: "onnxruntime"})
+    assert found.formats == before and not [note for note in found.notes if "layers" in note]
+    search.settle(found, {1: "inductor", 64: "inductor-float-layers"})
+    assert found.formats == before
+    assert found.notes[-1] == "at batch 64 layers are in fp32, which measured faster: they are stored twice"
+    quality = found.quality["max-error"]
+    search.settle(found, {1: "inductor-float-layers", 64: "inductor-float-layers"})
+    assert found.formats == {"users.weight": "int8", "items.weight": "int8"}
+    (chosen,) = [point for point in found.frontier if point.chosen]
+    assert chosen.bytes > bytes_before and 0 < found.quality["max-error"] < quality
+
+
 def test_on_a_gpu_the_tables_of_an_arena_take_the_widest_of_their_formats() -> None:
     source, graph = captured(Ranker(), ranker_inputs)
     sites = find_sites(graph)
