@@ -19,7 +19,7 @@ from torch.export import Dim
 
 from grc.errors import CaptureError, ModelFileError
 from grc.graph.faults import explain, find_fault, hint_for
-from grc.graph.flat import flat_graph, model_lines, quiet_export
+from grc.graph.flat import flat_graph, model_lines, quiet_export, without_fast_path
 from grc.graph.model_file import Model, user_line
 from grc.graph.sizes import Size, collection, find_sizes, named_by_symbol, named_dims, size_of
 from grc.runtime.structure import Json, flatten, leaf_names
@@ -160,7 +160,7 @@ def export(model: Model, sizes: list[tuple[Size, ...]], mode: str) -> torch.expo
     if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module.forward).parameters.values()) and kwargs:
         module, args, kwargs = ByPosition(module, (args, kwargs)), tuple(leaves), {}
     strict = mode == "strict"
-    with torch.no_grad(), quiet_export(), model_lines():
+    with torch.no_grad(), quiet_export(), model_lines(), without_fast_path():
         try:
             shapes = collection(leaves, sizes, named_dims(sizes))
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=strict)

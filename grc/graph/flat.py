@@ -36,6 +36,18 @@ def quiet_export() -> Iterator[None]:
 
 
 @contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Trace the operators of nn.TransformerEncoderLayer and nn.MultiheadAttention, not the one kernel that stands for all of
+    them without gradients: no pass could look into it."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
 def model_lines() -> Iterator[None]:
     """Keep the lines of every function that the model calls: torch.export records those of functions named forward only,
     so that a value made in a method of the model would be told by the line that calls the method."""

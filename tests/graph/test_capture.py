@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from grc.graph.capture import Source, capture
+from grc.graph.faults import fault_at
 from grc.graph.model_file import from_module
 from grc.graph.oracle import largest_error
 from grc.runtime.structure import builder
@@ -45,6 +46,11 @@ def captured(module: nn.Module, inputs) -> Source:
     return source
 
 
+def captured_half() -> Source:
+    torch.manual_seed(0)
+    return capture(from_module(nn.Linear(8, 4).half().eval(), lambda b: (0.1 * rows(b, 8).half(),)))
+
+
 @torch.no_grad()
 def agrees(source: Source, *batches: int) -> None:
     """At batch sizes that neither the export nor its check has seen."""
@@ -52,7 +58,36 @@ def agrees(source: Source, *batches: int) -> None:
         assert largest_error(list(source.graph(*source.inputs(batch))), source.eager(batch)) < 1e-5
 
 
+PLAIN_LAYER = """
+CHECK: layer_norm
+CHECK: linear
+CHECK: scaled_dot_product_attention
+CHECK-NOT: encoder_layer_fwd
+"""
+
+
 class TestExports:
+    @pytest.mark.parametrize("reads_numpy", [False, True])
+    def test_a_transformer_layer_is_its_operators_in_both_modes(self, reads_numpy: bool) -> None:
+        """numpy in forward is what only the strict mode takes: there torch would trace its one kernel for the whole layer."""
+
+        def forward(self, x):
+            return self.layer(x) * float(x.shape[-1] if not reads_numpy else np.asarray(x.detach()).shape[-1])
+
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True)
+        source = captured(Forward(forward, layer=layer), lambda b: (rows(b, 6, 32),))
+        assert source.mode == ("strict" if reads_numpy else "non-strict")
+        check(source.graph, PLAIN_LAYER)
+        assert torch.backends.mha.get_fastpath_enabled()
+
+    def test_a_half_precision_model_may_be_as_noisy_as_its_dtype(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        source = captured_half()
+        answers, eps = source.eager(4), torch.finfo(torch.half).eps
+        for change, fault in ((eps, None), (0.05, "the export answers differently at batch 4 (error 5.0e-02)")):
+            monkeypatch.setattr(source, "eager", lambda batch, change=change: [a + change for a in answers])
+            found = fault_at(source, 4)
+            assert found is None if fault is None else found and found.startswith(fault)
+
     def test_numpy_in_forward_of_constant_values(self) -> None:
         scale = np.array([1.0, 2.0, 3.0], dtype=np.float32)
         source = captured(Forward(lambda self, x: x * torch.from_numpy(scale)), lambda b: (rows(b, 3),))

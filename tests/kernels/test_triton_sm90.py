@@ -26,6 +26,7 @@ from grc.kernels.lookup import triton as lookup  # noqa: E402
 from grc.kernels.scaled_linear import rows_in_8_bits, weight_in_8_bits  # noqa: E402
 from grc.kernels.scaled_linear import triton as scaled_linear  # noqa: E402
 from grc.kernels.score_topk import triton as score_topk  # noqa: E402
+from grc.kernels.small_linear import attention_linear  # noqa: E402
 from grc.kernels.small_linear import triton as small_linear  # noqa: E402
 from tests.kernels.bags import DEVICE, LOOKUPS, NO_PADDING, Bags, make, packed  # noqa: E402
 
@@ -240,6 +241,17 @@ def test_small_linear_holds_the_steps_of_a_user(depth: int, eps: float | None, m
     assert ("mma.sync" in text) == (eps is not None)
     assert "prefetch" not in text and "prefetch.global.L2" in ahead
     assert "ld.global.v4.b32" in text and ".local" not in text, "registers spill into memory"
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(("heads", "width"), [(8, 64), (4, 128), (3, 20)])
+def test_attention_linear_stays_in_registers(heads: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = torch.randn(1, 10, 3, heads, width, device=DEVICE).half().unbind(2)
+    weight = torch.randn(64, heads * width, device=DEVICE).half()
+    given = q, k, v, 0.125, 1.0, 0, False, weight, weight[:, 0], None, 2, weight
+    text = ptx(attention_linear, lambda: attention_linear.attention_linear(*given), monkeypatch)
+    assert "mma.sync" in text and "prefetch.global.L2" in text
+    assert ".local" not in text, "registers spill into memory"
 
 
 @pytest.mark.usefixtures("hopper")

@@ -291,7 +291,7 @@ def test_an_outcome_says_what_the_winners_made_of_it() -> None:
     source, graph = captured(Ranker(), ranker_inputs)
     search = Search(graph, find_sites(graph), calibration_of(source, None), budget(["max-error=0.5"]), "int8", print)
     found = search.run()
-    assert found.choices["float-layers"] == {name: "int8" for name in ("users.weight", "items.weight")}
+    assert found.choices["float-layers"] == dict.fromkeys(("users.weight", "items.weight"), "int8")
     before, bytes_before = dict(found.formats), found.frontier[-1].bytes
     search.settle(found, {1: "inductor", 64: "onnxruntime"})
     assert found.formats == before and not [note for note in found.notes if "layers" in note]
