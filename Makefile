@@ -7,7 +7,8 @@ VENV    ?= .venv
 WORKERS ?= 2
 TESTS   ?= tests
 
-PIP_INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
+# Without bytecode: to compile every module takes longer than to install them, and most are never imported.
+PIP_INSTALL = $(VENV)/bin/python -m pip install --no-compile --disable-pip-version-check -c constraints.txt
 
 ifeq ($(VENV),none)
 PY     := $(or $(PYTHON),python3)

@@ -26,7 +26,6 @@ from grc.kernels.lookup import triton as lookup  # noqa: E402
 from grc.kernels.scaled_linear import rows_in_8_bits, weight_in_8_bits  # noqa: E402
 from grc.kernels.scaled_linear import triton as scaled_linear  # noqa: E402
 from grc.kernels.score_topk import triton as score_topk  # noqa: E402
-from grc.kernels.small_linear import attention_linear  # noqa: E402
 from grc.kernels.small_linear import triton as small_linear  # noqa: E402
 from tests.kernels.bags import DEVICE, LOOKUPS, NO_PADDING, Bags, make, packed  # noqa: E402
 
@@ -234,24 +233,10 @@ def test_small_linear_reads_whole_vectors_all_at_once(
 )
 def test_small_linear_holds_the_steps_of_a_user(depth: int, eps: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, vector = (torch.randn(*shape, depth, device=DEVICE).half() for shape in ((1, 10), (64,), ()))
-    norm = (vector, vector, eps) if eps else (None, None, None)
-    given = x, weight, None, None, None, 2, *norm
-    text = ptx(small_linear, lambda: small_linear.small_linear(*given), monkeypatch)
-    ahead = ptx(small_linear, lambda: small_linear.small_linear(*given, weight[:33]), monkeypatch)
+    norm = (vector, vector, eps) if eps else ()
+    text = ptx(small_linear, lambda: small_linear.small_linear(x, weight, None, None, None, 2, *norm), monkeypatch)
     assert ("mma.sync" in text) == (eps is not None)
-    assert "prefetch" not in text and "prefetch.global.L2" in ahead
     assert "ld.global.v4.b32" in text and ".local" not in text, "registers spill into memory"
-
-
-@pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize(("heads", "width"), [(8, 64), (4, 128), (3, 20)])
-def test_attention_linear_stays_in_registers(heads: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = torch.randn(1, 10, 3, heads, width, device=DEVICE).half().unbind(2)
-    weight = torch.randn(64, heads * width, device=DEVICE).half()
-    given = q, k, v, 0.125, 1.0, 0, False, weight, weight[:, 0], None, 2, weight
-    text = ptx(attention_linear, lambda: attention_linear.attention_linear(*given), monkeypatch)
-    assert "mma.sync" in text and "prefetch.global.L2" in text
-    assert ".local" not in text, "registers spill into memory"
 
 
 @pytest.mark.usefixtures("hopper")
@@ -285,6 +270,32 @@ def test_traces_with_an_unknown_batch_and_copies_nothing(name: str) -> None:
     assert [call.kwargs["tensors_to_clone"] for call in calls] == [["out"], ["out"]]
     assert all(call.kwargs["kwargs"]["tables"].op == "get_attr" for call in calls)
     assert not [node for node in traced.graph.nodes if "copy" in str(node.target)]
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("steps_of_a_user", [(), (10,)])
+def test_layers_of_few_rows_trace_with_an_unknown_batch(steps_of_a_user: tuple[int, ...]) -> None:
+    from torch._functorch.aot_autograd import aot_export_module
+
+    small_linear.register()
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(64, 64, dtype=torch.float16, device=DEVICE))
+
+        def forward(self, x):  # type: ignore[no-untyped-def]
+            vector = self.weight[0]
+            y = torch.ops.grc_cuda.small_linear(x, self.weight, vector, None, None, 2, vector, vector, 1e-5)
+            return (torch.ops.grc_cuda.small_linear(y, self.weight, vector, None, x, 0),)
+
+    inputs = (torch.randn(5, *steps_of_a_user, 64, dtype=torch.float16, device=DEVICE),)
+    shapes = ({0: torch.export.Dim("batch", min=1, max=4096)},)
+    program = torch.export.export(Model(), inputs, dynamic_shapes=shapes, strict=False)
+    traced, _ = aot_export_module(program.module(), inputs, trace_joint=False)
+    calls = [node for node in traced.graph.nodes if "triton_kernel_wrapper_functional" in str(node.target)]
+    assert [call.kwargs["tensors_to_clone"] for call in calls] == [["out"], ["out"]]
+    assert not [node for node in traced.graph.nodes if "copy" in str(node.target) or "clone" in str(node.target)]
 
 
 @pytest.mark.usefixtures("hopper")

@@ -201,7 +201,7 @@ MODELS = (
     ThirdParty("torchrec-dlrm-dcn", "torchrec", torchrec_dlrm_dcn, (ONE,), ("cross",) * 3, no_onnx=NO_SEARCH),
     ThirdParty("torchrec-deepfm", "torchrec", torchrec_deepfm, (ONE,), missed=(("bag-fm", FLAT),), no_onnx=NO_SEARCH),
     ThirdParty("torchrec-sequence", "torchrec", torchrec_sequence),
-    ThirdParty("deepctr-deepfm", "deepctr_torch", lambda: deepctr_model("DeepFM"), (ONE, ONE), ("bag-fm",), built=True),
+    ThirdParty("deepctr-deepfm", "deepctr_torch", lambda: deepctr_model("DeepFM"), (ONE, ONE), ("bag-fm",)),
     ThirdParty(
         "deepctr-dcn-matrix",
         "deepctr_torch",

@@ -3,7 +3,6 @@
 At one row, cuBLAS takes twice the time of the launch and of the weight's way from L2. A program here takes a few columns of
 one row, or of some steps of one user, and all of their depth at once, without tensor cores, and every multiprocessor has
 some. Steps that are normalised first go to the tensor cores: a program that takes more columns normalises for all of them.
-While it runs, a kernel asks for the weight of the layer after it, which then comes from L2 and not from memory.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ ONE_WARP = 1024  # numbers up to which one warp is enough for that
 TILE = 16  # rows and columns of a program on the tensor cores
 DEEPEST = 1024  # numbers of a row that it normalises
 PARTS = 4  # of the depth, each for one warp
-LINE = 128  # bytes that come to L2 together
 
 
 @triton.jit
@@ -52,21 +50,10 @@ def row_of(x, at, step, seen):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def fetch(ahead, LINES: tl.constexpr, EACH: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Ask for this program's lines of a weight that a later kernel reads; nothing waits for them."""
-    line = tl.minimum(tl.program_id(0) * EACH + tl.arange(0, EACH), LINES - 1)
-    place = (ahead + line * STEP).to(tl.int64)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [place], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
 def small_linear_kernel(  # type: ignore[no-untyped-def]
-    x, weight, bias, mul, add, scale, shift, ahead, out, R, N, K, x_row, mul_row, add_row,
+    x, weight, bias, mul, add, scale, shift, out, R, N, K, x_row, mul_row, add_row,
     BIASED: tl.constexpr, ACTIVATION: tl.constexpr, MUL: tl.constexpr, ADD: tl.constexpr,
     NORM: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr, EPS: tl.constexpr,
-    LINES: tl.constexpr, EACH: tl.constexpr, STEP: tl.constexpr,
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(N, BN)
@@ -87,8 +74,6 @@ def small_linear_kernel(  # type: ignore[no-untyped-def]
         for row in tl.static_range(ROWS):
             left = row_of(x + k + at, first + row, x_row, deep & (first + row < R))
             lefts = lefts + (left,)  # type: ignore[assignment] # noqa: RUF005
-        if LINES > 0 and block == 0:
-            fetch(ahead, LINES, EACH, STEP)
         if SHIFTED:
             right_shift = tl.sum(right * tl.load(shift + k, mask=deep, other=0.0).to(tl.float32)[None, :], 1)
         if SCALED:
@@ -118,10 +103,9 @@ def small_linear_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def norm_linear_kernel(  # type: ignore[no-untyped-def]
-    x, weight, bias, mul, add, scale, shift, ahead, out, R, N, K, x_row, mul_row, add_row,
+    x, weight, bias, mul, add, scale, shift, out, R, N, K, x_row, mul_row, add_row,
     BIASED: tl.constexpr, ACTIVATION: tl.constexpr, MUL: tl.constexpr, ADD: tl.constexpr,
     SCALED: tl.constexpr, SHIFTED: tl.constexpr, EPS: tl.constexpr,
-    LINES: tl.constexpr, EACH: tl.constexpr, STEP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The same on the tensor cores, for normalised rows: each warp takes a part of the depth."""
@@ -134,8 +118,6 @@ def norm_linear_kernel(  # type: ignore[no-untyped-def]
     right = tl.load(rights, mask=deep[:, :, None] & wide[None, None, :], other=0.0)
     lefts = x + row[None, :, None] * x_row + k[:, None, :]
     left = tl.load(lefts, mask=live[None, :, None] & deep[:, None, :], other=0.0).to(tl.float32)
-    if LINES > 0:
-        fetch(ahead, LINES, EACH, STEP)
     mean = tl.sum(tl.sum(left, 2), 0) / K
     left = tl.where(deep[:, None, :], left - mean[None, :, None], 0.0)
     spread = tl.rsqrt(tl.sum(tl.sum(left * left, 2), 0) / K + EPS)
@@ -166,14 +148,12 @@ def small_linear(
     scale: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
     eps: float | None = None,
-    ahead: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """act(norm(x) @ weight.T + bias) * mul + add: [..., N], for any number of rows, but fast for a few.
 
     x [..., K], weight [N, K], bias [N], mul and add like the result, all of one dtype: float32, float16 or bfloat16.
     `activation` is a place in `packed_linear.ACTIVATIONS`. With `eps`, rows of up to DEPTH numbers are normalised first, by
-    `scale` and `shift` [K] (layer norm). Sums, norm and epilogue in float32, rounded once. `ahead` is a contiguous weight
-    that is read next, and changes no answer.
+    `scale` and `shift` [K] (layer norm). Sums, norm and epilogue in float32, rounded once.
     """
     columns, depth = weight.shape
     weight = weight.contiguous()
@@ -188,7 +168,7 @@ def small_linear(
     out = x.new_empty(count, columns)
     operands = (
         left, weight, left if bias is None else bias, first, last,
-        *(left if t is None else t for t in (scale, shift, ahead)),
+        *(left if t is None else t for t in (scale, shift)),
         out, count, columns, depth, left.stride(0), first.stride(0), last.stride(0),
     )  # fmt: skip
     given: dict[str, Any] = dict(
@@ -204,9 +184,8 @@ def small_linear(
         block = min(DEPTH, block)
         sizes = dict(NORM=eps is not None, ROWS=high, BN=across, BK=block, BLOCKS=triton.cdiv(depth, block))
         sizes["num_warps"] = 1 if depth <= ONE_WARP else 4 if steps == 1 else 2
-    programs = triton.cdiv(columns, across)
-    given |= lines(ahead, triton.cdiv(steps, high) * programs)
-    wrap_triton(kernel)[(triton.cdiv(count, high) * programs,)](*operands, **given, **sizes)
+    grid = (triton.cdiv(count, high) * triton.cdiv(columns, across),)
+    wrap_triton(kernel)[grid](*operands, **given, **sizes)
     return out.reshape(*x.shape[:-1], columns)
 
 
@@ -218,16 +197,6 @@ def steps_of(sizes: Sequence[Any]) -> int:
 def at_once(steps: int) -> int:
     """How many of a user's rows a program takes: up to STEPS, without a remainder where that is possible."""
     return 1 if steps == 1 else next((n for n in range(STEPS, 1, -1) if steps % n == 0), STEPS)
-
-
-def lines(ahead: torch.Tensor | None, programs: int) -> dict[str, int]:
-    """The lines of a weight, and of those how many each of so many programs asks for."""
-    if ahead is None:
-        return dict(LINES=0, EACH=1, STEP=1)
-    total = triton.cdiv(ahead.numel() * ahead.element_size(), LINE)
-    return dict(
-        LINES=total, EACH=triton.next_power_of_2(triton.cdiv(total, programs)), STEP=LINE // ahead.element_size()
-    )
 
 
 @functools.cache
