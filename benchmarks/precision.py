@@ -3,10 +3,10 @@
     python -m benchmarks.precision [--only gr,dlrm] [--precisions fp32,bf16,int8,int4] [--small] [--seconds S]
     python -m benchmarks.precision --device cuda [--precisions fp32,fp16,bf16,int8,fp8]
 
-The ISA is the CPU's own, or what ATEN_CPU_CAPABILITY lowers it to. Each precision is compiled with the inductor engine and
-the budget below, so that what is compared is grc beside grc; `grc bench --precision` holds it against ONNX Runtime. On a
-GPU times are from host memory to host memory. Rows go to benchmarks/results/precision.jsonl, or --output, where they
-replace those of the same model, precision, ISA and machine.
+The ISA is the CPU's own, or what ATEN_CPU_CAPABILITY lowers it to. Each precision is compiled as `grc compile` does by
+itself, with the budget below, so that what is compared is grc beside grc; `grc bench --precision` holds it against ONNX
+Runtime. On a GPU times are from host memory to host memory. Rows go to benchmarks/results/precision.jsonl, or --output,
+where they replace those of the same model, precision, ISA and machine.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def measured(name: str, folder: Path, options: argparse.Namespace) -> list[dict[
     for precision in (options.precisions or PRECISIONS[options.device]).split(","):
         sys.stderr.write(f"{name}: compile {precision}\n")
         settings = grc.Options(
-            folder / f"{precision}.grc", options.device, engine="inductor", batches=batches, precision=precision,
-            budget=BUDGET, buckets=batches if options.device == "cuda" else (), max_batch=max(batches),
+            folder / f"{precision}.grc", options.device, batches=batches, precision=precision, budget=BUDGET,
+            buckets=batches if options.device == "cuda" else (), max_batch=max(batches),
         )  # fmt: skip
         compile(str(file), options=settings)
         programs[precision] = grc.load(settings.output)  # type: ignore[arg-type]
@@ -122,7 +122,8 @@ def row(
         "spread": round(spread, 4),
         "weight_bytes": (program.artifact.path / "weights.safetensors").stat().st_size,
         "formats": {f: sum(s["format"] == f for s in sites) for f in FORMATS},
-        "quality": program.artifact.manifest["budget_quality"].get("inductor", {}),
+        "engine": program.engine_at(batch),
+        "quality": program.artifact.manifest["budget_quality"].get(program.engine_at(batch), {}),
         "budget": list(BUDGET),
         "machine": host.machine(device),
         "versions": host.versions(),
