@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 
 UNSEEN = (4, 13)
 NOISE = 1e-5  # below this, two orders of summation in float32 differ too
-ROUNDINGS = (
-    4  # of the coarsest dtype, as far apart as a model and its export may be: it may take kernels of another order
-)
+# How far apart a model and its export may be, in roundings of the coarsest dtype: its own kernels may sum in another order.
+ROUNDINGS = 4
 
 
 @torch.no_grad()
@@ -65,9 +64,8 @@ def padding_fault(source: Source) -> str | None:
     inputs = [resized(t, sizes, 2) for t, sizes in zip(source.inputs(1), source.sizes, strict=True)]
     answers = [resized(a, sizes, 1) for a, sizes in zip(source.graph(*inputs), source.out_sizes, strict=True)]
     error = largest_error(answers, source.eager(1))
-    return (
-        None if error < 10 * noise(source.graph) else f"the export answers differently at batch 1 (error {error:.1e})"
-    )
+    far = error >= 10 * noise(source.graph)
+    return f"the export answers differently at batch 1 (error {error:.1e})" if far else None
 
 
 def noise(graph: fx.GraphModule) -> float:

@@ -305,6 +305,17 @@ def test_an_outcome_says_what_the_winners_made_of_it() -> None:
     assert chosen.bytes > bytes_before and 0 < found.quality["max-error"] < quality
 
 
+def test_an_outcome_says_that_a_gpu_took_layers_in_halves() -> None:
+    source, graph = captured(Ranker(), ranker_inputs)
+    data, limits = calibration_of(source, None), budget(["max-error=0.5"])
+    search = Search(graph, find_sites(graph), data, limits, "int8", print, "cuda")
+    found = search.run()
+    search.settle(found, {1: "inductor-half-layers", 64: "inductor-half-layers-small"})
+    layers = [d for d in found.decisions if d.kind == "layer"]
+    assert {(d.format, d.reason) for d in layers} == {("fp16", "fp16 measured faster than int8")}
+    assert all(2 * d.lowered_bytes == d.bytes for d in layers)
+
+
 def test_on_a_gpu_the_tables_of_an_arena_take_the_widest_of_their_formats() -> None:
     source, graph = captured(Ranker(), ranker_inputs)
     sites = find_sites(graph)
