@@ -8,7 +8,7 @@ from typing import Literal
 
 BadIdPolicy = Literal["error", "zero", "clamp", "hash"]
 BAD_ID_POLICIES: tuple[BadIdPolicy, ...] = ("error", "zero", "clamp", "hash")
-ENGINES = ("auto", "inductor", "aoti", "onnxruntime", "onnxruntime-static", "eager")
+ENGINES = ("auto", "inductor", "inductor-float-layers", "aoti", "onnxruntime", "onnxruntime-static", "eager")
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def test_a_version_that_is_there_is_kept(old: Path, new: Path, tmp_path: Path) -
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("layout", ["fused", "stages"])
+@pytest.mark.parametrize("layout", [pytest.param("fused", marks=pytest.mark.slow), "stages"])
 def test_no_request_is_lost_while_a_version_is_added(old: Path, new: Path, tmp_path: Path, layout: str) -> None:
     made = export(old, tmp_path / "repo", layout=layout)
     shapes = interface(read_manifest(old))
