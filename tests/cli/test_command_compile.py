@@ -154,7 +154,7 @@ def test_an_unknown_engine_is_refused_at_once(grc: Grc, model: Path, artifact_pa
     refused(
         ran,
         "error: there is no engine abacus",
-        "hint: choose auto or one of inductor, aoti, onnxruntime, onnxruntime-static, eager",
+        "hint: choose auto or one of inductor, inductor-float-layers, aoti, onnxruntime, onnxruntime-static, eager",
     )
     assert "capture" not in ran.err
 
