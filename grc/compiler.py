@@ -34,7 +34,7 @@ from grc.precision.calibration import ROWS, calibration_of
 from grc.precision.formats import check_precision
 from grc.precision.gpu import halved_layers, narrowed, tables_of_bytes
 from grc.precision.quality import budget
-from grc.precision.search import SPENT, Lowered, Search
+from grc.precision.search import HALF_LAYERS, SPENT, Lowered, Search
 from grc.precision.sites import Site, find_sites
 from grc.progress import Progress, Silent, Timed
 from grc.report.html import write_report
@@ -217,7 +217,7 @@ def graphs_of(
     graphs = {"": narrowed(tabled, sites, found.formats)}
     halved = halved_layers(sites, found.formats)
     if halved != found.formats:  # what its 8-bit rows cost may be more than the products save
-        graphs["half-layers"] = narrowed(tabled, sites, halved)
+        graphs[HALF_LAYERS] = narrowed(tabled, sites, halved)
     return graphs
 
 

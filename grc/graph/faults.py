@@ -64,7 +64,7 @@ def padding_fault(source: Source) -> str | None:
     inputs = [resized(t, sizes, 2) for t, sizes in zip(source.inputs(1), source.sizes, strict=True)]
     answers = [resized(a, sizes, 1) for a, sizes in zip(source.graph(*inputs), source.out_sizes, strict=True)]
     error = largest_error(answers, source.eager(1))
-    far = error >= 10 * noise(source.graph)
+    far = error >= max(10 * NOISE, noise(source.graph))
     return f"the export answers differently at batch 1 (error {error:.1e})" if far else None
 
 

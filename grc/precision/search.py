@@ -27,7 +27,8 @@ Run = Callable[[list[Tensor]], Sequence[Tensor]]
 # outside all the same, the next smaller share is tried.
 SPENT = (0.8, 0.6, 0.4)
 # Choices beside the outcome itself, which engines are built of too: what its layers are in, by label.
-OTHER_LAYERS = {"float-layers": "fp32", "half-layers": "fp16"}
+FLOAT_LAYERS, HALF_LAYERS = "float-layers", "half-layers"
+OTHER_LAYERS = {FLOAT_LAYERS: "fp32", HALF_LAYERS: "fp16"}
 FRONTIER = 6  # points of the frontier between nothing lowered and everything
 
 
@@ -78,7 +79,7 @@ class Lowered:
         """Formats to build for a CPU: these, and where layers are among them the others alone, since a CPU without
         instructions for 8 bits may lose more by rounding a layer's input than it saves by reading its weight."""
         others = {d.name: d.format for d in self.decisions if d.format != "fp32" and d.kind != LAYER}
-        return {"": self.formats} if others == self.formats else {"": self.formats, "float-layers": others}
+        return {"": self.formats} if others == self.formats else {"": self.formats, FLOAT_LAYERS: others}
 
     def summary(self) -> str:
         """`int8 27, bf16 1, fp32 2; max-error 0.014; 98.1 MB -> 24.6 MB`."""
@@ -192,13 +193,13 @@ class Search:
         return outcome
 
     def settle(self, outcome: Lowered, engines: Mapping[int, str]) -> None:
-        """Let an outcome say what the engines that won at each batch size made of it."""
+        """Let an outcome say what the engines that answer at each batch size make of it."""
         for label, form in OTHER_LAYERS.items():
             batches = [batch for batch, engine in engines.items() if label in engine]
             lowered = [d for d in outcome.decisions if d.kind == LAYER and BITS[d.format] < BITS[form]]
             if len(batches) == len(engines):
                 for decision in lowered:
-                    decision.reason = f"{form} measured faster than {decision.format}"
+                    decision.reason = f"{decision.format}: the engine chosen keeps layers in {form}"
                     decision.format = form
                 for site, decision in zip(self.sites, outcome.decisions, strict=True):
                     decision.lowered_bytes = site.lowered_bytes(decision.format)
@@ -209,7 +210,7 @@ class Search:
             elif batches:
                 sizes = ", ".join(map(str, batches))
                 outcome.notes.append(
-                    f"at batch {sizes} layers are in {form}, which measured faster: they are stored twice"
+                    f"at batch {sizes} the engine chosen keeps layers in {form}: they are stored twice"
                 )
 
     def options(self, site: Site) -> tuple[str, ...]:

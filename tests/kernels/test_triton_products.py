@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from grc.errors import LoweringError
 from grc.kernels.activation_unit import ACTIVATION_UNIT
 from grc.kernels.activation_unit import cases as unit_cases
 from grc.kernels.activation_unit import triton as activation_unit
@@ -135,6 +136,12 @@ def test_small_linear_normalises_rows(shape: tuple[int, ...], dtype: torch.dtype
     x, *rest = layer_arguments(shape, 19, given[0], given[1], 2)
     parameters = [torch.randn(shape[-1]).add(1) if one else None for one in given]
     check(small_linear, small_linear_reference, [*placed([x * 3 + 5, *rest, *parameters], dtype), 1e-5])
+
+
+def test_small_linear_normalises_no_row_that_it_would_read_in_blocks() -> None:
+    x, weight = torch.zeros(1, small_linear.DEPTH + 1), torch.zeros(2, small_linear.DEPTH + 1)
+    with pytest.raises(LoweringError, match="normalises no rows of 2049 numbers"):
+        small_linear.small_linear(x, weight, None, None, None, 0, eps=1e-5)
 
 
 @runs

@@ -297,7 +297,7 @@ def test_an_outcome_says_what_the_winners_made_of_it() -> None:
     assert found.formats == before and not [note for note in found.notes if "layers" in note]
     search.settle(found, {1: "inductor", 64: "inductor-float-layers"})
     assert found.formats == before
-    assert found.notes[-1] == "at batch 64 layers are in fp32, which measured faster: they are stored twice"
+    assert found.notes[-1] == "at batch 64 the engine chosen keeps layers in fp32: they are stored twice"
     quality = found.quality["max-error"]
     search.settle(found, {1: "inductor-float-layers", 64: "inductor-float-layers"})
     assert found.formats == {"users.weight": "int8", "items.weight": "int8"}
@@ -312,7 +312,7 @@ def test_an_outcome_says_that_a_gpu_took_layers_in_halves() -> None:
     found = search.run()
     search.settle(found, {1: "inductor-half-layers", 64: "inductor-half-layers-small"})
     layers = [d for d in found.decisions if d.kind == "layer"]
-    assert {(d.format, d.reason) for d in layers} == {("fp16", "fp16 measured faster than int8")}
+    assert {(d.format, d.reason) for d in layers} == {("fp16", "int8: the engine chosen keeps layers in fp16")}
     assert all(2 * d.lowered_bytes == d.bytes for d in layers)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.library import triton_op, wrap_triton
 
+from grc.errors import LoweringError
 from grc.kernels.rows import tl, triton
 
 # The fastest on an H200 for layers of 400 to 2048 columns: of one row, and of 10 to 40.
@@ -153,9 +154,11 @@ def small_linear(
 
     x [..., K], weight [N, K], bias [N], mul and add like the result, all of one dtype: float32, float16 or bfloat16.
     `activation` is a place in `packed_linear.ACTIVATIONS`. With `eps`, rows of up to DEPTH numbers are normalised first, by
-    `scale` and `shift` [K] (layer norm). Sums, norm and epilogue in float32, rounded once.
+    `scale` and `shift` [K] (layer norm); LoweringError for longer ones. Sums, norm and epilogue in float32, rounded once.
     """
     columns, depth = weight.shape
+    if eps is not None and depth > DEPTH:
+        raise LoweringError(f"small_linear normalises no rows of {depth} numbers", f"give it {DEPTH} at most")
     weight = weight.contiguous()
 
     def rows(t: torch.Tensor, width: int) -> torch.Tensor:
