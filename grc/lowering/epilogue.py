@@ -82,19 +82,38 @@ def small_layer_of(graph: fx.GraphModule, node: fx.Node) -> Layer | None:
 def with_small_linears(graph: fx.GraphModule) -> fx.GraphModule:
     """A copy of a graph for the GPU in which linear and cross layers go to the kernel for few rows, `small_linear`.
 
-    A norm that only layers read goes with them.
+    A norm or an attention over a few steps that only layers read goes with them.
     """
+    from grc.kernels.small_linear.attention_linear import register as register_attention
     from grc.kernels.small_linear.triton import register
 
-    copy, op = copy_graph(graph), register()
+    copy = copy_graph(graph)
     for node in list(copy.graph.nodes):
         layer = small_layer_of(copy, node)
-        if layer is not None:
-            x, *norm = norm_of(copy, layer.x)
-            with copy.graph.inserting_before(layer.last):
-                new = copy.graph.call_function(op, (x, *layer[2:], *norm))
-            put(layer.last, new)
+        if layer is None:
+            continue
+        attention = attention_of(layer)
+        with copy.graph.inserting_before(layer.last):
+            if attention is not None:
+                given = (*attention, layer.weight, layer.bias, layer.add, layer.activation)
+                new = copy.graph.call_function(register_attention(), given)
+            else:
+                x, *norm = norm_of(copy, layer.x)
+                new = copy.graph.call_function(register(), (x, *layer[2:], *norm))
+        put(layer.last, new)
     return cleaned(copy)
+
+
+def attention_of(layer: Layer) -> tuple[Any, ...] | None:
+    """Queries, keys, values, scale, gain, kind and direction of an attention that only a layer reads, or None."""
+    from grc.kernels.attention.triton import register
+    from grc.kernels.small_linear.attention_linear import able
+
+    node = layer.x
+    if node.target is not register() or only_user(node) is None or layer.mul is not None:
+        return None
+    operands = [value(arg) if isinstance(arg, fx.Node) else arg for arg in node.args]
+    return (*node.args[:3], *node.args[5:]) if able(*operands) else None
 
 
 def norm_of(graph: fx.GraphModule, node: fx.Node) -> tuple[Any, ...]:

@@ -24,6 +24,8 @@ from grc.kernels.packed_linear import ACTIVATIONS
 from grc.kernels.packed_linear.activations import DICE, NONE, SIGMOID
 from grc.kernels.score_topk import cases as topk_cases
 from grc.kernels.score_topk import triton as score_topk
+from grc.kernels.small_linear import attention_linear
+from grc.kernels.small_linear import attention_reference as attention_linear_reference
 from grc.kernels.small_linear import reference as small_linear_reference
 from grc.kernels.small_linear import triton as small_linear
 from tests.kernels.interpreter import GPU, INTERPRETED, crossed, elsewhere, passes, runs
@@ -158,6 +160,29 @@ def test_small_linear_takes_views() -> None:
     rest[2] = rest[2].t().contiguous().t()
     check(small_linear, small_linear_reference, [x.t().contiguous().t(), *rest])
     check(small_linear, small_linear_reference, [torch.cat([x, x], 1)[:, 3:43], *rest])
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads", "widths", "kind", "causal", "add"),
+    [
+        (10, 10, 8, (64, 64), 0, False, True), (7, 7, 3, (20, 12), 1, True, False), (16, 16, 1, (32, 48), 2, True, True),
+        (1, 9, 2, (16, 16), 2, False, False), (5, 16, 4, (8, 8), 0, False, True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_attention_with_the_layer_behind_it(
+    queries: int, keys: int, heads: int, widths: tuple[int, int], kind: int, causal: bool, add: bool, dtype: torch.dtype
+) -> None:
+    d, w = widths
+    whole = torch.randn(3, max(queries, keys), heads, 2 * d + w)
+    q, k, v = (part[:, :steps] for part, steps in zip(whole.split([d, d, w], 3), (queries, keys, keys), strict=True))
+    weight, bias = torch.randn(36, heads * w) / (heads * w) ** 0.5, torch.randn(36)
+    residual = torch.randn(3, queries, 36) if add else None
+    args = placed([q, k, v, d**-0.5, 1.5, kind, causal, weight, bias if add else None, residual, 1], dtype)
+    assert attention_linear.able(*args[:3], None, None)
+    check(attention_linear, attention_linear_reference, args)
 
 
 @runs

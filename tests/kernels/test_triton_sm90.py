@@ -26,6 +26,7 @@ from grc.kernels.lookup import triton as lookup  # noqa: E402
 from grc.kernels.scaled_linear import rows_in_8_bits, weight_in_8_bits  # noqa: E402
 from grc.kernels.scaled_linear import triton as scaled_linear  # noqa: E402
 from grc.kernels.score_topk import triton as score_topk  # noqa: E402
+from grc.kernels.small_linear import attention_linear  # noqa: E402
 from grc.kernels.small_linear import triton as small_linear  # noqa: E402
 from tests.kernels.bags import DEVICE, LOOKUPS, NO_PADDING, Bags, make, packed  # noqa: E402
 
@@ -240,6 +241,16 @@ def test_small_linear_holds_the_steps_of_a_user(depth: int, eps: float | None, m
 
 
 @pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(("heads", "width"), [(8, 64), (4, 128), (3, 20)])
+def test_attention_linear_stays_in_registers(heads: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = torch.randn(1, 10, 3, heads, width, device=DEVICE).half().unbind(2)
+    weight = torch.randn(64, heads * width, device=DEVICE).half()
+    given = q, k, v, 0.125, 1.0, 0, False, weight, weight[:, 0], None, 2
+    text = ptx(attention_linear, lambda: attention_linear.attention_linear(*given), monkeypatch)
+    assert "mma.sync" in text and ".local" not in text, "registers spill into memory"
+
+
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("name", ["plain", "mean", "jagged weights"])
 def test_traces_with_an_unknown_batch_and_copies_nothing(name: str) -> None:
     """AOTInductor's view: one kernel, its lists as a constant, and only the output counted as written."""
@@ -277,7 +288,7 @@ def test_traces_with_an_unknown_batch_and_copies_nothing(name: str) -> None:
 def test_layers_of_few_rows_trace_with_an_unknown_batch(steps_of_a_user: tuple[int, ...]) -> None:
     from torch._functorch.aot_autograd import aot_export_module
 
-    small_linear.register()
+    small_linear.register(), attention_linear.register()
 
     class Model(torch.nn.Module):
         def __init__(self) -> None:
@@ -286,7 +297,11 @@ def test_layers_of_few_rows_trace_with_an_unknown_batch(steps_of_a_user: tuple[i
 
         def forward(self, x):  # type: ignore[no-untyped-def]
             vector = self.weight[0]
-            y = torch.ops.grc_cuda.small_linear(x, self.weight, vector, None, None, 2, vector, vector, 1e-5)
+            norm = vector, vector, 1e-5
+            y = torch.ops.grc_cuda.small_linear(x, self.weight, vector, None, None, 2, *norm)
+            if x.dim() == 3:
+                qkv, given = [y.unflatten(2, (4, 16))] * 3, (0.25, 1.0, 0, False)
+                y = torch.ops.grc_cuda.attention_linear(*qkv, *given, self.weight, vector, None, 0)
             return (torch.ops.grc_cuda.small_linear(y, self.weight, vector, None, x, 0),)
 
     inputs = (torch.randn(5, *steps_of_a_user, 64, dtype=torch.float16, device=DEVICE),)
@@ -294,7 +309,7 @@ def test_layers_of_few_rows_trace_with_an_unknown_batch(steps_of_a_user: tuple[i
     program = torch.export.export(Model(), inputs, dynamic_shapes=shapes, strict=False)
     traced, _ = aot_export_module(program.module(), inputs, trace_joint=False)
     calls = [node for node in traced.graph.nodes if "triton_kernel_wrapper_functional" in str(node.target)]
-    assert [call.kwargs["tensors_to_clone"] for call in calls] == [["out"], ["out"]]
+    assert [call.kwargs["tensors_to_clone"] for call in calls] == [["out"]] * (3 if steps_of_a_user else 2)
     assert not [node for node in traced.graph.nodes if "copy" in str(node.target) or "clone" in str(node.target)]
 
 

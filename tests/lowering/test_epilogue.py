@@ -17,6 +17,7 @@ from grc.kernels.packed_linear.activations import GELU_TANH, NONE, RELU
 from grc.lowering import epilogue
 from grc.lowering.engine import Lowerable
 from grc.lowering.export import export_graph
+from grc.lowering.twins import with_twins
 from grc.options import Options
 from grc.progress import Silent
 
@@ -97,15 +98,22 @@ def test_weighted_sums_of_steps_are_no_matrix_products() -> None:
 
 @pytest.fixture
 def as_reference(monkeypatch: pytest.MonkeyPatch) -> Callable[[fx.GraphModule], list[fx.Node]]:
-    """Where no GPU is, the kernel's calls are answered by its reference."""
+    """Where no GPU is, the kernels' calls are answered by their references."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    from grc.kernels.small_linear import reference
-    from grc.kernels.small_linear.triton import register
+    from grc.kernels.attention import reference as attention
+    from grc.kernels.attention import triton as attention_op
+    from grc.kernels.small_linear import attention_linear, attention_reference, reference, triton
+
+    references = {
+        triton.register(): reference,
+        attention_linear.register(): attention_reference,
+        attention_op.register(): attention,
+    }
 
     def replace(graph: fx.GraphModule) -> list[fx.Node]:
-        found = [node for node in graph.graph.nodes if node.target is register()]
+        found = [node for node in graph.graph.nodes if node.target in references]
         for node in found:
-            node.target = reference
+            node.target = references[node.target]
         graph.recompile()
         return found
 
@@ -150,6 +158,24 @@ def test_a_norm_that_only_layers_read_goes_with_them(
     assert count(found, aten.layer_norm, aten.linear) == [1, 0]
     assert [len(call.args) for call in calls] == [9, 9, 6]
     torch.testing.assert_close(found(*source.inputs(3))[0], source.graph(*source.inputs(3))[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [6, 20])
+def test_an_attention_over_a_few_steps_goes_with_its_layer(
+    steps: int, as_reference: Callable[[fx.GraphModule], list[fx.Node]]
+) -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(32, 4, 64, activation="gelu", batch_first=True, norm_first=True).half().eval()
+    source = capture(from_module(model, lambda batch: (torch.randn(batch, steps, 32).half(),)))
+    graph = with_twins(optimise(source, Options(), Silent()).graph, torch.device("cpu"), True)[0]
+    found = epilogue.with_small_linears(graph)
+    calls = as_reference(found)
+    together = ["attention_reference"] if steps == 6 else ["reference", "reference"]
+    assert [call.target.__name__ for call in calls] == ["reference", *together, "reference", "reference"]
+    assert count(found, aten.linear, aten.layer_norm, aten.add, aten.gelu) == [0, 0, 0, 0]
+    inputs = source.inputs(3)
+    torch.testing.assert_close(found(*inputs)[0], source.graph(*inputs)[0], rtol=4e-3, atol=4e-3)
 
 
 @torch.no_grad()

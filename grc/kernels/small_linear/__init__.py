@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
+from grc.kernels.attention import reference as attention
 from grc.kernels.packed_linear import finished
 
 
@@ -27,3 +28,21 @@ def reference(
     if eps is not None:
         x = functional.layer_norm(x, [x.shape[-1]], scale, shift, eps)
     return finished(functional.linear(x, weight, bias), mul, add, activation)
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    gain: float,
+    kind: int,
+    causal: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    add: Tensor | None,
+    activation: int,
+) -> Tensor:
+    """act(attention(q, k, v) @ weight.T + bias) + add, the attention without masks and its heads side by side."""
+    heads = attention(q, k, v, None, None, scale, gain, kind, causal)
+    return reference(heads, weight, bias, None, add, activation)
