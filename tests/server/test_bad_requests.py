@@ -323,7 +323,7 @@ def test_a_bad_request_in_a_batch_fails_alone(compiled: Any, tmp_path: Path, dev
     """A slow artifact lets requests pile up behind one, so that good and bad ones share a batch."""
     from tests.server.test_scheduler import slow
 
-    edit = partial(slow, width=12_000) if device else slow
+    edit = partial(slow, on_gpu=bool(device))
     artifact = compiled(tmp_path / "slow.grc", edit=edit, max_batch=64, **device)
     bodies = [both(ids={"data": [3, 80] if n % 5 == 0 else [3, n % 80]}) for n in range(30)]
     with running(tmp_path, f"tiny={artifact}") as server, ThreadPoolExecutor(30) as pool:

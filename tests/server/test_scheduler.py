@@ -20,20 +20,26 @@ from grc.runtime.server.refusal import Refused
 from grc.runtime.server.scheduler import Scheduler, Work
 
 SLOW = """\
+        wide = self.wide(both)
         for _ in range(30):
             wide = torch.tanh(self.deep(wide))
         both = both + 0.01 * self.narrow(wide)
 """
+MATRICES = """\
+        wide = self.deep.weight + 1e-30 * self.wide(both).mean()
+        for _ in range(4):
+            wide = torch.tanh(wide @ self.deep.weight)
+        both = both + 0.01 * self.narrow(wide).mean(0)
+"""
 
 
-def slow(text: str, width: int = 1200) -> str:
-    """A model whose batches all take tens of milliseconds, whatever their rows; on a GPU it takes a width of thousands."""
+def slow(text: str, on_gpu: bool = False) -> str:
+    """A model whose batches all take tens of milliseconds, whatever their rows. A GPU needs products of matrices for that."""
+    width, loop = (4000, MATRICES) if on_gpu else (1200, SLOW)
     top = "\n        self.top = nn.Linear(19, 1)"
     layers = f"\n        self.wide, self.narrow = nn.Linear(19, {width}), nn.Linear({width}, 19)"
     text = text.replace(top, f"{top}{layers}\n        self.deep = nn.Linear({width}, {width})")
-    return text.replace(
-        "        return torch.sig", "        wide = self.wide(both)\n" + SLOW + "        return torch.sig"
-    )
+    return text.replace("        return torch.sig", loop + "        return torch.sig")
 
 
 MANIFEST = {
