@@ -15,7 +15,7 @@ Tensors = list[torch.Tensor]
 LARGE = 128 << 10  # bytes an input: a thread copies them in about 10 us
 APART = 64 << 10  # bytes of an answer from which on a copy of its own costs less than one more on the host
 LENT = 64 << 20  # bytes of those answers that callers may hold for each bucket: those of two requests in any case
-SUMMED = 1 << 15  # numbers of an answer up to which one thread of the host finds NaN sooner than the device does
+ON_HOST = 1 << 12  # numbers of a single answer up to which one thread of the host finds NaN sooner than the device does
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Recorded:
 
     graph: torch.cuda.CUDAGraph
     answers: Sequence[torch.Tensor]
-    summed: list[int]  # the answers whose sums it leaves on the host, for NaN
+    tells: bool  # whether it tells the host of numbers that are not finite
 
 
 @dataclass
@@ -49,10 +49,15 @@ class Bucket:
         """Which answers the graphs leave on the device, from where they go to memory of the caller's."""
         return [index for index, answer in enumerate(self.answers) if answer.nbytes >= APART]
 
-    def summed(self, host: bool) -> list[int]:
-        """Which answers are looked through for NaN on the device: those that stay there, and large ones."""
-        least = SUMMED if host else 0
-        return [i for i, a in enumerate(self.answers) if a.is_floating_point() and a.numel() > least]
+    @cached_property
+    def floating(self) -> list[int]:
+        """Which answers may hold NaN."""
+        return [index for index, answer in enumerate(self.answers) if answer.is_floating_point()]
+
+    def tells(self, host: bool) -> bool:
+        """Whether answers are looked through for NaN on the device: it takes them all in one launch."""
+        numbers = [self.answers[index].numel() for index in self.floating]
+        return bool(numbers) and (not host or len(numbers) > 1 or numbers[0] > ON_HOST)
 
     def block(self, specs: Sequence[Spec], batch: int, pinned: Callable[[int], torch.Tensor]) -> Tensors | None:
         """New pinned memory for answers to `batch` rows, or None while callers hold as much of it as they may."""

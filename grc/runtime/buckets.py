@@ -18,7 +18,7 @@ import torch
 from grc.errors import ArtifactError, first_line
 from grc.runtime.answers import Answers, hold_nan
 from grc.runtime.bucket import Bucket, Recorded, narrowed
-from grc.runtime.mapped import BY_KERNEL, copy_by_kernel, mapped, telling
+from grc.runtime.mapped import BY_KERNEL, copy_by_kernel, find_strange, mapped, telling
 from grc.runtime.plan import Plan, layout, views
 
 Tensors = list[torch.Tensor]
@@ -132,7 +132,8 @@ class Lane:
         counter = pinned(8).view(torch.int64)
         self.bad = counter.numpy()
         self.run = make(telling(counter).to(self.device))
-        self.sums = pinned(4 * len(plan.outputs)).view(torch.float32)
+        flag = pinned(4).view(torch.float32)
+        self.strange, self.tell_strange, self.one = flag.numpy(), mapped(flag), torch.ones(1, device=self.device)
         self.buckets: dict[int, Bucket] = {}
         if plan.buckets:
             largest = plan.buckets[-1]
@@ -153,7 +154,7 @@ class Lane:
 
         Captured when a request first needs it. Requests are one copy, since they lie in one arena; a kernel makes it by
         reading the host's memory itself: between the copy engine and the multiprocessors a graph waits longer than that
-        takes. The same goes for answers and sums.
+        takes. The same goes for answers.
         """
         found = bucket.graphs.get((taken, given, told))
         if found is not None:
@@ -161,18 +162,19 @@ class Lane:
         self.stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         used = layout(self.plan.inputs, bucket.batch)[1]
-        summed = bucket.summed(given) if told else []
+        tells = told and bucket.tells(given)
         with self.recording(graph, bucket.batch):
             if taken and used <= BY_KERNEL:
                 copy_by_kernel([self.device_in[:used]], [mapped(self.host_in[:used])])
             elif taken:
                 self.device_in[:used].copy_(self.host_in[:used], non_blocking=True)
             kept = self.run(list(bucket.device))
-            out = [(self.sums[i], kept[i].sum(dtype=torch.float32)) for i in summed]
+            if tells:
+                find_strange([kept[i] for i in bucket.floating], self.tell_strange, self.one)
             if given:
-                out += [(bucket.answers[i], kept[i]) for i in range(len(bucket.answers)) if i not in bucket.apart]
-            copy_by_kernel([mapped(host) for host, _ in out], [value for _, value in out])
-        found = bucket.graphs[taken, given, told] = Recorded(graph, kept, summed)
+                out = [i for i in range(len(kept)) if i not in bucket.apart]
+                copy_by_kernel([mapped(bucket.answers[i]) for i in out], [kept[i] for i in out])
+        found = bucket.graphs[taken, given, told] = Recorded(graph, kept, tells)
         return found
 
     def warm_up(self, device: Tensors, batch: int) -> None:
@@ -221,7 +223,7 @@ class Lane:
         if not in_place:
             own.fill(inputs)
         found = self.recorded(bucket, not in_place, True)
-        self.bad[0] = 0
+        self.bad[0] = self.strange[0] = 0
         with self.on_stream:
             if events:
                 events[0].record()
@@ -234,10 +236,7 @@ class Lane:
         self.stream.synchronize()
         self.refuse()
         answers = [lent[i] if i in lent else answer.clone() for i, answer in enumerate(own.answers)]
-        if not found.summed:
-            return Answers(answers, hold_nan(answers))
-        rest = [answer for i, answer in enumerate(answers) if i not in found.summed]
-        return Answers(answers, self.sums_hold_nan(found) or hold_nan(rest))
+        return Answers(answers, self.nan(found, answers))
 
     def copy_apart(self, bucket: Bucket, found: Recorded, own: Tensors, batch: int) -> dict[int, torch.Tensor]:
         """Copy the large answers to memory for the caller, which is returned, or else to the bucket's own."""
@@ -254,7 +253,7 @@ class Lane:
         """
         plan, bucket = self.plan, self.buckets[self.plan.bucket(batch)]
         found = self.recorded(bucket, False, False)
-        self.bad[0] = 0
+        self.bad[0] = self.strange[0] = 0
         caller = torch.cuda.current_stream(self.device)
         answers = [torch.empty(entry.shape(batch), dtype=entry.dtype, device=self.device) for entry in plan.outputs]
         self.stream.wait_stream(caller)
@@ -268,14 +267,14 @@ class Lane:
             for answer, own, entry in zip(answers, found.answers, plan.outputs, strict=True):
                 answer.copy_(narrowed(own, entry, batch))
         caller.wait_stream(self.stream)
-        if self.counts or found.summed:
+        if self.counts or found.tells:
             self.stream.synchronize()
         self.refuse()
-        return Answers(answers, self.sums_hold_nan(found))
+        return Answers(answers, self.nan(found, answers))
 
-    def sums_hold_nan(self, found: Recorded) -> bool:
-        sums = self.sums.tolist() if found.summed else ()
-        return any(sums[i] != sums[i] for i in found.summed)
+    def nan(self, found: Recorded, answers: Tensors) -> bool:
+        """Whether answers hold NaN. The device tells of infinite numbers too, so what it tells of is looked through."""
+        return bool(not found.tells or self.strange[0]) and hold_nan(answers)
 
     def direct(self, inputs: Tensors, device: bool, events: Events | None) -> Answers:
         """Launch by launch, for requests that have no bucket."""

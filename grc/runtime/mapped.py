@@ -11,7 +11,8 @@ import torch
 # benchmarks/gpu_call.py.
 BY_KERNEL = 2 << 20
 TOLD = 16  # numbers: a constant of up to eight would be written into the code by Inductor, and never be read
-SMALL = 16 << 10  # bytes that one block copies before a second launch would have
+PIECE = 4 << 10  # bytes that one block copies at once
+PIECES = 64, 110  # that one launch of torch's takes, of two lists and of one
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8)  # what is copied is bits, in the widest words that fit
 
 
@@ -41,17 +42,40 @@ def telling(counter: torch.Tensor) -> torch.Tensor:
 
 
 def copy_by_kernel(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copy every source into its target: small ones in one launch, of which each takes 64 KB with one block, for which
-    host memory is too far away; others by as many blocks as they fill. Targets are contiguous."""
+    """Copy every source into its target, which is contiguous: all but large ones in one launch, in pieces, each of which
+    one block takes; the others by as many blocks as they fill."""
     pairs = [(target, source.contiguous()) for target, source in zip(targets, sources, strict=True) if target.numel()]
-    small = [pair for pair in pairs if pair[0].nbytes <= SMALL]
-    alone = pairs if len(small) == 1 else [pair for pair in pairs if pair[0].nbytes > SMALL]
-    for target, source in alone:
+    pairs.sort(key=lambda pair: pair[0].nbytes)
+
+    def pieces() -> int:
+        return sum(-(-target.nbytes // PIECE) for target, _ in pairs)
+
+    while len(pairs) == 1 or (pieces() > PIECES[0] and pairs[-1][0].nbytes > PIECE):
+        target, source = pairs.pop()
         words = widest([target, source])
         torch.bitwise_or(as_words(source, words), 0, out=as_words(target, words))
-    if len(small) > 1:
-        words = widest([tensor for pair in small for tensor in pair])
-        torch._foreach_copy_(*([as_words(tensor, words) for tensor in side] for side in zip(*small, strict=True)))
+    if pairs:
+        words = widest([tensor for pair in pairs for tensor in pair])
+        each = PIECE // words.itemsize
+        into, from_ = (
+            [piece for t in side for piece in as_words(t, words).split(each)] for side in zip(*pairs, strict=True)
+        )
+        torch._foreach_copy_(into, from_)
+
+
+def find_strange(tensors: Sequence[torch.Tensor], flag: torch.Tensor, one: torch.Tensor) -> None:
+    """Set the flag, a float32, to 1 where a number is NaN or infinite as a float32; else it stays. One launch a dtype.
+
+    It is the check of torch's gradient scaler, which writes back what it reads, unchanged for a scale of one, and takes
+    neither bfloat16 nor float8.
+    """
+    tensors = [t if t.dtype in (torch.float32, torch.float16) else t.float() for t in tensors]
+    for dtype in {tensor.dtype: None for tensor in tensors}:
+        flat = [tensor.contiguous().view(-1) for tensor in tensors if tensor.dtype is dtype]
+        each = max(PIECE // dtype.itemsize, -(-sum(t.numel() for t in flat) // (PIECES[1] - len(flat))))
+        pieces = [piece for tensor in flat for piece in tensor.split(each) if piece.numel()]
+        if pieces:
+            torch._amp_foreach_non_finite_check_and_unscale_(pieces, flag, one)
 
 
 def widest(tensors: Sequence[torch.Tensor]) -> torch.dtype:

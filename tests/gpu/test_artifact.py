@@ -115,7 +115,7 @@ def test_large_requests_and_answers_go_where_they_are_wanted(
 ) -> None:
     for name in ("LARGE", "APART") if large == "both" else (large,):
         monkeypatch.setattr(bucket, name, 1)
-    monkeypatch.setattr(bucket, "SUMMED", 0)
+    monkeypatch.setattr(bucket, "ON_HOST", 0)
     direct = grc.load(path)
     for batch in (1, 3, 16, 100, 2):
         inputs = click_inputs(batch)

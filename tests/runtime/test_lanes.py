@@ -140,12 +140,12 @@ def test_callers_that_hold_many_large_answers_get_copies(monkeypatch: pytest.Mon
     assert not through_the_bucket()
 
 
-@pytest.mark.parametrize("summed", [0, 1 << 15], ids=["on the device", "on the host"])
+@pytest.mark.parametrize("on_host", [0, 1 << 15], ids=["on the device", "on the host"])
 @pytest.mark.parametrize("pinned", [False, True])
-def test_nan_is_found_wherever_it_is_looked_for(monkeypatch: pytest.MonkeyPatch, summed: int, pinned: bool) -> None:
+def test_nan_is_found_wherever_it_is_looked_for(monkeypatch: pytest.MonkeyPatch, on_host: int, pinned: bool) -> None:
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: pinned)
     monkeypatch.setattr(bucket, "LARGE", 1)
-    monkeypatch.setattr(bucket, "SUMMED", summed)
+    monkeypatch.setattr(bucket, "ON_HOST", on_host)
     run = Buckets(lambda told: model([], told), plan(), counts=True)
     for batch in (1, 3, 16, 20):
         inputs = request(batch)

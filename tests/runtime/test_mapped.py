@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from grc.runtime.mapped import copy_by_kernel, mapped
+from grc.runtime.mapped import PIECE, PIECES, copy_by_kernel, find_strange, mapped
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = (torch.float32, torch.float16, torch.int64, torch.bool, torch.uint8)
 
 
@@ -39,12 +40,41 @@ def test_a_source_may_have_any_strides() -> None:
     assert torch.equal(target, source)
 
 
-@pytest.mark.parametrize("sizes", [(20_000,), (5, 20_000), (5, 6, 20_000), (20_000, 20_008, 3)])
+@pytest.mark.parametrize("sizes", [(20_000,), (5, 20_000), (5, 6, 200_000), (20_000, 20_008, 3), (7,) * 200])
 def test_large_tensors_beside_small_ones(sizes: tuple[int, ...]) -> None:
     sources = [torch.arange(size, dtype=torch.int16) for size in sizes]
     targets = [torch.zeros_like(source) for source in sources]
     copy_by_kernel(targets, sources)
     assert all(map(torch.equal, targets, sources))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("sizes", [(1,), (3, 0, 5), (PIECE,), (PIECE, 7, PIECE * PIECES[1] // 2 + 3), (2,) * 120])
+def test_strange_numbers_are_found_and_all_left_as_they_are(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    one, flag = torch.ones(1, device=DEVICE), torch.zeros(1, device=DEVICE)
+    tensors = [torch.randn(size, device=DEVICE).to(dtype) for size in sizes]
+    tensors[0][0] = torch.finfo(torch.float32 if dtype is torch.float64 else dtype).max
+    tensors[-1][-1:] = torch.tensor(-torch.finfo(dtype).tiny / 2, dtype=dtype)
+    before = [tensor.clone() for tensor in tensors]
+    find_strange(tensors, flag, one)
+    assert flag.item() == 0 and all(map(same_bits, tensors, before))
+    for strange in (float("nan"), float("inf"), float("-inf")):
+        for tensor in (tensors[0], tensors[-1]):
+            flag.zero_()
+            kept, tensor[-1] = tensor[-1].clone(), strange
+            find_strange([t[:, None].expand(-1, 2) for t in tensors], flag, one)
+            assert flag.item() == 1
+            tensor[-1] = kept
+
+
+def test_strange_numbers_of_several_dtypes() -> None:
+    one, flag = torch.ones(1, device=DEVICE), torch.zeros(1, device=DEVICE)
+    tensors = [torch.ones(2, device=DEVICE), torch.ones(3, dtype=torch.float16, device=DEVICE)]
+    find_strange(tensors, flag, one)
+    assert flag.item() == 0
+    tensors[1][2] = float("nan")
+    find_strange(tensors, flag, one)
+    assert flag.item() == 1
 
 
 @pytest.mark.gpu
