@@ -113,6 +113,7 @@ def layer_arguments(shape: tuple[int, ...], columns: int, mul: bool, add: bool, 
     [
         ((1, 40), 9, False, True), ((2, 1100), 5, True, False), ((5, 16), 33, True, True), ((0, 8), 6, False, False),
         ((3, 2, 130), 20, False, False), ((9, 72), 17, True, True), ((2, 7, 40), 6, True, True),
+        ((1, 4, 1100), 9, True, True), ((2, 9, 2048), 8, False, True), ((1, 2, 2100), 5, False, False),
     ],
     ids=str,
 )  # fmt: skip
@@ -128,7 +129,7 @@ def test_small_linear(shape: tuple[int, ...], columns: int, mul: bool, add: bool
 @pytest.mark.parametrize(
     ("shape", "dtype", "given"),
     crossed(
-        [(3, 40), (2, 10, 72), (3, 7, 130), (1, 4, 1100)],
+        [(3, 40), (2, 10, 72), (3, 7, 128), (3, 7, 130), (1, 4, 1100)],
         [torch.float32, *DTYPES],
         [(True, True), (True, False), (False, False)],
     ),

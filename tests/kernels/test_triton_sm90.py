@@ -236,7 +236,7 @@ def test_small_linear_holds_the_steps_of_a_user(depth: int, eps: float | None, m
     x, weight, vector = (torch.randn(*shape, depth, device=DEVICE).half() for shape in ((1, 10), (64,), ()))
     norm = (vector, vector, eps) if eps else ()
     text = ptx(small_linear, lambda: small_linear.small_linear(x, weight, None, None, None, 2, *norm), monkeypatch)
-    assert ("mma.sync" in text) == (eps is not None)
+    assert ("mma.sync" in text) == (eps is not None or depth > 1024)
     assert "ld.global.v4.b32" in text and ".local" not in text, "registers spill into memory"
 
 

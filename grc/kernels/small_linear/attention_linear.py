@@ -50,6 +50,11 @@ def attention_linear_kernel(  # type: ignore[no-untyped-def]
     queries = heads(q, user, step, head, d, qb, qn, qh, qd, N, H, D)
     keys = heads(k, user, step, head, d, kb, km, kh, kd, M, H, D)
     values = heads(v, user, step, head, w, vb, vm, vh, vd, M, H, V)
+    row, live = (user * N + step)[:, None], (step < N)[:, None] & wide[None, :]
+    if BIASED:
+        start = tl.load(bias + column, mask=wide, other=0.0)
+    if ADD:
+        term = tl.load(add + row * add_row + column[None, :], mask=live, other=0.0)
     score = tl.dot(queries, tl.trans(keys, 0, 2, 1)) * SCALE
     seen = (step < M)[None, None, :]
     if CAUSAL:
@@ -63,11 +68,10 @@ def attention_linear_kernel(  # type: ignore[no-untyped-def]
     mixed = (tl.dot(part.to(values.dtype), values) * GAIN).to(values.dtype)
     answer = tl.sum(tl.dot(mixed, right), 0)
     if BIASED:
-        answer += tl.load(bias + column, mask=wide, other=0.0).to(tl.float32)[None, :]
+        answer += start.to(tl.float32)[None, :]
     answer = activate(answer, ACTIVATION)
-    row, live = (user * N + step)[:, None], (step < N)[:, None] & wide[None, :]
     if ADD:
-        answer += tl.load(add + row * add_row + column[None, :], mask=live, other=0.0).to(tl.float32)
+        answer += term.to(tl.float32)
     tl.store(out + row * COLUMNS + column[None, :], answer.to(out.dtype.element_ty), mask=live)
 
 

@@ -2,7 +2,8 @@
 
 At one row, cuBLAS takes twice the time of the launch and of the weight's way from L2. A program here takes a few columns of
 one row, or of some steps of one user, and all of their depth at once, without tensor cores, and every multiprocessor has
-some. Steps that are normalised first go to the tensor cores: a program that takes more columns normalises for all of them.
+some. Steps go to the tensor cores where rows are normalised first, since a program that takes more columns normalises for
+all of them, or are deep. Whatever a program reads, it asks for before it waits for any of it: a wait is most of its time.
 """
 
 from __future__ import annotations
@@ -23,9 +24,8 @@ COLUMNS = 2  # of a program with one row
 STEPS, STEP_COLUMNS = 5, 4  # of a program with several rows, at most
 DEPTH = 2048  # numbers of a column that are read at once
 ONE_WARP = 1024  # numbers up to which one warp is enough for that
-TILE = 16  # rows and columns of a program on the tensor cores
-DEEPEST = 1024  # numbers of a row that it normalises
-PARTS = 4  # of the depth, each for one warp
+TILE = 16  # rows of a program on the tensor cores, and columns of one that normalises
+NORMALISED = 1024  # numbers of a row that it normalises, each quarter by one warp; deeper rows are read in eighths
 
 
 @triton.jit
@@ -66,19 +66,29 @@ def small_linear_kernel(  # type: ignore[no-untyped-def]
     if BIASED:
         start += tl.load(bias + column, mask=wide, other=0.0).to(tl.float32)
     totals = (start,) * ROWS
+    factors, terms = (), ()
+    for row in tl.static_range(ROWS):
+        seen = wide & (first + row < R)
+        if MUL:
+            factors = factors + (row_of(mul + column, first + row, mul_row, seen),)  # type: ignore[assignment] # noqa: RUF005
+        if ADD:
+            terms = terms + (row_of(add + column, first + row, add_row, seen),)  # type: ignore[assignment] # noqa: RUF005
     for block in tl.static_range(BLOCKS):
         at = block * BK
         deep = k < K - at
         right = tl.load(rights + at, mask=wide[:, None] & deep[None, :], other=0.0).to(tl.float32)
-        # All rows are read before the first is used.
+        if SHIFTED:
+            shifts = tl.load(shift + k, mask=deep, other=0.0).to(tl.float32)
+        if SCALED:
+            scales = tl.load(scale + k, mask=deep, other=0.0).to(tl.float32)
         lefts = ()
         for row in tl.static_range(ROWS):
             left = row_of(x + k + at, first + row, x_row, deep & (first + row < R))
             lefts = lefts + (left,)  # type: ignore[assignment] # noqa: RUF005
         if SHIFTED:
-            right_shift = tl.sum(right * tl.load(shift + k, mask=deep, other=0.0).to(tl.float32)[None, :], 1)
+            right_shift = tl.sum(right * shifts[None, :], 1)
         if SCALED:
-            right *= tl.load(scale + k, mask=deep, other=0.0).to(tl.float32)[None, :]
+            right *= scales[None, :]
         sums = ()
         for row in tl.static_range(ROWS):
             left = lefts[row]  # type: ignore[misc]
@@ -96,47 +106,64 @@ def small_linear_kernel(  # type: ignore[no-untyped-def]
         seen = wide & (first + row < R)
         answer = activate(totals[row], ACTIVATION)
         if MUL:
-            answer *= row_of(mul + column, first + row, mul_row, seen)
+            answer *= factors[row]  # type: ignore[misc]
         if ADD:
-            answer += row_of(add + column, first + row, add_row, seen)
+            answer += terms[row]  # type: ignore[misc]
         tl.store(out + (first + row) * N + column, answer.to(out.dtype.element_ty), mask=seen)
 
 
 @triton.jit
-def norm_linear_kernel(  # type: ignore[no-untyped-def]
+def tile_linear_kernel(  # type: ignore[no-untyped-def]
     x, weight, bias, mul, add, scale, shift, out, R, N, K, x_row, mul_row, add_row,
     BIASED: tl.constexpr, ACTIVATION: tl.constexpr, MUL: tl.constexpr, ADD: tl.constexpr,
-    SCALED: tl.constexpr, SHIFTED: tl.constexpr, EPS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, BK: tl.constexpr,
+    NORM: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr, EPS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, BK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """The same on the tensor cores, for normalised rows: each warp takes a part of the depth."""
+    """The same on the tensor cores: each warp takes a part of the depth."""
     across = tl.cdiv(N, BN)
     row = (tl.program_id(0) // across).to(tl.int64) * BM + tl.arange(0, BM)
     column = (tl.program_id(0) % across) * BN + tl.arange(0, BN)
     k = tl.arange(0, PARTS)[:, None] * BK + tl.arange(0, BK)[None, :]
-    live, wide, deep = row < R, column < N, k < K
-    rights = weight + column[None, None, :] * K + k[:, :, None]
-    right = tl.load(rights, mask=deep[:, :, None] & wide[None, None, :], other=0.0)
-    lefts = x + row[None, :, None] * x_row + k[:, None, :]
-    left = tl.load(lefts, mask=live[None, :, None] & deep[:, None, :], other=0.0).to(tl.float32)
-    mean = tl.sum(tl.sum(left, 2), 0) / K
-    left = tl.where(deep[:, None, :], left - mean[None, :, None], 0.0)
-    spread = tl.rsqrt(tl.sum(tl.sum(left * left, 2), 0) / K + EPS)
-    left *= spread[None, :, None]
+    deep = k < K
+    # Rows and columns beyond the last are the last once more, and not stored.
+    near, close = tl.minimum(row, R - 1), tl.minimum(column, N - 1)
+    rights = weight + close[None, None, :] * K + k[:, :, None]
+    lefts = x + near[None, :, None] * x_row + k[:, None, :]
+    if WHOLE:
+        right, left = tl.load(rights), tl.load(lefts)
+    else:
+        right = tl.load(rights, mask=deep[:, :, None], other=0.0)
+        left = tl.load(lefts, mask=deep[:, None, :], other=0.0)
     if SCALED:
-        left *= tl.load(scale + k, mask=deep, other=0.0).to(tl.float32)[:, None, :]
+        scales = tl.load(scale + k, mask=deep, other=0.0)
     if SHIFTED:
-        left += tl.load(shift + k, mask=deep, other=0.0).to(tl.float32)[:, None, :]
-    answer = tl.sum(tl.dot(left.to(right.dtype), right), 0)
+        shifts = tl.load(shift + k, mask=deep, other=0.0)
     if BIASED:
-        answer += tl.load(bias + column, mask=wide, other=0.0).to(tl.float32)[None, :]
-    answer = activate(answer, ACTIVATION)
-    seen, place = live[:, None] & wide[None, :], row[:, None]
+        start = tl.load(bias + close)
     if MUL:
-        answer *= tl.load(mul + place * mul_row + column[None, :], mask=seen, other=0.0).to(tl.float32)
+        factor = tl.load(mul + near[:, None] * mul_row + close[None, :])
     if ADD:
-        answer += tl.load(add + place * add_row + column[None, :], mask=seen, other=0.0).to(tl.float32)
-    tl.store(out + place * N + column[None, :], answer.to(out.dtype.element_ty), mask=seen)
+        term = tl.load(add + near[:, None] * add_row + close[None, :])
+    if NORM:
+        wide = left.to(tl.float32)
+        mean = tl.sum(tl.sum(wide, 2), 0) / K
+        wide = tl.where(deep[:, None, :], wide - mean[None, :, None], 0.0)
+        wide *= tl.rsqrt(tl.sum(tl.sum(wide * wide, 2), 0) / K + EPS)[None, :, None]
+        if SCALED:
+            wide *= scales.to(tl.float32)[:, None, :]
+        if SHIFTED:
+            wide += shifts.to(tl.float32)[:, None, :]
+        left = wide.to(right.dtype)
+    answer = tl.sum(tl.dot(left, right), 0)
+    if BIASED:
+        answer += start.to(tl.float32)[None, :]
+    answer = activate(answer, ACTIVATION)
+    if MUL:
+        answer *= factor.to(tl.float32)
+    if ADD:
+        answer += term.to(tl.float32)
+    seen = (row < R)[:, None] & (column < N)[None, :]
+    tl.store(out + row[:, None] * N + column[None, :], answer.to(out.dtype.element_ty), mask=seen)
 
 
 def small_linear(
@@ -177,15 +204,16 @@ def small_linear(
     given: dict[str, Any] = dict(
         BIASED=bias is not None, ACTIVATION=activation, MUL=mul is not None, ADD=add is not None
     )
-    given |= dict(SCALED=scale is not None, SHIFTED=shift is not None, EPS=eps or 0.0)
+    given |= dict(NORM=eps is not None, SCALED=scale is not None, SHIFTED=shift is not None, EPS=eps or 0.0)
     steps, block = steps_of(x.shape[:-1]), triton.next_power_of_2(depth)
-    if steps > 1 and eps is not None and depth <= DEEPEST and x.dtype != torch.float32:
-        kernel, high, across = norm_linear_kernel, TILE, TILE
-        sizes = dict(BM=TILE, BN=TILE, PARTS=PARTS, BK=max(block // PARTS, 16), num_warps=PARTS)
+    if steps > 1 and x.dtype != torch.float32 and on_tensor_cores(depth, eps is not None):
+        parts, across = (4, TILE) if depth <= NORMALISED else (8, TILE // 2)
+        kernel, high, block = tile_linear_kernel, TILE, max(block // parts, 16)
+        sizes = dict(BM=TILE, BN=across, PARTS=parts, BK=block, WHOLE=depth == parts * block, num_warps=parts)
     else:
         kernel, high, across = small_linear_kernel, at_once(steps), COLUMNS if steps == 1 else STEP_COLUMNS
         block = min(DEPTH, block)
-        sizes = dict(NORM=eps is not None, ROWS=high, BN=across, BK=block, BLOCKS=triton.cdiv(depth, block))
+        sizes = dict(ROWS=high, BN=across, BK=block, BLOCKS=triton.cdiv(depth, block))
         sizes["num_warps"] = 1 if depth <= ONE_WARP else 4 if steps == 1 else 2
     grid = (triton.cdiv(count, high) * triton.cdiv(columns, across),)
     wrap_triton(kernel)[grid](*operands, **given, **sizes)
@@ -200,6 +228,11 @@ def steps_of(sizes: Sequence[Any]) -> int:
 def at_once(steps: int) -> int:
     """How many of a user's rows a program takes: up to STEPS, without a remainder where that is possible."""
     return 1 if steps == 1 else next((n for n in range(STEPS, 1, -1) if steps % n == 0), STEPS)
+
+
+def on_tensor_cores(depth: int, norm: bool) -> bool:
+    """Whether steps of this depth are faster there, measured for 512, 1024 and 2048 numbers."""
+    return depth <= NORMALISED if norm else NORMALISED < depth <= DEPTH
 
 
 @functools.cache
