@@ -126,15 +126,16 @@ def linking_compiler() -> Path:
     Without -Bsymbolic, symbols of libtorch win over the package's own and a package may crash at load. The flag belongs
     only to links: on the command that precompiles headers it would make the compiler try to link. Libraries are linked
     with the libstdc++ that torch runs on: a compiler that links its own statically gives the package a second set of
-    locale facets, and std::regex crashes on the mixture. The path is the same for every build, because Inductor keeps its
-    precompiled headers by the compiler's path.
+    locale facets, and std::regex crashes on the mixture. Debug information is left out: it is four fifths of a package,
+    and a fifth of the time to compile one. The path is the same for every build, because Inductor keeps its precompiled
+    headers by the compiler's path.
     """
     cxx = cpp.compiler()
     runtime = " ".join(f"'{path}'" for path in loaded_libraries("libstdc++.so"))
     script = (
         f'#!/bin/sh\nfor a in "$@"; do\n'
         f'  [ "$a" = -shared ] && exec \'{cxx}\' "$@" ${OBJECTS} {runtime} -Wl,-Bsymbolic\ndone\n'
-        f"exec '{cxx}' \"$@\"\n"
+        f"exec '{cxx}' \"$@\" -g0\n"
     )
     folder = cpp.cache_folder() / f"cxx-{hashlib.sha256(script.encode()).hexdigest()[:12]}"
     wrapper = folder / Path(cxx).name

@@ -28,6 +28,31 @@ def crossed(cases: Sequence[Any], *others: Sequence[Any]) -> list[tuple[Any, ...
     return [(cases[at % len(cases)], *combinations[at % len(combinations)]) for at in range(count)]
 
 
+def patch_the_language_once() -> None:
+    """Triton's interpreter looks through its whole language at every call of a device function, for what it has to replace:
+    a fourth of its time. Once for each module of a kernel that runs is enough.
+    """
+    from triton.runtime import interpreter
+
+    look_through, seen = interpreter._patch_lang, set[int]()
+
+    def once(function: Any) -> Any:
+        if id(function.__globals__) in seen:
+            return None
+        scope = look_through(function)
+        if not seen:  # the kernel's own: what it calls restores nothing
+            restore = scope.restore
+            scope.restore = lambda: (seen.clear(), restore())
+        seen.add(id(function.__globals__))
+        return scope
+
+    interpreter._patch_lang = once
+
+
+if INTERPRETED and not GPU:
+    patch_the_language_once()
+
+
 def passes(file: str, least: int) -> None:
     """Run a file of tests in the interpreter: none may fail, and at least so many must pass."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", "addopts=", file]
