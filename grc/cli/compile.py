@@ -101,7 +101,7 @@ def command(
         force=force,
     )
     p.check_passes(options.disable, NAMES)
-    p.check_engine(engine)
+    p.check_engine(engine, device)
     with Reporting() as progress:
         artifact = compile(model, None, options, progress, graph_printer(print_after or [], NAMES))
     if timing:

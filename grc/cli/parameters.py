@@ -79,11 +79,13 @@ def check_passes(names: Sequence[str], known: Sequence[str]) -> None:
             raise GrcError(f"there is no pass {name}", f"the passes are {', '.join(known)}")
 
 
-def check_engine(name: str) -> None:
-    """Refuse an engine that does not exist before any work is done."""
+def check_engine(name: str, device: str) -> None:
+    """Refuse an engine that does not exist before any work is done. On a GPU some are named after what is in the graph, such
+    as inductor-small, and one that the graph does not offer is refused when that is known.
+    """
     from grc.errors import LoweringError
 
-    if name not in ENGINES:
+    if name not in ENGINES and not (device == "cuda" and name.startswith("inductor-")):
         raise LoweringError(f"there is no engine {name}", f"choose auto or one of {', '.join(ENGINES[1:])}")
 
 

@@ -14,7 +14,7 @@ from grc.graph.match import argument, aten, attribute, constant_list, is_op, sam
 from grc.graph.rewrite import Rewriter, is_impure
 from grc.passes.manager import Change, Pass
 from grc.passes.pairs import pairs_of_loop, sum_of_loop
-from grc.passes.pieces import cat_of_pieces, flatten_cat, inferred_sizes, piece_of_cat, stack_to_cat
+from grc.passes.pieces import cat_of_pieces, flatten_cat, inferred_sizes, piece_of_cat, pieces_across, stack_to_cat
 from grc.passes.products import (
     bias_of_linear,
     column_arithmetic,
@@ -256,6 +256,7 @@ RULES: tuple[Rule, ...] = (
     canonical_reshape,
     pairs_of_loop,
     sum_of_loop,
+    pieces_across,
     stack_to_cat,
     flatten_cat,
     cat_of_pieces,

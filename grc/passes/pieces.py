@@ -150,6 +150,34 @@ def cat_of_pieces(edit: Rewriter, node: fx.Node) -> fx.Node | None:
     return joined[0] if len(joined) == 1 else edit.call(aten.cat.default, joined, dim)
 
 
+def pieces_across(edit: Rewriter, node: fx.Node) -> fx.Node | None:
+    """All pieces of one value, of one size, joined along another dimension or stacked: a reshape and a permute.
+
+    AutoInt (Song et al. 2019) makes its heads by the one and joins them by the other.
+    """
+    if not is_op(node, aten.cat, aten.stack):
+        return None
+    pieces = [piece_of(part) for part in node.args[0]]  # type: ignore[union-attr]
+    first, to = pieces[0], argument(node, "dim") % value(node).dim()
+    if first is None or len(pieces) < 2 or (is_op(node, aten.cat) and to == first.dim):
+        return None
+    source, dim, size = first.source, first.dim, first.stop - first.start
+    alike = [Piece(source, dim, at * size, at * size + size) for at in range(len(pieces))]
+    if pieces != alike or not Piece(source, dim, 0, len(pieces) * size).whole:
+        return None
+    around = shape(source)
+    cut = inferred_sizes((*around[:dim], len(pieces), size, *around[dim + 1 :]))
+    joined = inferred_sizes(shape(node))
+    if cut is None or joined is None:
+        return None
+    order = [d for d in range(len(cut)) if d != dim]
+    order.insert(to, dim)
+    new = edit.call(aten.reshape.default, source, cut)
+    if order != sorted(order):
+        new = edit.call(aten.permute.default, new, order)
+    return new if is_op(node, aten.stack) else edit.call(aten.reshape.default, new, joined)
+
+
 def touching(left: Piece, right: Piece) -> bool:
     return left.source is right.source and left.split is right.split and left.stop == right.start
 

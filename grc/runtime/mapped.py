@@ -57,10 +57,9 @@ def copy_by_kernel(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tens
     if pairs:
         words = widest([tensor for pair in pairs for tensor in pair])
         each = PIECE // words.itemsize
-        into, from_ = (
-            [piece for t in side for piece in as_words(t, words).split(each)] for side in zip(*pairs, strict=True)
-        )
-        torch._foreach_copy_(into, from_)
+        sides = zip(*pairs, strict=True)
+        into, out_of = ([piece for t in side for piece in as_words(t, words).split(each)] for side in sides)
+        torch._foreach_copy_(into, out_of)
 
 
 def find_strange(tensors: Sequence[torch.Tensor], flag: torch.Tensor, one: torch.Tensor) -> None:
@@ -72,7 +71,8 @@ def find_strange(tensors: Sequence[torch.Tensor], flag: torch.Tensor, one: torch
     tensors = [t if t.dtype in (torch.float32, torch.float16) else t.float() for t in tensors]
     for dtype in {tensor.dtype: None for tensor in tensors}:
         flat = [tensor.contiguous().view(-1) for tensor in tensors if tensor.dtype is dtype]
-        each = max(PIECE // dtype.itemsize, -(-sum(t.numel() for t in flat) // (PIECES[1] - len(flat))))
+        left_over = max(1, PIECES[1] - len(flat))  # each tensor may end in a piece that is not whole
+        each = max(PIECE // dtype.itemsize, -(-sum(t.numel() for t in flat) // left_over))
         pieces = [piece for tensor in flat for piece in tensor.split(each) if piece.numel()]
         if pieces:
             torch._amp_foreach_non_finite_check_and_unscale_(pieces, flag, one)

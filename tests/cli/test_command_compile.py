@@ -159,6 +159,14 @@ def test_an_unknown_engine_is_refused_at_once(grc: Grc, model: Path, artifact_pa
     assert "capture" not in ran.err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_engines_of_a_gpu_are_known(grc: Grc, model: Path, artifact_path: Path):
+    ran = grc("compile", model, "-o", artifact_path, "--device", "cuda", "--engine", "inductor-small")
+    assert ran.code == 1 and "no usable GPU here" in ran.told[0]
+    ran = grc("compile", model, "-o", artifact_path, "--engine", "inductor-small")
+    assert ran.code == 1 and ran.told[0] == "error: there is no engine inductor-small"
+
+
 @pytest.mark.parametrize("flag", ["--disable", "--print-after"])
 def test_an_unknown_pass_is_refused_at_once(grc: Grc, model: Path, artifact_path: Path, flag: str):
     ran = grc("compile", model, "-o", artifact_path, flag, "polish")

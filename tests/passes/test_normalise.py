@@ -114,6 +114,38 @@ def test_what_is_cut_and_joined_is_left_alone(cut):
     check(normalised(lambda self, x: torch.relu(cut(x)), rows(4, 6)), "CHECK: aten.relu(%inputs_0)\nCHECK-NOT: aten.")
 
 
+@pytest.mark.parametrize(
+    "heads",
+    [
+        lambda x: torch.stack(x.split(4, 2)),
+        lambda x: torch.stack(x.chunk(3, -1), 2),
+        lambda x: torch.stack([x[:, :2], x[:, 2:4], x[:, 4:]], -1),
+        lambda x: torch.cat(x.split(1, 1), -1).squeeze(1),
+        lambda x: torch.cat(x.split(2, 1), 0),
+        lambda x: torch.cat(torch.stack(x.split(4, 2)).split(1), -1).squeeze(0),
+    ],
+    ids=["stack first", "stack within", "stack slices", "steps side by side", "steps as rows", "there and back"],
+)
+def test_pieces_joined_across_are_views(heads):
+    graph = normalised(lambda self, x: heads(x), rows(5, 6, 12))
+    check(graph, "CHECK-NOT: aten.split\nCHECK-NOT: aten.slice\nCHECK-NOT: aten.cat\nCHECK-NOT: aten.stack")
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [
+        lambda x: torch.stack(x.split(4, 2)[::-1]),
+        lambda x: torch.stack(x.split(4, 2)[:2]),
+        lambda x: torch.cat(x.split(5, 2)[:2], 1),
+        lambda x: torch.stack([x[:, :2], x[:, 1:3], x[:, 4:]]),
+    ],
+    ids=["turned round", "not all", "a rest", "overlapping"],
+)
+def test_other_pieces_are_joined_as_they_are(heads):
+    graph = normalised(lambda self, x: heads(x), rows(5, 6, 12))
+    assert any("cat" in str(n.target) or "stack" in str(n.target) for n in graph.graph.nodes)
+
+
 def test_neighbouring_columns_are_one_slice():
     graph = normalised(lambda self, x: torch.cat([x[:, 1:2], x[:, 2:4], x[:, 5:6]], 1), rows(4, 6))
     check(graph, "CHECK-COUNT-2: aten.slice\nCHECK: aten.slice(%inputs_0, 1, 1, 4)")

@@ -220,6 +220,9 @@ MODELS = (
         "deepctr-xdeepfm", "deepctr_torch", lambda: deepctr_model("xDeepFM", cin_layer_size=(16, 8)), (ONE, ONE)
     ),
     ThirdParty(
+        "deepctr-autoint", "deepctr_torch", lambda: deepctr_model("AutoInt"), (ONE, ONE), ("attention",) * 3
+    ),
+    ThirdParty(
         "deepctr-din", "deepctr_torch", deepctr_din, ("3 look-ups of 3 tables -> 1",), ("activation-unit",), built=True
     ),
     ThirdParty("transformers-gpt2", "transformers", gpt2, fused=("attention",) * 2, built=True),
