@@ -80,13 +80,18 @@ def left_alone(graph: fx.GraphModule) -> Iterable[Change]:
 
 
 def grouped(graph: fx.GraphModule) -> Iterable[Group]:
-    """Runs of look-ups that can share a kernel: those of the widest cat first, and at last those that stand alone."""
+    """Runs of look-ups that can share a kernel: those of the widest cat first, and at last those that stand alone. The cats
+    that join the rows of one more than once share all theirs.
+    """
     taken: set[fx.Node] = set()
     cats = [node for node in graph.graph.nodes if is_op(node, aten.cat) and value(node).dim() == 2]
     found = {
         node: [find_bag(graph, part) for part in node.args[0]] for node in cats if argument(node, "dim") in (1, -1)
     }
+    repeated = [bags for bags in found.values() if repeats(bags)]
     for node, bags in sorted(found.items(), key=lambda item: -sum(bag is not None for bag in item[1])):
+        if bags in repeated:
+            continue
         run: list[Bag] = []
         start = 0
         for i, bag in enumerate([*bags, None]):
@@ -94,12 +99,22 @@ def grouped(graph: fx.GraphModule) -> Iterable[Group]:
                 bag = None
             if run and (bag is None or not compatible(run, bag)):
                 if len(run) > 1 or gains(run[0]):
+                    taken.update(member.node for member in run)
                     yield Group(node, run, start)
                 run = []
             if bag is not None:
                 start = start if run else i
                 run.append(bag)
-                taken.add(bag.node)
+    waiting = list({bag.node: bag for bags in repeated for bag in bags if bag and bag.node not in taken}.values())
+    while waiting:
+        run = []
+        for bag in waiting:
+            if not run or compatible(run, bag):
+                run.append(bag)
+        waiting = [bag for bag in waiting if bag not in run]
+        if len(run) > 1:
+            taken.update(bag.node for bag in run)
+            yield Group(run[0].node, run, 0)
     for node in list(graph.graph.nodes):
         if node.op != "call_function" or node in taken or value(node) is None or isinstance(value(node), (tuple, list)):
             continue
@@ -108,6 +123,12 @@ def grouped(graph: fx.GraphModule) -> Iterable[Group]:
         if bag is not None and gains(bag):
             taken.add(node)
             yield Group(node, [bag], 0)
+
+
+def repeats(bags: Sequence[Bag | None]) -> bool:
+    """Whether a cat joins the rows of one look-up more than once, as one over all pairs of features does."""
+    nodes = [bag.node for bag in bags if bag is not None]
+    return len(nodes) > len(set(nodes))
 
 
 def gains(bag: Bag) -> bool:

@@ -13,7 +13,7 @@ from torch import fx
 from grc.graph.match import argument, aten, attribute, constant_list, is_op, same_shape, same_size, shape, static, value
 from grc.graph.rewrite import Rewriter, is_impure
 from grc.passes.manager import Change, Pass
-from grc.passes.pairs import pairs_of_loop, sum_of_loop
+from grc.passes.pairs import pairs_of_cats, pairs_of_loop, sum_of_loop
 from grc.passes.pieces import cat_of_pieces, flatten_cat, inferred_sizes, piece_of_cat, pieces_across, stack_to_cat
 from grc.passes.products import (
     bias_of_linear,
@@ -255,6 +255,7 @@ RULES: tuple[Rule, ...] = (
     view_of_constant,
     canonical_reshape,
     pairs_of_loop,
+    pairs_of_cats,
     sum_of_loop,
     pieces_across,
     stack_to_cat,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from grc.graph.match import argument, aten, is_op, only_user, same_shape, shape, value
+from grc.graph.match import argument, aten, is_op, only_user, same_shape, same_size, shape, value
 from grc.graph.rewrite import Rewriter
 
 FEWEST = 3  # pairs; below, the products of a loop cost no more than one bmm
@@ -24,6 +24,32 @@ def pairs_of_loop(edit: Rewriter, node: fx.Node) -> fx.Node | None:
         products = [pair_product(part) for part in parts]
         return picked(edit, products) if all(products) else None  # type: ignore[arg-type]
     return None
+
+
+def pairs_of_cats(edit: Rewriter, node: fx.Node) -> fx.Node | None:
+    """`sum(P * Q)` over the width, where P and Q join the first and the second rows of many pairs: picks from `T @ T^T`.
+
+    The inner products of a product network (Qu et al. 2016) are written like this.
+    """
+    if not is_op(node, aten.sum) or len(node.args) < 2 or not is_op(node.args[0], aten.mul):
+        return None
+    sides = [rows_of_cat(side) for side in node.args[0].args]  # type: ignore[union-attr]
+    if not all(sides) or list(node.args[1]) not in ([2], [-1]) or value(node.args[0]).dtype != value(node).dtype:  # type: ignore[arg-type]
+        return None
+    first, second = sides
+    if len(first) != len(second):  # type: ignore[arg-type]
+        return None
+    chosen = picked(edit, list(zip(first, second, strict=True)))  # type: ignore[arg-type]
+    return chosen if chosen is None or value(node).dim() == 2 else edit.reshape(chosen, -1, len(first), 1)  # type: ignore[arg-type]
+
+
+def rows_of_cat(node: Any) -> list[fx.Node] | None:
+    """The rows `[B, D]` that `[B, M, D]` joins, or None."""
+    if not is_op(node, aten.reshape) or not is_op(node.args[0], aten.cat) or value(node).dim() != 3:
+        return None
+    rows, width = list(node.args[0].args[0]), shape(node)[2]
+    joined = value(node.args[0]).dim() == 2 and argument(node.args[0], "dim") in (1, -1)
+    return rows if joined and all(same_size(shape(row)[1], width) for row in rows) else None
 
 
 def sum_of_loop(edit: Rewriter, node: fx.Node) -> fx.Node | None:

@@ -70,6 +70,19 @@ class TestBagDot:
         assert made(changes, "bag-dot") == 1
         check(graph, "CHECK: grc.bag_dot(\nCHECK-NOT: aten.mul")
 
+    @pytest.mark.parametrize("keep", [True, False])
+    def test_products_of_rows_joined_pair_by_pair(self, keep):
+        """PNN's inner products, beside the rows themselves."""
+
+        def forward(self, x):
+            e = [row.unsqueeze(1) for row in looked_up(self, x)]
+            left, right = (torch.cat([e[pair[side]] for pair in PAIRS], 1) for side in (1, 0))
+            return torch.cat([torch.cat(e, -1).flatten(1), (left * right).sum(2, keep).flatten(1)], 1)
+
+        graph, changes = fused(forward, ids(4, COUNT), tables=tables())
+        assert made(changes, "bag-dot") == 1
+        check(graph, "CHECK: grc.lookup(\nCHECK: grc.bag_dot(\nCHECK: aten.cat(\nCHECK-NEXT: return")
+
     def test_a_dense_vector_in_front_stays_in_the_answer(self):
         def forward(self, x, d):
             t = torch.cat([d.unsqueeze(1), torch.stack(looked_up(self, x), 1)], 1)

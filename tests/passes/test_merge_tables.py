@@ -142,6 +142,18 @@ def test_a_reader_before_the_last_member_moves_behind_the_look_up():
     check(graph, "CHECK: grc.lookup(\nCHECK: aten.relu(")
 
 
+def test_rows_that_cats_join_more_than_once():
+    """As over all pairs of features: no cat has every table, and none has them side by side."""
+
+    def forward(self, x):
+        a, b, c = (table(x[:, i]) for i, table in enumerate(self.tables))
+        return torch.cat([a, a, b], 1) * torch.cat([b, c, c], 1)
+
+    graph, changes = merged(forward, ids(4, 3), tables=tables(3))
+    assert made(changes, "3 look-ups of 3 tables -> 1") == 1
+    check(graph, "CHECK: grc.lookup(\nCHECK-NOT: aten.embedding")
+
+
 def test_ids_that_depend_on_another_member_are_not_merged_with_it():
     def forward(self, x):
         a = self.a(x[:, 0])

@@ -141,6 +141,11 @@ def larger(model: nn.Module) -> nn.Module:
     return model
 
 
+def deepctr_pnn() -> tuple[nn.Module, Inputs]:
+    features, inputs = columns()
+    return larger(deepctr("PNN")(features, dnn_hidden_units=(32, 16))), inputs
+
+
 def deepctr_din() -> tuple[nn.Module, Inputs]:
     din = deepctr("DIN")
     from deepctr_torch.inputs import DenseFeat, SparseFeat, VarLenSparseFeat
@@ -219,9 +224,8 @@ MODELS = (
     ThirdParty(
         "deepctr-xdeepfm", "deepctr_torch", lambda: deepctr_model("xDeepFM", cin_layer_size=(16, 8)), (ONE, ONE)
     ),
-    ThirdParty(
-        "deepctr-autoint", "deepctr_torch", lambda: deepctr_model("AutoInt"), (ONE, ONE), ("attention",) * 3
-    ),
+    ThirdParty("deepctr-pnn", "deepctr_torch", deepctr_pnn, (ONE,), ("bag-dot",)),
+    ThirdParty("deepctr-autoint", "deepctr_torch", lambda: deepctr_model("AutoInt"), (ONE, ONE), ("attention",) * 3),
     ThirdParty(
         "deepctr-din", "deepctr_torch", deepctr_din, ("3 look-ups of 3 tables -> 1",), ("activation-unit",), built=True
     ),
