@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import random
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ import torch
 from torch import nn
 
 from grc.errors import ModelFileError
+
+
+MACHINERY = (Path(torch.__file__).parent, Path(__file__).parents[1])  # torch's code, and grc's
 
 
 @dataclass
@@ -234,11 +238,15 @@ def seeded(batch: int) -> Iterator[None]:
 
 
 def user_line(error: BaseException, path: Path | None) -> str | None:
-    """`file:line` of the innermost frame that is the user's own code, not a library's."""
-    frames = traceback.extract_tb(error.__traceback__)
+    """`file:line` of the innermost frame that is the user's own code, or else that of the library whose model it is."""
+    frames = [f for f in reversed(traceback.extract_tb(error.__traceback__)) if not is_machinery(f.filename)]
     root = str(path.resolve().parent) if path else None
-    for frame in reversed(frames):
-        own = frame.filename.startswith(root) if root else "site-packages" not in frame.filename
-        if own and "/grc/" not in frame.filename and not frame.filename.startswith("<"):
-            return f"{frame.filename}:{frame.lineno}"
-    return None
+    own = [f for f in frames if (f.filename.startswith(root) if root else "site-packages" not in f.filename)]
+    return next((f"{frame.filename}:{frame.lineno}" for frame in own or frames), None)
+
+
+def is_machinery(file: str) -> bool:
+    """Whether a file is torch's, grc's, Python's own or none at all."""
+    if file.startswith("<") or any(folder in Path(file).parents for folder in MACHINERY):
+        return True
+    return file.startswith(sysconfig.get_path("stdlib")) and "-packages" not in file

@@ -52,6 +52,17 @@ def test_control_flow_on_values_names_the_users_line(tmp_path: Path) -> None:
     assert "torch.where" in str(error.hint)
 
 
+def test_the_line_of_a_library_whose_model_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library, project = tmp_path / "site-packages", tmp_path / "project"
+    for folder in (library, project):
+        folder.mkdir()
+    (library / "nets_of_others.py").write_text(model_file(library, "return x if x.sum() > 0 else -x").read_text())
+    model = project / "model.py"
+    model.write_text("from nets_of_others import get_inputs, get_model\n")
+    monkeypatch.syspath_prepend(library)
+    assert refusal(model).message.startswith(f"{library / 'nets_of_others.py'}:11: control flow depends")
+
+
 def test_an_operator_that_fails_names_the_users_line(tmp_path: Path) -> None:
     error = refusal(model_file(tmp_path, "return self.layer(x.view(-1, 3))"))
     assert "model.py:11" in error.message
