@@ -21,7 +21,6 @@ from torch import nn
 
 from grc.errors import ModelFileError
 
-
 MACHINERY = (Path(torch.__file__).parent, Path(__file__).parents[1])  # torch's code, and grc's
 
 
