@@ -15,12 +15,14 @@ from grc.lowering.engine import Lowerable
 
 
 def export_graph(lowerable: Lowerable, plain: Collection[FusedOp] = ()) -> torch.export.ExportedProgram:
-    """Export again; the ops in `plain` are traced through their references."""
+    """Export again; the ops in `plain` are traced through their references.
+
+    The inputs are copies: of a view, torch would guard the tensor behind it, and fail on requests that are no views.
+    """
     graph = written_out(lowerable.graph, plain) if plain else lowerable.graph
+    inputs = tuple(tensor.clone() for tensor in lowerable.inputs)
     with torch.no_grad(), quiet_export():
-        return torch.export.export(
-            graph, tuple(lowerable.inputs), dynamic_shapes=lowerable.shapes or None, strict=False
-        )
+        return torch.export.export(graph, inputs, dynamic_shapes=lowerable.shapes or None, strict=False)
 
 
 def written_out(graph: fx.GraphModule, ops: Collection[FusedOp] = OPS) -> fx.GraphModule:

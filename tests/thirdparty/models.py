@@ -28,6 +28,7 @@ class ThirdParty:
     missed: tuple[tuple[str, str], ...] = ()
     no_onnx: str = ""
     built: bool = False  # by Inductor too, in every run of the tests; the others where GRC_THIRDPARTY=all
+    slow: bool = False  # left to make test-slow: no other way of writing a layer than those before
 
     def model(self) -> tuple[nn.Module, Inputs]:
         """The module in eval mode, with weights that are the same in every process, and its inputs by batch size."""
@@ -86,6 +87,12 @@ def torchrec_deepfm() -> tuple[nn.Module, Inputs]:
     return SimpleDeepFMNN(DENSE, bags(), hidden_layer_size=32, deep_fm_dimension=16), with_dense
 
 
+def torchrec_dlrm_transformer() -> tuple[nn.Module, Inputs]:
+    from torchrec.models.experimental.transformerdlrm import DLRM_Transformer
+
+    return DLRM_Transformer(bags(), DENSE, [32, WIDTH], [32, 1], nhead=4, ntransformer_layers=2), with_dense
+
+
 class Padded(nn.Module):
     """TorchRec's EmbeddingCollection over a user's history, padded, and scored by a linear layer."""
 
@@ -139,6 +146,13 @@ def larger(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         nn.init.normal_(parameter, 0.0, 0.1, generator=generator)
     return model
+
+
+def deepctr_afm() -> tuple[nn.Module, Inputs]:
+    """It takes ids alone."""
+    features, inputs = columns()
+    sparse = features[:FEATURES]
+    return larger(deepctr("AFM")(sparse, sparse)), lambda batch: (inputs(batch)[0][:, :FEATURES],)
 
 
 def deepctr_pnn() -> tuple[nn.Module, Inputs]:
@@ -196,6 +210,34 @@ def bert() -> tuple[nn.Module, Inputs]:
     return BertForMaskedLM(config), inputs
 
 
+def llama() -> tuple[nn.Module, Inputs]:
+    """A sequence recommender with rotary positions and two queries to a key."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=ROWS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=64, use_cache=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config), lambda batch: {
+        "input_ids": torch.randint(0, ROWS, (batch, 20), generator=seeded(batch)),
+    }
+
+
+def t5() -> tuple[nn.Module, Inputs]:
+    """Generative retrieval (TIGER): a padded history is read, the codes of the next item are scored."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=ROWS, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, use_cache=False)
+
+    def inputs(batch: int) -> dict[str, Tensor]:
+        generator = seeded(batch)
+        lengths = torch.randint(1, 21, (batch, 1), generator=generator)
+        ids, codes = (torch.randint(0, ROWS, (batch, steps), generator=generator) for steps in (20, 4))
+        return {"input_ids": ids, "attention_mask": (torch.arange(20) < lengths).long(), "decoder_input_ids": codes}
+
+    return T5ForConditionalGeneration(config), inputs
+
+
 FLAT = "the sums run over features and width at once, so every number is a feature of its own"
 VECTOR = "the cross layer weighs by one vector (DCN, 2017); only the matrix form has a kernel"
 NO_SEARCH = "No ONNX function found for <OpOverload(op='aten.searchsorted'"
@@ -231,4 +273,17 @@ MODELS = (
     ),
     ThirdParty("transformers-gpt2", "transformers", gpt2, fused=("attention",) * 2, built=True),
     ThirdParty("transformers-bert", "transformers", bert, fused=("attention",) * 2),
+    ThirdParty(
+        "torchrec-dlrm-transformer",
+        "torchrec",
+        torchrec_dlrm_transformer,
+        (ONE,),
+        ("attention",) * 2,
+        no_onnx=NO_SEARCH,
+        slow=True,
+    ),
+    ThirdParty("deepctr-afm", "deepctr_torch", deepctr_afm, (ONE, ONE), slow=True),
+    ThirdParty("deepctr-fibinet", "deepctr_torch", lambda: deepctr_model("FiBiNET"), (ONE, ONE), slow=True),
+    ThirdParty("transformers-llama", "transformers", llama, fused=("attention",) * 2, slow=True),
+    ThirdParty("transformers-t5", "transformers", t5, fused=("attention",) * 6, slow=True),
 )

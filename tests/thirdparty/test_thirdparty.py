@@ -65,7 +65,11 @@ def engines_of(entry: ThirdParty) -> Callable[..., list[tuple[Engine, Lowerable]
     return lambda optimised, source: [(engine, optimised) for engine in chosen]
 
 
-@pytest.fixture(scope="module", params=MODELS, ids=lambda entry: entry.name)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(entry, marks=[pytest.mark.slow] if entry.slow else []) for entry in MODELS],
+    ids=[entry.name for entry in MODELS],
+)
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     entry: ThirdParty = request.param
     if importlib.util.find_spec(entry.package) is None:
