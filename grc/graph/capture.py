@@ -7,7 +7,7 @@ did not see, so an export that specialised silently, returned fake tensors or fr
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -95,6 +95,7 @@ def capture(model: Model) -> Source:
     samples = {batch: flat_tensors(model.inputs(batch)) for batch in SAMPLES}
     structure = samples[2][1]
     names = input_names(model, structure)
+    check_dense(model, names, samples[2][0])
     sizes = find_sizes({b: leaves for b, (leaves, _) in samples.items()}, names)
     smallest = smallest_batch(model)
     check_deterministic(model)
@@ -224,6 +225,16 @@ def drop_constant_placeholders(graph: fx.GraphModule, model: Model) -> None:
             node.replace_all_uses_with(leaf)  # type: ignore[arg-type]
             graph.graph.erase_node(node)
     graph.recompile()
+
+
+def check_dense(model: Model, names: Sequence[str], leaves: Sequence[torch.Tensor]) -> None:
+    for name, leaf in zip(names, leaves, strict=True):
+        if leaf.is_nested or leaf.layout is not torch.strided:
+            kind = "nested" if leaf.is_nested else str(leaf.layout).removeprefix("torch.").replace("_", " ")
+            raise ModelFileError(
+                f'{model.file or model.name}: input "{name}" is a {kind} tensor, and kernels read dense ones',
+                "give it as dense tensors: x.to_dense(), or values with their offsets",
+            )
 
 
 @torch.no_grad()

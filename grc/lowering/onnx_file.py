@@ -16,7 +16,7 @@ from grc.lowering.choose import QUALITY
 from grc.lowering.engine import Lowerable
 from grc.lowering.onnxruntime import onnx_model
 from grc.runtime.structure import leaf_names
-from grc.runtime.weights import CHUNK
+from grc.runtime.weights import raw_chunks
 
 FILE = "model.onnx"
 WEIGHTS = "model.onnx.data"
@@ -91,9 +91,8 @@ def write_weights_file(proto: Any, constants: dict[str, torch.Tensor], path: Pat
                 continue
             file.write(b"\0" * (-file.tell() % ALIGNMENT))
             start = file.tell()
-            flat = constants[tensor.name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            for part in flat.split(CHUNK):
-                file.write(memoryview(part.numpy()))
+            for chunk in raw_chunks(constants[tensor.name]):
+                file.write(chunk)
             tensor.ClearField("raw_data")
             tensor.data_location = onnx.TensorProto.EXTERNAL
             del tensor.external_data[:]

@@ -14,6 +14,7 @@ from grc.errors import GrcError, InputError
 from grc.graph.capture import Source, flat_tensors
 from grc.graph.model_file import as_call
 from grc.runtime.values import decode_columns, format_of, tensors_of
+from grc.runtime.weights import raw_chunks
 
 ROWS = 256  # rows that a search looks at: a trial of a 6-layer Transformer over them takes about a second
 BATCH = 64
@@ -51,7 +52,8 @@ class Calibration:
         for batch in (*self.batches, *((label,) for label in self.labels or ())):
             for tensor in batch:
                 found.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
-                found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                for chunk in raw_chunks(tensor):
+                    found.update(chunk)
         return found.hexdigest()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -45,9 +45,12 @@ def write_weights(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
                 file.write(chunk)
 
 
-def raw_chunks(tensor: torch.Tensor) -> Iterable[memoryview]:
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    for part in flat.split(CHUNK):
+def raw_chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor's numbers in their order, a chunk at a time and without a copy of the whole where they lie so."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.stride(0) != 1:  # as a single number cut from a row may have, which torch calls contiguous all the same
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    for part in flat.view(torch.uint8).split(CHUNK):
         yield memoryview(part.numpy())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,21 @@ def test_the_line_of_a_library_whose_model_it_is(tmp_path: Path, monkeypatch: py
     model.write_text("from nets_of_others import get_inputs, get_model\n")
     monkeypatch.syspath_prepend(library)
     assert refusal(model).message.startswith(f"{library / 'nets_of_others.py'}:11: control flow depends")
+
+
+@pytest.mark.parametrize(
+    ("made", "kind"),
+    [
+        (lambda x: x.to_sparse(), "sparse coo"),
+        (lambda x: x.to_sparse_csr(), "sparse csr"),
+        (lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged), "nested"),
+    ],
+)
+def test_tensors_that_are_not_dense(made: Callable[[Tensor], Tensor], kind: str) -> None:
+    model = Forward(lambda self, x: self.layer(x), layer=nn.Linear(4, 4)).eval()
+    with pytest.raises(ModelFileError, match=f"is a {kind} tensor") as caught:
+        capture(from_module(model, lambda batch: (made(rows(batch, 4)),)))
+    assert "values with their offsets" in str(caught.value.hint)
 
 
 def test_an_operator_that_fails_names_the_users_line(tmp_path: Path) -> None:

@@ -28,6 +28,20 @@ def resident(address: int) -> int:
     return 0
 
 
+def test_numbers_with_any_strides_are_written_in_their_order(tmp_path: Path) -> None:
+    table = torch.arange(6.0).view(3, 2)
+    tensors = {
+        "one of a row": table[:1, 1],
+        "column": table[:, 1],
+        "turned": table.t(),
+        "none": table[:0],
+        "scalar": table[1, 1],
+    }
+    write_weights(tmp_path / "w.safetensors", tensors)
+    found = read_weights(tmp_path / "w.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
 def test_large_weights_are_mapped_and_small_ones_left_alone(tmp_path: Path) -> None:
     release = tuple(int(part) for part in os.uname().release.split(".")[:2])
     if release < (5, 14):

@@ -11,6 +11,7 @@ import torch
 from grc.runtime.program import Program
 from grc.runtime.triton_repository.config import Warmup
 from grc.runtime.triton_repository.tensors import Interface
+from grc.runtime.weights import raw_chunks
 
 Tensors = list[torch.Tensor]
 MOST_WARMED = 256  # rows: what a larger batch needs is warmed by one of these as well
@@ -24,7 +25,7 @@ def warmups(folder: Path, manifest: Mapping[str, Any], interface: Interface, req
         rows = entry.to_rows(tensor)
         row = rows[:1] if interface.merges else rows
         file = f"input_{index}"
-        (folder / file).write_bytes(row.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        (folder / file).write_bytes(b"".join(raw_chunks(row)))
         files[entry.name] = file, list(row.shape[1:] if interface.merges else row.shape)
     return [Warmup(f"batch_{batch}", batch, files) for batch in first_batches(manifest, interface)]
 
