@@ -239,8 +239,8 @@ def seeded(batch: int) -> Iterator[None]:
 def user_line(error: BaseException, path: Path | None) -> str | None:
     """`file:line` of the innermost frame that is the user's own code, or else that of the library whose model it is."""
     frames = [f for f in reversed(traceback.extract_tb(error.__traceback__)) if not is_machinery(f.filename)]
-    root = str(path.resolve().parent) if path else None
-    own = [f for f in frames if (f.filename.startswith(root) if root else "site-packages" not in f.filename)]
+    root = path.resolve().parent if path else None
+    own = [f for f in frames if "-packages" not in f.filename and (root is None or root in Path(f.filename).parents)]
     return next((f"{frame.filename}:{frame.lineno}" for frame in own or frames), None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,14 +54,16 @@ def test_control_flow_on_values_names_the_users_line(tmp_path: Path) -> None:
     assert "torch.where" in str(error.hint)
 
 
-def test_the_line_of_a_library_whose_model_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    library, project = tmp_path / "site-packages", tmp_path / "project"
+@pytest.mark.parametrize("beside", ["site-packages", "project/.venv/site-packages"])
+def test_the_line_of_a_library_whose_model_it_is(beside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library, project = tmp_path / beside, tmp_path / "project"
     for folder in (library, project):
-        folder.mkdir()
+        folder.mkdir(parents=True, exist_ok=True)
     (library / "nets_of_others.py").write_text(model_file(library, "return x if x.sum() > 0 else -x").read_text())
     model = project / "model.py"
     model.write_text("from nets_of_others import get_inputs, get_model\n")
     monkeypatch.syspath_prepend(library)
+    monkeypatch.delitem(sys.modules, "nets_of_others", raising=False)
     assert refusal(model).message.startswith(f"{library / 'nets_of_others.py'}:11: control flow depends")
 
 
@@ -77,6 +80,17 @@ def test_tensors_that_are_not_dense(made: Callable[[Tensor], Tensor], kind: str)
     with pytest.raises(ModelFileError, match=f"is a {kind} tensor") as caught:
         capture(from_module(model, lambda batch: (made(rows(batch, 4)),)))
     assert "values with their offsets" in str(caught.value.hint)
+
+
+def test_the_users_own_line_though_the_library_lies_in_the_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / ".venv" / "site-packages"
+    library.mkdir(parents=True)
+    (library / "signs_of_others.py").write_text("def positive(x):\n    return bool(x.sum() > 0)\n")
+    monkeypatch.syspath_prepend(library)
+    path = model_file(tmp_path, "import signs_of_others\nreturn x if signs_of_others.positive(x) else -x")
+    assert refusal(path).message.startswith(f"{path}:12: control flow depends")
 
 
 def test_an_operator_that_fails_names_the_users_line(tmp_path: Path) -> None:

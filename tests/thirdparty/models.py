@@ -28,7 +28,7 @@ class ThirdParty:
     missed: tuple[tuple[str, str], ...] = ()
     no_onnx: str = ""
     built: bool = False  # by Inductor too, in every run of the tests; the others where GRC_THIRDPARTY=all
-    slow: bool = False  # left to make test-slow: no other way of writing a layer than those before
+    slow: bool = False  # left to make test-slow: the others write their layers in the same ways
 
     def model(self) -> tuple[nn.Module, Inputs]:
         """The module in eval mode, with weights that are the same in every process, and its inputs by batch size."""
