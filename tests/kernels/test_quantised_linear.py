@@ -47,8 +47,20 @@ def check(args: tuple[Any, ...], isa: str) -> None:
 
 @FORMATS
 def test_every_remainder_of_a_tile_and_of_a_group(isa: str, dtype: torch.dtype) -> None:
-    for m, k, n in itertools.product((1, 2, 5, 6, 7, 13), (1, 3, 7, 33, 302), (1, 4, 5, 16, 17, 47, 65, 130)):
+    for m, k, n in itertools.product(
+        (1, 2, 5, 6, 7, 13, 17, 45), (1, 3, 7, 33, 128, 302), (1, 4, 5, 16, 17, 47, 65, 130)
+    ):
         check(arguments(m + k + n, (m, k), n, dtype, isa=isa), isa)
+
+
+@FORMATS
+def test_products_of_other_libraries_between_ours(dtype: torch.dtype) -> None:
+    """oneDNN multiplies by AMX's tiles too, and remembers what it configured."""
+    x, w = torch.randn(96, 256).bfloat16(), torch.randn(256, 160).bfloat16()
+    alone = [x @ w, x[:33] @ w]
+    for _ in range(3):
+        check(arguments(1, (40, 302), 130, dtype), cpp.target_isa())
+        assert torch.equal(x @ w, alone[0]) and torch.equal(x[:33] @ w, alone[1])
 
 
 @FORMATS

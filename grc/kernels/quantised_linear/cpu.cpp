@@ -28,7 +28,7 @@ GRC_EXPORT AOTITorchError aoti_torch_cpu_quantised_linear(AtenTensorHandle x, At
     const low::Weight weight(packed, scale, out_features, rows.width());
     const Finish finish(input, bias, mul, add, out_features, activation);
     Output y({rows.count(), out_features}, aoti_torch_dtype_float32());
-    low::with_format(weight.scale != nullptr, [&](auto format) {
+    low::with_format(weight.scale != nullptr, rows.count(), [&](auto format) {
       multiply<decltype(format)>(rows, weight, y.data<float>(), out_features, finish.epilogue());
     });
     *ret0 = shaped_like(input, y, out_features);

@@ -295,7 +295,7 @@ GRC_EXPORT AOTITorchError aoti_torch_cpu_packed_score_topk(AtenTensorHandle x, A
       best(FloatItems{float_weight(packed, out_features, width)});
     } else {
       const low::Weight weight(packed, scale, out_features, width);
-      low::with_format(scale != nullptr, [&](auto format) { best(LowItems<decltype(format)>{weight}); });
+      low::with_format(scale != nullptr, rows, [&](auto format) { best(LowItems<decltype(format)>{weight}); });
     }
     *ret0 = shaped_like(input, values, k);
     *ret1 = shaped_like(input, indices, k);

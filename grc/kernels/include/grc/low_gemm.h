@@ -1,13 +1,18 @@
 // y = epilogue(x W^T) over a weight of int8 or bfloat16 in panels; x is brought to the weight's precision row by row.
 //
 // A panel holds kPanel columns, and of each column a group of steps along K side by side, as one lane of 32 bits: the
-// operand of the CPU's own instructions where it has them (VNNI, BF16), which are looked for at run time. Elsewhere the
-// same numbers come from widened products, for which x is widened before: int8 sums are exact either way.
+// operand of the CPU's own instructions where it has them (AMX, VNNI, BF16), which are looked for at run time. Elsewhere
+// the same numbers come from widened products, for which x is widened before: int8 sums are exact either way.
 #pragma once
 
 #include <ATen/Parallel.h>
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 #include <immintrin.h>
+#endif
+#ifdef CPU_CAPABILITY_AVX512
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #include <algorithm>
@@ -25,6 +30,7 @@ namespace grc::low {
 using gemm::kPanel;
 using gemm::kRows;
 using gemm::kVecs;
+using gemm::part;
 using Ints = at::vec::Vectorized<int32_t>;
 static_assert(Ints::size() == kLanes);
 
@@ -39,20 +45,6 @@ inline int32_t as_lane(const void* source) {
   std::memcpy(&lane, source, sizeof(lane));
   return lane;
 }
-
-// Weights of 8 bits, symmetric, a scale a column; x of 8 bits with a scale and a zero a row.
-struct Int8 {
-  using Weight = int8_t;
-  using Sum = Ints;
-  static constexpr int64_t kGroup = 4;
-};
-
-// Weights and x of bfloat16, sums of float32.
-struct Bf16 {
-  using Weight = uint16_t;
-  using Sum = Lanes;
-  static constexpr int64_t kGroup = 2;
-};
 
 // How a row of x became bytes: what a step is worth, and which step is zero.
 struct Row {
@@ -72,7 +64,29 @@ struct Gemm {
 };
 
 struct Tile {
-  int64_t row, col;
+  int64_t row, col, rows;
+};
+
+// How a format takes rows: a tile has up to kUnits units of kUnit rows, x is padded to whole units, and its rows to kAlign
+// elements, an odd multiple where kOdd is 1, so that those of a tile fall into different sets of the cache. A Scope stands
+// while a thread multiplies.
+struct ByRow {
+  static constexpr int64_t kUnit = 1, kUnits = kRows, kAlign = kLanes, kOdd = 0;
+  struct Scope {};
+};
+
+// Weights of 8 bits, symmetric, a scale a column; x of 8 bits with a scale and a zero a row.
+struct Int8 : ByRow {
+  using Weight = int8_t;
+  using Sum = Ints;
+  static constexpr int64_t kGroup = 4;
+};
+
+// Weights and x of bfloat16, sums of float32.
+struct Bf16 : ByRow {
+  using Weight = uint16_t;
+  using Sum = Lanes;
+  static constexpr int64_t kGroup = 2;
 };
 
 // A weight [n, k] as its packer left it, checked. Without a scale it is bfloat16.
@@ -156,7 +170,9 @@ inline Lanes finished(Lanes v, const gemm::Epilogue& e, int64_t row, int64_t col
   }
 }
 
-using Tiles = std::array<void (*)(const Gemm&, const Tile&), kRows * kVecs>;
+// The tiles of a format by their units and vectors.
+template <class Format>
+using Tiles = std::array<void (*)(const Gemm&, const Tile&), Format::kUnits * kVecs>;
 
 // The way to multiply a format: a group of steps along K in `kParts` products of weights and an input, and how lanes of a
 // row, which are whole numbers or will be rounded, are kept as Input.
@@ -238,34 +254,40 @@ struct Bf16 : low::Bf16 {
 }  // namespace widened
 
 #ifdef CPU_CAPABILITY_AVX512
-#pragma GCC push_options
-#pragma GCC target("avx512vnni,avx512bf16")
 
-namespace native {
-
-struct Int8 : low::Int8 {
+// x for the CPU's own products, kept outside of their target so that it is inlined.
+struct Bytes : Int8 {
   using Input = uint8_t;
-  static constexpr int kParts = 1;
-  static __m512i weights(const int8_t* source, int) { return _mm512_loadu_si512(source); }
-  static __m512i input(const Input* source, int) { return _mm512_set1_epi32(as_lane(source)); }
-  static Ints dot(Ints sum, __m512i x, __m512i w) { return _mm512_dpbusd_epi32(sum, x, w); }
-
   static void keep(Lanes whole, Input* out) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(whole)));
   }
 };
 
-struct Bf16 : low::Bf16 {
+struct Halves : Bf16 {
   using Input = uint16_t;
-  static constexpr int kParts = 1;
-  static __m512bh weights(const uint16_t* source, int) { return (__m512bh)_mm512_loadu_si512(source); }
-  static __m512bh input(const Input* source, int) { return (__m512bh)_mm512_set1_epi32(as_lane(source)); }
-  static Lanes dot(Lanes sum, __m512bh x, __m512bh w) { return _mm512_dpbf16_ps(sum, x, w); }
-
   static void keep(Lanes v, Input* out) {
     const auto halves = at::vec::convert_from_float<c10::BFloat16>(v, Lanes(0.f));
     halves.store(reinterpret_cast<c10::BFloat16*>(out), kLanes);
   }
+};
+
+#pragma GCC push_options
+#pragma GCC target("avx512vnni,avx512bf16")
+
+namespace native {
+
+struct Int8 : Bytes {
+  static constexpr int kParts = 1;
+  static __m512i weights(const int8_t* source, int) { return _mm512_loadu_si512(source); }
+  static __m512i input(const Input* source, int) { return _mm512_set1_epi32(as_lane(source)); }
+  static Ints dot(Ints sum, __m512i x, __m512i w) { return _mm512_dpbusd_epi32(sum, x, w); }
+};
+
+struct Bf16 : Halves {
+  static constexpr int kParts = 1;
+  static __m512bh weights(const uint16_t* source, int) { return (__m512bh)_mm512_loadu_si512(source); }
+  static __m512bh input(const Input* source, int) { return (__m512bh)_mm512_set1_epi32(as_lane(source)); }
+  static Lanes dot(Lanes sum, __m512bh x, __m512bh w) { return _mm512_dpbf16_ps(sum, x, w); }
 };
 
 #include "low_tile.h"
@@ -273,12 +295,17 @@ struct Bf16 : low::Bf16 {
 }  // namespace native
 
 #pragma GCC pop_options
+
+#include "low_amx.h"
 #endif
 
-// Calls `use` with a format by which this CPU multiplies a weight of int8 (`bytes`) or bfloat16.
+// Calls `use` with a format by which this CPU multiplies `rows` rows by a weight of int8 (`bytes`) or bfloat16.
 template <class Use>
-void with_format(bool bytes, Use use) {
+void with_format(bool bytes, int64_t rows, Use use) {
 #ifdef CPU_CAPABILITY_AVX512
+  static const bool int8_tiles = amx::usable(amx::Int8::kFeature), bf16_tiles = amx::usable(amx::Bf16::kFeature);
+  if (bytes && int8_tiles && rows >= amx::Int8::kFewest) return use(amx::Int8{});
+  if (!bytes && bf16_tiles && rows >= amx::Bf16::kFewest) return use(amx::Bf16{});
   static const bool vnni = __builtin_cpu_supports("avx512vnni"), bf16 = __builtin_cpu_supports("avx512bf16");
   if (bytes && vnni) return use(native::Int8{});
   if (!bytes && bf16) return use(native::Bf16{});
@@ -290,17 +317,21 @@ void with_format(bool bytes, Use use) {
 // y[m0:m1] at vectors v0..v1-1 of its columns, by one thread.
 template <class Format>
 void panels(const Gemm& g, int64_t m0, int64_t m1, int64_t v0, int64_t v1) {
-  const Tiles& table = tiles(Format{});
-  const int64_t rows = m1 - m0, width = g.depth * static_cast<int64_t>(sizeof(typename Format::Input));
-  const int64_t blocks = at::divup(rows, std::max(4 * kRows, kBlockBytes / std::max<int64_t>(width, 1)));
+  [[maybe_unused]] const typename Format::Scope scope;
+  const Tiles<Format>& table = tiles(Format{});
+  const auto row = [&](int64_t unit) { return std::min(m1, m0 + unit * Format::kUnit); };
+  const int64_t units = at::divup(m1 - m0, Format::kUnit);
+  const int64_t width = g.depth * static_cast<int64_t>(sizeof(typename Format::Input)) * Format::kUnit;
+  const int64_t blocks = at::divup(units, std::max(4 * Format::kUnits, kBlockBytes / std::max<int64_t>(width, 1)));
   for (int64_t block = 0; block < blocks; ++block) {
-    const auto [b0, b1] = gemm::part(rows, blocks, block);
-    const int64_t count = at::divup(b1 - b0, kRows);
+    const auto [b0, b1] = part(units, blocks, block);
+    const int64_t count = at::divup(b1 - b0, Format::kUnits);
     for (int64_t v = v0; v < v1;) {
       const int64_t vecs = std::min(kVecs - v % kVecs, v1 - v);
       for (int64_t i = 0; i < count; ++i) {
-        const auto [r0, r1] = gemm::part(b1 - b0, count, i);
-        table[(r1 - r0 - 1) * kVecs + vecs - 1](g, {m0 + b0 + r0, v * kLanes});
+        const auto [u0, u1] = part(b1 - b0, count, i);
+        const int64_t first = row(b0 + u0);
+        table[(u1 - u0 - 1) * kVecs + vecs - 1](g, {first, v * kLanes, row(b0 + u1) - first});
       }
       v += vecs;
     }
@@ -314,7 +345,9 @@ class Input {
   using Element = typename Format::Input;
 
   Input(gemm::Matrix x, int64_t m, int64_t k)
-      : stride_((k + kLanes - 1) / kLanes * kLanes), data_(new Element[m * stride_ + 64]) {
+      : stride_((at::divup(k, Format::kAlign) | Format::kOdd) * Format::kAlign),
+        owned_(new Element[at::divup(m, Format::kUnit) * Format::kUnit * stride_ + 2 * 64]) {
+    data_ = reinterpret_cast<Element*>((reinterpret_cast<uintptr_t>(owned_.get()) + 63) & ~uintptr_t{63});
     if constexpr (kBytes) row_.reset(new Row[m]);
     // A row of 2048 takes about half a microsecond.
     at::parallel_for(0, m, at::divup(int64_t{64 * 1024}, std::max<int64_t>(k, 1)), [&](int64_t begin, int64_t end) {
@@ -322,18 +355,20 @@ class Input {
     });
   }
 
-  const Element* data() const { return data_.get(); }
+  const Element* data() const { return data_; }
   const Row* row() const { return row_.get(); }
   int64_t stride() const { return stride_; }
 
  private:
   int64_t stride_;
-  std::unique_ptr<Element[]> data_;
+  std::unique_ptr<Element[]> owned_;
+  Element* data_;  // on a cache line: tiles are read by lines
   std::unique_ptr<Row[]> row_;
   static constexpr bool kBytes = std::is_base_of_v<Int8, Format>;
 
   void convert(const float* x, int64_t k, int64_t i) {
-    Element* out = data_.get() + i * stride_;
+    Element* out = data_ + i * stride_;
+    for (int64_t d = padded(k); d < stride_; ++d) out[d] = 0;
     if constexpr (kBytes) {
       Lanes low(0.f), high(0.f);
       for (int64_t d = 0; d < k; d += kLanes) {
@@ -378,11 +413,12 @@ void run(Gemm g) {
   gemm::Gemm like{{}, nullptr, nullptr, g.m, g.n, g.depth, {}};
   const gemm::Split s = gemm::split(like, vecs, threads);
   const int64_t unit = g.m > kRows && vecs >= 8 * kVecs * s.cols ? kVecs : 1;
-  const int64_t units = at::divup(vecs, unit);
+  const int64_t units = at::divup(vecs, unit), heights = at::divup(g.m, Format::kUnit);
   at::parallel_for(0, s.rows * s.cols, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const auto [m0, m1] = gemm::part(g.m, s.rows, i / s.cols);
-      const auto [u0, u1] = gemm::part(units, s.cols, i % s.cols);
+      const auto [h0, h1] = part(heights, s.rows, i / s.cols);
+      const auto [u0, u1] = part(units, s.cols, i % s.cols);
+      const int64_t m0 = h0 * Format::kUnit, m1 = std::min(g.m, h1 * Format::kUnit);
       if (m0 < m1) panels<Format>(g, m0, m1, u0 * unit, std::min(vecs, u1 * unit));
     }
   });

@@ -63,14 +63,4 @@ void tile(const Gemm& g, const Tile& t) {
   write(g, t, sums, ROWS, VECS);
 }
 
-template <class Format, std::size_t... I>
-constexpr Tiles tile_table(std::index_sequence<I...>) {
-  return {tile<Format, I / kVecs + 1, I % kVecs + 1>...};
-}
-
-// Found by the format's namespace.
-template <class Format>
-const Tiles& tiles(Format) {
-  static constexpr Tiles table = tile_table<Format>(std::make_index_sequence<kRows * kVecs>());
-  return table;
-}
+#include "low_table.h"
