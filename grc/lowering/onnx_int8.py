@@ -34,8 +34,9 @@ class OnnxRuntimeInt8(OnnxRuntime):
             raise LoweringError("it would need a float32 copy of the tables that are kept in fewer bits")
         proto, constants = onnx_model(lowerable)
         weights = {str(n.target): n.meta["val"] for n in lowerable.graph.graph.nodes if n.op == "get_attr"}
-        lowered = {tuple(w.shape) for name, w in weights.items() if self.formats.get(name) == "int8"}
-        kept = {tuple(w.shape) for name, w in weights.items() if name not in self.formats} - lowered
+        layers = {name: tuple(w.shape) for name, w in weights.items() if w.dim() > 1}
+        lowered = {shape for name, shape in layers.items() if self.formats.get(name) == "int8"}
+        kept = {*layers.values()} - lowered
         file = f"{self.name}.onnx"
         proto, constants = quantised(proto, constants, {shape[::-1] for shape in kept} | kept, self.quantise, file)
         (folder / file).write_bytes(proto.SerializeToString())
@@ -124,9 +125,10 @@ def quantised(
             tensor.raw_data = constants[tensor.name].detach().contiguous().numpy().tobytes()
     shapes = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
     excluded = [
-        node.name
+        name
         for node in proto.graph.node
         if node.op_type in ("MatMul", "Gemm") and any(shapes.get(name) in kept for name in node.input)
+        for name in (node.name, f"{node.name}_MatMul")  # what the dynamic quantiser makes of a Gemm
     ]
     with tempfile.TemporaryDirectory() as folder:
         before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
