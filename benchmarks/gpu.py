@@ -6,13 +6,13 @@
 Each model is built and measured in processes of its own: what crashes or takes too long costs no other its rows.
 `--seconds` is what one model may take in one precision; what did not fit is named at the end. Rows have the form of
 `grc bench`: device time by CUDA events, wall time from host input to host output, errors beside both. What the compiler
-itself measured, plain AOTInductor under the same graphs among it, goes to rows.builds.jsonl.
+itself measured, plain AOTInductor under the same graphs among it, goes to rows-builds.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import datetime
 import os
 import subprocess
 import sys
@@ -20,6 +20,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
+from benchmarks.precision import replace
+from grc.bench.host import versions
 from grc.bench.rows import read
 from grc.bench.table import text_table
 
@@ -28,6 +32,7 @@ BATCHES = {"gr": (1, 8, 32, 128)}
 USUAL = (1, 128, 2048, 16384)
 IDS = {"gr": "uniform"}  # it reads none
 SIZES = {"dlrm": "gpu"}
+BUILD = ("model", "precision", "engine", "batch", "machine")  # one row of each is kept
 RECORDED = 0.4  # seconds of recorded calls of each engine at each batch: thousands of them
 
 # A model file that gives the zoo's model and its inputs in half precision.
@@ -125,7 +130,8 @@ def build(model: str, path: str, options: argparse.Namespace) -> None:
     """Compile one artifact with a bucket for each measured batch size, and say what was measured meanwhile."""
     import grc
 
-    sizes = batches_of(Path(model).stem, options)
+    name = Path(model).stem
+    sizes = batches_of(name, options)
     alone = tuple(map(int, options.static.split(","))) if options.static else sizes
     chosen = grc.Options(
         output=Path(path), device="cuda", engine=options.engine, batches=alone, max_batch=max(sizes), buckets=sizes,
@@ -136,10 +142,24 @@ def build(model: str, path: str, options: argparse.Namespace) -> None:
         print(f"  {stage['name']:8} {stage['seconds']:6.1f} s  {stage['summary']}")
     for row in manifest["measured"]:
         print(f"  {row['engine']:16} batch {row['batch']:6} {row['p50_us']:10.1f} us")
-    kept = ("name", "target", "gpu", "stages", "measured", "rejected", "quality")
-    record = {"precision": options.precisions, **{name: manifest[name] for name in kept}}
-    with open(options.output.with_suffix(".builds.jsonl"), "a") as file:
-        file.write(json.dumps(record) + "\n")
+    place = {
+        "machine": torch.cuda.get_device_name(),
+        "versions": ", ".join(
+            f"{name} {version}" for name, version in versions().items() if name in ("torch", "triton")
+        ),
+        "date": datetime.date.today().isoformat(),
+        "command": f"python -m benchmarks.gpu --models {name} --precisions {options.precisions} --batches "
+        + ",".join(map(str, sizes)),
+    }
+    rows = [
+        {
+            "model": name, "precision": options.precisions, "engine": row["engine"], "batch": row["batch"],
+            "p50_us": row["p50_us"], "p99_us": row.get("p99_us"), "build_s": row.get("build_s"),
+            "error": manifest["quality"].get(row["engine"]), **place,
+        }
+        for row in manifest["measured"]
+    ]  # fmt: skip
+    replace(rows, options.output.with_stem(f"{options.output.stem}-builds"), BUILD)
     for engine, reason in manifest["rejected"].items():
         print(f"  {engine} was rejected: {reason}")
     for part in manifest["parts"]:

@@ -54,7 +54,7 @@ def main() -> int:
             rows = measured(name, Path(folder), options)
         shown(name, rows)
         if not options.small:
-            kept(rows, options.output)
+            replace(rows, options.output, KEY)
     return 0
 
 
@@ -144,11 +144,11 @@ def shown(name: str, rows: list[dict[str, Any]]) -> None:
     print("\n".join(table(lines, indent="")), flush=True)
 
 
-def kept(rows: list[dict[str, Any]], file: Path) -> None:
-    """Replace the rows of the same place."""
-    new = {tuple(r[name] for name in KEY) for r in rows}
+def replace(rows: list[dict[str, Any]], file: Path, key: tuple[str, ...]) -> None:
+    """Add rows to a file, in the place of those that have the same key."""
+    new = {tuple(r[name] for name in key) for r in rows}
     old = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    staying = [r for r in old if tuple(r[name] for name in KEY) not in new]
+    staying = [r for r in old if tuple(r[name] for name in key) not in new]
     file.write_text("".join(json.dumps(r) + "\n" for r in [*staying, *rows]))
 
 
