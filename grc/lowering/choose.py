@@ -140,10 +140,15 @@ def build_all(
         else:
             rejected[engine.name] = reason
     if not candidates:
-        name, reason = next(iter(rejected.items()))
+        reasons = [f"{name}: {reason}" for name, reason in rejected.items()]
+        fault = (
+            f"engine {only} can't be used: {rejected[only]}"
+            if only
+            else "\n  ".join(["no engine can be used", *reasons])
+        )
         if over_budget:
-            raise BudgetError(f"engine {name} can't be used: {reason}", "allow more with --budget, or lower less")
-        raise LoweringError(f"engine {name} can't be used: {reason}", "try --engine auto, or see grc doctor")
+            raise BudgetError(fault, "allow more with --budget, or lower less")
+        raise LoweringError(fault, "try --engine auto, or see grc doctor" if only else "see grc doctor")
     return candidates, rejected
 
 
