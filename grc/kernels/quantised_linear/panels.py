@@ -11,7 +11,7 @@ from torch.nn import functional
 from grc.errors import LoweringError
 from grc.kernels.packed_linear.panels import PANEL
 
-GROUP = {torch.int8: 4, torch.bfloat16: 2}  # `kGroup` in grc/low_gemm.h: what one lane of 32 bits holds
+GROUP = {torch.int8: 4, torch.bfloat16: 2}  # `kGroup` in grc/low.h: what one lane of 32 bits holds
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LARGEST8 = 448.0  # of float8_e4m3fn
 MAX_DEPTH = 65536  # `kMaxDepth` there: 65536 products of 255 and 127 fit into 32 bits

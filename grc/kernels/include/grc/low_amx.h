@@ -1,5 +1,5 @@
 // Products of whole tiles by AMX: 16 rows of x times 16 columns of a panel, 64 bytes of each along K at a time. Included by
-// low_gemm.h inside its namespace.
+// low_formats.h inside its namespace.
 //
 // A panel's groups of steps are a tile's operand as they lie. The instructions are written out, so that no compiler flag
 // is needed, and each names its tiles: 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 columns of the weight.

@@ -1,4 +1,4 @@
-// One register tile, written once and compiled for each way to multiply: included by low_gemm.h inside a namespace that
+// One register tile, written once and compiled for each way to multiply: included by low_formats.h inside a namespace that
 // has the CPU's instructions, or not. Hence no include guard.
 
 template <class Format, int ROWS, int VECS>
