@@ -109,6 +109,10 @@ def capture(model: Model) -> Source:
         source = describe(model, graph, names, sizes, structure, smallest, mode)
         fault = find_fault(source)
         if fault is None:
+            if written := [name.removeprefix("model.") for name in graph.meta.pop("written")]:
+                source.notes.append(
+                    f"forward changes {', '.join(written)}: an artifact keeps it as it was when compiled"
+                )
             return source
         failures.append((mode, fault, None))
     mode, reason, cause = failures[0]

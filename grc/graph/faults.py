@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -89,8 +90,13 @@ def first_line(error: BaseException) -> str:
 
 def explain(error: Exception) -> str:
     """What is wrong in the user's terms."""
-    text = str(error)
+    text, frames = str(error), traceback.extract_tb(error.__traceback__)
+    recurrent = any(frame.filename.endswith(("nn/utils/rnn.py", "nn/modules/rnn.py")) for frame in frames)
+    if recurrent and ("FakeTensor" in text or "data-dependent" in text):
+        return "a packed sequence has its lengths as numbers, which differ from request to request"
     if "data-dependent" in text or "GuardOnDataDependent" in type(error).__name__ or "unbacked" in text.lower():
+        if any("one_hot(" in (frame.line or "") for frame in frames):
+            return "one_hot counts its classes in the values of a tensor"
         return "control flow depends on the values of a tensor"
     if "Constraints violated" in text or "specialized" in text.lower():
         return f"a size that should vary was fixed ({first_line(error)})"
@@ -98,6 +104,10 @@ def explain(error: Exception) -> str:
 
 
 def hint_for(reason: str) -> str:
+    if "packed sequence" in reason:
+        return "run the layer over all steps and take each row's last: out[torch.arange(len(lengths)), lengths - 1]"
+    if "one_hot" in reason:
+        return "give it num_classes=, the number of rows that the ids may have"
     if "control flow" in reason:
         return "use torch.where or torch.cond instead of `if tensor:`, and keep .item() out of forward"
     if "fixed" in reason or "specialised" in reason:

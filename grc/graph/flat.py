@@ -70,16 +70,25 @@ def model_frames(_: TracerBase, stack: traceback.StackSummary) -> traceback.Stac
 
 
 def flat_graph(program: torch.export.ExportedProgram) -> fx.GraphModule:
-    """The program in unlifted form, with flat inputs and a flat tuple of outputs."""
+    """The program in unlifted form, with flat inputs and a flat tuple of outputs. `meta["written"]` names the buffers and
+    parameters that forward writes to, which the graph does not."""
     with quiet_export():
-        module = program.run_decompositions({}).module(check_guards=False)
+        functional = program.run_decompositions({})
+        module = functional.module(check_guards=False)
     graph = module.graph
     graph.set_codegen(fx.graph.CodeGen())
     inline_regions(module)
     tensors_only(graph)
+    drop_writes(graph)
     flat = fx.GraphModule(module, graph)
+    flat.meta["written"] = written(functional.graph_signature)
     flat.recompile()
     return flat
+
+
+def written(signature: torch.export.ExportGraphSignature) -> list[str]:
+    parameters = getattr(signature, "parameters_to_mutate", {})  # not in every version
+    return sorted({*signature.buffers_to_mutate.values(), *parameters.values()})
 
 
 def inline_regions(module: fx.GraphModule) -> None:
@@ -99,6 +108,14 @@ def inline_regions(module: fx.GraphModule) -> None:
             module.graph.erase_node(user)
         module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
+
+
+def drop_writes(graph: fx.Graph) -> None:
+    """Drop what forward leaves behind in buffers and inputs: only that is still written in place in an exported graph."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is torch.ops.aten.copy_.default and not node.users:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
 
 
 def tensors_only(graph: fx.Graph) -> None:

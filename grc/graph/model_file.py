@@ -180,6 +180,13 @@ def load_program(path: Path) -> Model:
 
 
 def require_eval(model: nn.Module, path: Path | None) -> nn.Module:
+    """The model, if it can be exported at all. Raises ModelFileError for TorchScript and for one in training mode."""
+    scripted = [name for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    if scripted:
+        raise ModelFileError(
+            f"{path or type(model).__name__}: {scripted[0] or 'the model'} is TorchScript, which torch.export does not take",
+            "return the nn.Module that it was made from; load_state_dict(scripted.state_dict()) brings the weights over",
+        )
     training = [name or type(model).__name__ for name, m in model.named_modules() if m.training]
     if training:
         where = f"{path}: " if path else ""

@@ -242,6 +242,44 @@ def gather_to_embedding(edit: Rewriter, node: fx.Node) -> fx.Node | None:
     return edit.call(aten.embedding.default, table, ids)
 
 
+def limited_rows(edit: Rewriter, node: fx.Node) -> fx.Node | None:
+    """Rows of a table brought to at most `max_norm` where they are looked up: a table brought there once.
+
+    The operator copies the whole table at each call. Only the rows that it names are read, and bringing one there twice
+    changes nothing.
+    """
+    if not is_op(node, aten.embedding_renorm):
+        return None
+    table, ids, *limits = node.args
+    tensor = attribute(edit.module, table)
+
+    def reads_these(user: fx.Node) -> bool:
+        if is_op(user, aten.embedding_renorm):
+            return user.args[0] is node and list(user.args[2:]) == limits
+        looks_up = is_op(
+            user, aten.embedding, aten.embedding_bag, aten._embedding_bag, aten._embedding_bag_forward_only
+        )
+        return looks_up and user.args[0] is node and same_ids(user.args[1], ids)
+
+    if tensor is None or not all(reads_these(user) for user in node.users):
+        return None
+    with torch.no_grad():
+        limited = torch.embedding_renorm_(tensor.detach().clone(), torch.arange(len(tensor)), *limits)
+    if torch.equal(limited, tensor):
+        return table  # type: ignore[return-value]
+    return edit.parameter("limited_table", limited)
+
+
+def same_ids(a: Any, b: Any) -> bool:
+    """Whether two nodes hold the same ids, in whichever shape."""
+    shapes = (aten.reshape, aten.view, aten.flatten, aten.squeeze, aten.unsqueeze, aten.clone, aten.contiguous)
+    while is_op(a, *shapes):
+        a = a.args[0]
+    while is_op(b, *shapes):
+        b = b.args[0]
+    return a is b
+
+
 def negative_possible(ids: fx.Node) -> bool:
     """Indexing wraps negative ids where an embedding refuses them; only plain inputs are taken to be ids."""
     while is_op(ids, aten.reshape, aten.slice, aten.select, aten.to, aten._to_copy, aten.cat):
@@ -271,4 +309,5 @@ RULES: tuple[Rule, ...] = (
     drop_zero,
     one_hot_product,
     gather_to_embedding,
+    limited_rows,
 )

@@ -296,6 +296,29 @@ class TestSharedMemory:
         assert captured(Forward(forward, **tables), inputs).min_batch == 1
 
 
+class TestState:
+    def test_a_counter_in_a_buffer_is_kept_as_it_was(self) -> None:
+        def forward(self, x: Tensor) -> Tensor:
+            self.norm.num_batches_tracked += 1
+            return torch.relu(self.norm(x))
+
+        source = captured(Forward(forward, norm=nn.BatchNorm1d(4)), lambda b: (rows(b, 4),))
+        assert source.notes == [
+            "forward changes norm.num_batches_tracked: an artifact keeps it as it was when compiled"
+        ]
+        check(source.graph, "CHECK: relu\nCHECK-NOT: copy_")
+
+    def test_an_input_that_forward_writes_to(self) -> None:
+        source = captured(Forward(lambda self, x: x.clamp_(min=0) + 1), lambda b: (rows(b, 4),))
+        assert source.notes == []
+        check(source.graph, "CHECK: clamp\nCHECK-NOT: copy_")
+
+    def test_rows_that_are_scaled_where_they_are_looked_up(self) -> None:
+        table = nn.Embedding(10, 4, max_norm=1.0)
+        source = captured(Forward(lambda self, x: self.table(x).sum(1), table=table), lambda b: (ids(b, 3),))
+        assert "table.weight" in source.notes[0]
+
+
 class TestNumerics:
     def test_dtypes_are_kept(self) -> None:
         model = Forward(lambda self, x: self.layer(x), layer=nn.Linear(4, 4)).bfloat16()

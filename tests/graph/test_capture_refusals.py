@@ -54,6 +54,36 @@ def test_control_flow_on_values_names_the_users_line(tmp_path: Path) -> None:
     assert "torch.where" in str(error.hint)
 
 
+def test_classes_counted_in_values(tmp_path: Path) -> None:
+    path = model_file(tmp_path, "y = torch.nn.functional.one_hot(x.argmax(1))\nreturn self.layer(x) + y.sum()")
+    error = refusal(path)
+    assert f"{path}:11: one_hot counts its classes" in error.message and "num_classes" in str(error.hint)
+
+
+@pytest.mark.parametrize("layer", [nn.GRU, nn.LSTM])
+def test_packed_sequences(layer: type[nn.Module]) -> None:
+    def forward(self: Forward, steps: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(steps, lengths, batch_first=True, enforce_sorted=False)
+        states = self.layer(packed)[0]
+        return nn.utils.rnn.pad_packed_sequence(states, batch_first=True, total_length=5)[0]
+
+    with pytest.raises(CaptureError, match="a packed sequence has its lengths as numbers") as caught:
+        captured(
+            Forward(forward, layer=layer(4, 3, batch_first=True)), lambda b: (rows(b, 5, 4), torch.arange(b) % 5 + 1)
+        )
+    assert __file__ in caught.value.message and "lengths - 1" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("made", [torch.jit.script, lambda layer: torch.jit.trace(layer, torch.ones(2, 4))])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript(made: Callable[[nn.Module], nn.Module]) -> None:
+    with pytest.raises(ModelFileError, match="the model is TorchScript") as caught:
+        from_module(made(nn.Linear(4, 4).eval()), lambda b: (rows(b, 4),))
+    assert "nn.Module" in str(caught.value.hint)
+    with pytest.raises(ModelFileError, match="layer is TorchScript"):
+        from_module(Forward(lambda self, x: self.layer(x), layer=made(nn.Linear(4, 4).eval())).eval(), lambda b: ())
+
+
 @pytest.mark.parametrize("beside", ["site-packages", "project/.venv/site-packages"])
 def test_the_line_of_a_library_whose_model_it_is(beside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library, project = tmp_path / beside, tmp_path / "project"

@@ -214,6 +214,17 @@ def test_computed_indices_may_be_negative_and_stay_an_index():
     check(graph, "CHECK: aten.index(\nCHECK-NOT: aten.embedding")
 
 
+def test_a_table_whose_rows_are_limited_is_limited_once():
+    def forward(self, x, y):
+        return self.table(x) + self.table(y[:, None]).squeeze(1)
+
+    table = nn.Embedding(10, 3, max_norm=0.5)
+    graph = normalised(forward, ids(4, 1).squeeze(1), ids(4, 1).squeeze(1) // 2, table=table)
+    check(graph, "CHECK-COUNT-2: aten.embedding(%limited_table\nCHECK-NOT: renorm")
+    free = normalised(lambda self, x: self.table(x) + self.table.weight.sum(), ids(4, 1), table=table)
+    check(free, "CHECK: aten.embedding_renorm")  # rows that are read without being limited
+
+
 def test_layers_stacked_in_one_parameter_share_its_storage():
     class Stacked(nn.Module):
         def __init__(self):
