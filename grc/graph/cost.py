@@ -30,8 +30,13 @@ def layers(graph: fx.GraphModule) -> list[Layer]:
         if tensor is None:
             continue
         kind, flops = role(node, tensor)
-        found[str(node.target)] = Layer(str(node.target), kind, tuple(tensor.shape), tensor.nbytes, flops)
+        found[str(node.target)] = Layer(str(node.target), kind, tuple(tensor.shape), bytes_of(tensor), flops)
     return sorted(found.values(), key=lambda layer: -layer.bytes)
+
+
+def bytes_of(tensor: torch.Tensor) -> int:
+    """Those of a sparse tensor are of its numbers alone."""
+    return (tensor.numel() if tensor.layout is torch.strided else tensor._nnz()) * tensor.itemsize
 
 
 def role(node: fx.Node, tensor: torch.Tensor) -> tuple[str, int]:

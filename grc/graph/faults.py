@@ -88,6 +88,11 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+SPARSE_HINT = (
+    "add up each row's neighbours instead: torch.zeros_like(x).index_add(0, rows, weights[:, None] * x[columns])"
+)
+
+
 def explain(error: Exception) -> str:
     """What is wrong in the user's terms."""
     text, frames = str(error), traceback.extract_tb(error.__traceback__)
@@ -98,6 +103,8 @@ def explain(error: Exception) -> str:
         if any("one_hot(" in (frame.line or "") for frame in frames):
             return "one_hot counts its classes in the values of a tensor"
         return "control flow depends on the values of a tensor"
+    if "aten._sparse" in text or ("UnsupportedOperator" in type(error).__name__ and "aten.mm" in text):
+        return "a sparse tensor is multiplied with what a request brings"
     if "Constraints violated" in text or "specialized" in text.lower():
         return f"a size that should vary was fixed ({first_line(error)})"
     return f"{type(error).__name__}: {first_line(error)}"
@@ -106,6 +113,8 @@ def explain(error: Exception) -> str:
 def hint_for(reason: str) -> str:
     if "packed sequence" in reason:
         return "run the layer over all steps and take each row's last: out[torch.arange(len(lengths)), lengths - 1]"
+    if "sparse tensor" in reason:
+        return SPARSE_HINT
     if "one_hot" in reason:
         return "give it num_classes=, the number of rows that the ids may have"
     if "control flow" in reason:

@@ -15,6 +15,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 from torch.fx.proxy import TracerBase
+from torch.nn.modules import transformer
 
 import grc.errors
 
@@ -38,11 +39,15 @@ def quiet_export() -> Iterator[None]:
 @contextmanager
 def without_fast_path() -> Iterator[None]:
     """Trace the operators of nn.TransformerEncoderLayer and nn.MultiheadAttention, not the one kernel that stands for all of
-    them without gradients: no pass could look into it."""
+    them without gradients: no pass could look into it. Nor does nn.TransformerEncoder ask whether a mask's values make it
+    causal, which no export can follow: without the answer the mask itself is used."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with mock.patch.object(
+            transformer, "_detect_is_causal_mask", lambda mask, is_causal=None, size=None: bool(is_causal)
+        ):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from grc.errors import LoweringError
+from grc.graph.faults import SPARSE_HINT
 from grc.runtime.weights import write_weights
 
 
@@ -19,7 +21,12 @@ class Store:
         self.tensors: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, tensor: torch.Tensor) -> dict[str, Any]:
-        """A reference to where the constant will lie: a whole tensor, or a slice of one already there."""
+        """A reference to where the constant will lie: a whole tensor, or a slice of one already there.
+
+        Raises LoweringError for a sparse one: those that meet no request are folded by normalise.
+        """
+        if tensor.layout is not torch.strided:
+            raise LoweringError(f"{name} is a sparse tensor, which an artifact does not hold", SPARSE_HINT)
         if not tensor.is_contiguous():
             tensor = tensor.contiguous()
         memory = tensor.untyped_storage()

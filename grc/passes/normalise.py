@@ -28,6 +28,11 @@ from grc.passes.products import (
 ROUNDS = 8  # a rule may open the way for another; the zoo's models need at most four
 FOLD_BYTES = 1 << 20  # constants up to this size are folded; weights stay as they are
 END = 2**63 - 1
+# what the rules on look-ups and shapes bring to their own form: nothing is computed
+UNCOMPUTED = (
+    aten.embedding, aten.embedding_bag, aten._embedding_bag, aten._embedding_bag_forward_only, aten.embedding_renorm,
+    aten.index, aten.index_select, aten.gather, aten.reshape, aten.contiguous, aten.clone, aten.flatten, aten.expand,
+)  # fmt: skip
 Rule = Callable[[Rewriter, fx.Node], fx.Node | None]
 
 
@@ -139,34 +144,35 @@ def drop_alias(edit: Rewriter, node: fx.Node) -> fx.Node | None:
 
 
 def fold_constant(edit: Rewriter, node: fx.Node) -> fx.Node | None:
-    """Compute what depends on no input."""
-    if not isinstance(node.target, torch._ops.OpOverload) and node.target is not operator.getitem:
+    """Compute what depends on no input: small constants, and of weights what is computed and takes no more room than they
+    do, such as a normalised table or a graph convolution's sums over neighbours. Views of weights and look-ups in them stay.
+    """
+    source: Any = node.args[0] if node.target is operator.getitem else node
+    if source.op != "call_function" or not isinstance(source.target, torch._ops.OpOverload):
         return None
-    operator_call = isinstance(node.target, torch._ops.OpOverload)
-    if operator_call and (node.target.namespace != "aten" or torch.Tag.nondeterministic_seeded in node.target.tags):  # type: ignore[union-attr]
+    if source.target.namespace != "aten" or torch.Tag.nondeterministic_seeded in source.target.tags:
         return None
-    inputs = node.all_input_nodes
-    result = value(node)
+    result, inputs = value(node), source.all_input_nodes
     if not isinstance(result, torch.Tensor) or not all(static(s) for s in result.shape):
         return None
-    if result.numel() * result.itemsize > FOLD_BYTES:
-        return None
-    source = node
-    if node.target is operator.getitem:
-        source = node.args[0]  # type: ignore[assignment]
-        inputs = source.all_input_nodes
-        if not isinstance(source.target, torch._ops.OpOverload) or source.target.namespace != "aten":
-            return None
     tensors = [attribute(edit.module, n) for n in inputs]
-    if any(t is None or t.numel() * t.itemsize > FOLD_BYTES or isinstance(t, torch.nn.Parameter) for t in tensors):
+    if any(t is None for t in tensors):
         return None
-    known = dict(zip(inputs, tensors, strict=True))
-    args = fx.map_arg(source.args, lambda n: known[n])
-    kwargs = fx.map_arg(source.kwargs, lambda n: known[n])
+    known: dict[fx.Node, torch.Tensor] = dict(zip(inputs, tensors, strict=True))  # type: ignore[arg-type]
+    small = all(size <= FOLD_BYTES for size in map(bytes_of, (result, *known.values())))
+    if not small or any(isinstance(t, torch.nn.Parameter) for t in known.values()):
+        computed = known and not source.target.is_view and not is_op(source, *UNCOMPUTED)
+        if not computed or bytes_of(result) > sum(map(bytes_of, known.values())):
+            return None
+    args, kwargs = (fx.map_arg(part, lambda n: known[n]) for part in (source.args, source.kwargs))
     with torch.no_grad():
-        folded = source.target(*args, **kwargs)  # type: ignore[operator]
+        folded = source.target(*args, **kwargs)
         folded = folded[node.args[1]] if source is not node else folded
     return edit.parameter("constant", folded.detach().clone().contiguous())
+
+
+def bytes_of(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
 
 
 def view_of_constant(edit: Rewriter, node: fx.Node) -> fx.Node | None:

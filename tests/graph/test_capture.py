@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import grc
 from grc.graph.capture import Source, capture
 from grc.graph.faults import fault_at
 from grc.graph.model_file import from_module
@@ -29,6 +31,16 @@ class Forward(nn.Module):
 
     def forward(self, *args, **kwargs):
         return self.function(self, *args, **kwargs)
+
+
+class Neighbours(Forward):
+    """With the sparse adjacency of 50 users and items, as graph convolutions over them have."""
+
+    def __init__(self, function, **modules: nn.Module) -> None:
+        super().__init__(function, **modules)
+        edges = torch.randint(0, 50, (2, 200), generator=torch.Generator().manual_seed(0))
+        adjacency = torch.sparse_coo_tensor(edges, torch.full((200,), 0.1), (50, 50), check_invariants=True)
+        self.register_buffer("adjacency", adjacency.coalesce())
 
 
 def rows(batch: int, *sizes: int) -> Tensor:
@@ -317,6 +329,37 @@ class TestState:
         table = nn.Embedding(10, 4, max_norm=1.0)
         source = captured(Forward(lambda self, x: self.table(x).sum(1), table=table), lambda b: (ids(b, 3),))
         assert "table.weight" in source.notes[0]
+
+
+class TestConstants:
+    def test_a_graph_convolution_is_a_look_up(self, tmp_path: Path) -> None:
+        """LightGCN (He et al. 2020): the mean over layers of sums over neighbours, all of it known before any request."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            layers = [torch.cat([self.users.weight, self.items.weight])]
+            for _ in range(2):
+                layers.append(torch.sparse.mm(self.adjacency, layers[-1]))
+            users, items = torch.stack(layers, 1).mean(1).split([30, 20])
+            return (users[x[:, 0]] * items[x[:, 1]]).sum(-1)
+
+        torch.manual_seed(0)
+        model = Neighbours(forward, users=nn.Embedding(30, 8), items=nn.Embedding(20, 8)).eval()
+        options = grc.Options(tmp_path / "lightgcn.grc", batches=(4,), engine="eager", strict=True)
+        program = grc.load(grc.compile(model, lambda b: (ids(b, 2),), options).path)
+        x = ids(6, 2)
+        torch.testing.assert_close(program(x), model(x))
+        assert sorted(t.shape[0] for t in program.artifact.weights.values() if t.dim() == 2) in ([50], [20, 30])
+
+    def test_an_encoder_with_a_causal_mask_and_padding(self) -> None:
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            mask, padding = nn.Transformer.generate_square_subsequent_mask(5), torch.arange(5) >= lengths[:, None]
+            return self.encoder(x, mask=mask, src_key_padding_mask=padding)
+
+        encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        source = captured(Forward(forward, encoder=encoder), lambda b: (rows(b, 5, 8), torch.arange(b) % 5 + 1))
+        check(source.graph, "CHECK-COUNT-2: = aten.scaled_dot_product_attention")
 
 
 class TestNumerics:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from grc.errors import CaptureError, ModelFileError
 from grc.graph.capture import capture, find_fault
 from grc.graph.model_file import from_module, load_model
-from tests.graph.test_capture import Forward, captured, rows
+from tests.graph.test_capture import Forward, Neighbours, captured, rows
 
 FILE = """
 import torch
@@ -82,6 +82,13 @@ def test_torchscript(made: Callable[[nn.Module], nn.Module]) -> None:
     assert "nn.Module" in str(caught.value.hint)
     with pytest.raises(ModelFileError, match="layer is TorchScript"):
         from_module(Forward(lambda self, x: self.layer(x), layer=made(nn.Linear(4, 4).eval())).eval(), lambda b: ())
+
+
+@pytest.mark.parametrize("product", [torch.sparse.mm, torch.matmul], ids=["sparse.mm", "matmul"])
+def test_a_sparse_tensor_times_a_request(product: Callable[..., Tensor]) -> None:
+    with pytest.raises(CaptureError, match="a sparse tensor is multiplied with what a request brings") as caught:
+        captured(Neighbours(lambda self, x: product(self.adjacency, x)), lambda b: (rows(50, b),))
+    assert "index_add" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("beside", ["site-packages", "project/.venv/site-packages"])

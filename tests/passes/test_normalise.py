@@ -225,6 +225,20 @@ def test_a_table_whose_rows_are_limited_is_limited_once():
     check(free, "CHECK: aten.embedding_renorm")  # rows that are read without being limited
 
 
+def test_what_is_computed_of_weights_is_computed_once():
+    def forward(self, x):
+        items = functional.normalize(self.items.weight, dim=-1) * self.scale.weight.exp().mean()
+        return self.scale(x) @ items.t() + self.items.weight.sum()
+
+    graph = normalised(forward, rows(4, 3), items=nn.Linear(3, 1000), scale=nn.Linear(3, 3, bias=False))
+    check(graph, "CHECK: aten.linear(%inputs_0\nCHECK-NOT: aten.exp\nCHECK-NOT: aten.div\nCHECK-NOT: aten.sum")
+
+
+def test_weights_that_would_grow_stay():
+    graph = normalised(lambda self, x: x @ self.a.weight.t().float(), rows(4, 3), a=nn.Linear(3, 200_000).half())
+    check(graph, "CHECK: aten._to_copy(\nCHECK: aten.matmul(")
+
+
 def test_layers_stacked_in_one_parameter_share_its_storage():
     class Stacked(nn.Module):
         def __init__(self):
