@@ -22,7 +22,7 @@ from grc.graph.faults import explain, find_fault, hint_for
 from grc.graph.flat import flat_graph, model_lines, quiet_export, without_fast_path
 from grc.graph.model_file import Model, user_line
 from grc.graph.sizes import Size, collection, find_sizes, named_by_symbol, named_dims, size_of
-from grc.runtime.structure import Json, flatten, leaf_names
+from grc.runtime.structure import Json, fields_of, flatten, is_dataclass, leaf_names
 
 EXPORT_BATCH = 7  # no divisor of a usual layer size, so that a batch and a width are not taken for each other
 SAMPLES = (2, 3, 5, 11)  # batch sizes at which the sizes of inputs and outputs are looked at
@@ -81,7 +81,18 @@ class Source:
         return (3, 33) if self.dynamic else (EXPORT_BATCH, EXPORT_BATCH)
 
 
+def register_dataclasses(value: Any) -> None:
+    """torch.export takes those that are known to its pytrees."""
+    if is_dataclass(value):
+        if type(value) not in pytree.SUPPORTED_NODES:
+            torch.export.register_dataclass(type(value))
+        value = fields_of(value)
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ():
+        register_dataclasses(part)
+
+
 def flat_tensors(value: Any) -> tuple[list[torch.Tensor], Json]:
+    register_dataclasses(value)
     leaves: list[torch.Tensor] = []
     structure = flatten(value, leaves)
     return leaves, structure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable, Sequence
@@ -25,6 +26,15 @@ def is_structseq(value: object) -> bool:
     return isinstance(value, tuple) and hasattr(value, "n_sequence_fields")
 
 
+def is_dataclass(value: object) -> bool:
+    """True for an instance of one that is no dict as well, as transformers' ModelOutput is."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, (type, dict))
+
+
+def fields_of(value: Any) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+
 def type_name(value: object) -> str:
     return f"{type(value).__module__}:{type(value).__qualname__}"
 
@@ -44,8 +54,8 @@ def find_type(name: str) -> type | None:
 def flatten(value: Any, leaves: list[torch.Tensor]) -> Json:
     """Append the tensors of `value` to `leaves`, depth first, and return the JSON that puts them back.
 
-    Tuples, lists, dicts, named tuples, torch.return_types and any registered pytree node (TorchRec's KeyedJaggedTensor,
-    transformers' ModelOutput) may nest; anything that is no tensor is kept as a constant.
+    Tuples, lists, dicts, named tuples, dataclasses, torch.return_types and any registered pytree node (TorchRec's
+    KeyedJaggedTensor, transformers' ModelOutput) may nest; anything that is no tensor is kept as a constant.
     """
     if isinstance(value, torch.Tensor):
         leaves.append(value)
@@ -64,11 +74,13 @@ def flatten(value: Any, leaves: list[torch.Tensor]) -> Json:
         return {type(value).__name__: [flatten(v, leaves) for v in value]}
     if type(value) in (dict, OrderedDict):
         return {"dict": {str(k): flatten(v, leaves) for k, v in value.items()}}
+    if is_dataclass(value):
+        return {"record": type_name(value), "items": {k: flatten(v, leaves) for k, v in fields_of(value).items()}}
     if type(value) in pytree.SUPPORTED_NODES:
         return flatten_registered(value, leaves)
     raise InputError(
         f"a {type(value).__name__} is neither a tensor nor a known container",
-        "use tensors in tuples, lists, dicts or named tuples, or register the class with torch.utils._pytree",
+        "use tensors in tuples, lists, dicts, named tuples or dataclasses, or register the class with torch.utils._pytree",
     )
 
 

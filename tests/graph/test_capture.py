@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import namedtuple
 from pathlib import Path
 from typing import NamedTuple
@@ -329,6 +330,45 @@ class TestState:
         table = nn.Embedding(10, 4, max_norm=1.0)
         source = captured(Forward(lambda self, x: self.table(x).sum(1), table=table), lambda b: (ids(b, 3),))
         assert "table.weight" in source.notes[0]
+
+
+@dataclasses.dataclass
+class Visit:
+    user: Tensor
+    seen: list[Tensor]
+    weight: Tensor | None = None
+    scale: float = 2.0
+
+
+@dataclasses.dataclass
+class Answer:
+    score: Tensor
+    visit: Visit
+
+
+class TestDataclasses:
+    def test_they_nest_in_inputs_and_outputs(self, tmp_path: Path) -> None:
+        def forward(self, visit: Visit, x: Tensor) -> Answer:
+            score = (self.table(visit.user) * x).sum(-1) * visit.scale + visit.seen[0].sum(1)
+            return Answer(score, Visit(visit.user + 1, [score, x]))
+
+        def inputs(batch: int) -> tuple[Visit, Tensor]:
+            return Visit(ids(batch, 1)[:, 0], [rows(batch, 3)]), rows(batch, 4)
+
+        torch.manual_seed(0)
+        model = Forward(forward, table=nn.Embedding(10, 4)).eval()
+        options = grc.Options(tmp_path / "visits.grc", batches=(4,), engine="eager", strict=True)
+        program = grc.load(grc.compile(model, inputs, options).path)
+        visit, x = inputs(6)
+        want = model(visit, x)
+        as_dict = {"user": visit.user, "seen": visit.seen, "weight": None, "scale": 2.0}
+        for given in (visit, as_dict):  # whoever sends a request may not have the class
+            answer = program(given, x)
+            assert type(answer) is Answer and type(answer.visit) is Visit and answer.visit.weight is None
+            torch.testing.assert_close(answer.score, want.score)
+            torch.testing.assert_close(answer.visit.seen, want.visit.seen)
+        with pytest.raises(grc.GrcError, match="structured as in the model's get_inputs"):
+            program({**as_dict, "scale": 3.0}, x)
 
 
 class TestConstants:
