@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from grc.graph.cost import bytes_of
 from grc.graph.match import argument, aten, attribute, constant_list, is_op, same_shape, same_size, shape, static, value
 from grc.graph.rewrite import Rewriter, is_impure
 from grc.passes.manager import Change, Pass
@@ -169,10 +170,6 @@ def fold_constant(edit: Rewriter, node: fx.Node) -> fx.Node | None:
         folded = source.target(*args, **kwargs)
         folded = folded[node.args[1]] if source is not node else folded
     return edit.parameter("constant", folded.detach().clone().contiguous())
-
-
-def bytes_of(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.itemsize
 
 
 def view_of_constant(edit: Rewriter, node: fx.Node) -> fx.Node | None:

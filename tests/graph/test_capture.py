@@ -17,6 +17,7 @@ from grc.graph.capture import Source, capture
 from grc.graph.faults import fault_at
 from grc.graph.model_file import from_module
 from grc.graph.oracle import largest_error
+from grc.lowering.store import Store
 from grc.runtime.structure import builder
 from tests.graph.filecheck import check
 
@@ -389,6 +390,11 @@ class TestConstants:
         x = ids(6, 2)
         torch.testing.assert_close(program(x), model(x))
         assert sorted(t.shape[0] for t in program.artifact.weights.values() if t.dim() == 2) in ([50], [20, 30])
+
+    def test_a_sparse_constant_is_not_stored(self) -> None:
+        with pytest.raises(grc.GrcError, match="adjacency is a sparse tensor") as caught:
+            Store().add("adjacency", Neighbours(None).adjacency)
+        assert "index_add" in str(caught.value.hint)
 
     def test_an_encoder_with_a_causal_mask_and_padding(self) -> None:
         layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
