@@ -46,7 +46,7 @@ def describe(
 ) -> dict[str, Any]:
     """Write weights, golden requests and graph.txt into `folder`, and return the manifest that names them."""
     store = Store()
-    parts = [part_entry(candidate, store, graph, target) for candidate in choice.parts]
+    parts = [part_entry(candidate, store, target) for candidate in choice.parts]
     cut = [stage_entry(stage, source, store, target) for stage in stages]
     store.write(folder / "weights.safetensors")
     write_golden(source, choice, folder)
@@ -111,7 +111,7 @@ def routing(choice: Choice) -> list[dict[str, int]]:
 
 def stage_entry(stage: BuiltStage, source: Source, store: Store, target: Target) -> dict[str, Any]:
     """A stage as the artifact of its own that it becomes when it is exported; its parts lie in a folder of its name."""
-    parts = [part_entry(candidate, store, stage.graph, target) for candidate in stage.choice.parts]
+    parts = [part_entry(candidate, store, target) for candidate in stage.choice.parts]
     return {
         "name": stage.name,
         "inputs": stage.inputs,
@@ -145,18 +145,13 @@ def gpu_entry(choice: Choice) -> dict[str, Any]:
     return {"gpu": {"buckets": list(plan.buckets), "streams": plan.streams, "reason": plan.reason}}
 
 
-def part_entry(candidate: Candidate, store: Store, graph: fx.GraphModule, target: Target) -> dict[str, Any]:
+def part_entry(candidate: Candidate, store: Store, target: Target) -> dict[str, Any]:
     built = candidate.built
-    kernels_check = built.checks_ids
-    if (
-        target.device == "cuda"
-    ):  # a kernel there can't raise: it counts, and only a part that hands the count over checks
-        kernels_check = built.counts_bad_ids and all(entry.checked_by_kernel for entry in id_ranges(graph))
     weights = {name: store.add(name, tensor) for name, tensor in sorted(built.constants.items())}
     return {
         **(part_on_gpu(built) if target.device == "cuda" else {"engine": built.engine, "file": built.file}),
         "weights": weights,
-        "checks_ids": kernels_check,
+        "checks_ids": built.checks_ids,
         "notes": built.notes,
     }
 

@@ -23,7 +23,8 @@ import grc.errors
 @contextmanager
 def quiet_export() -> Iterator[None]:
     """torch.export logs, warns and prints its own workings; what matters is raised as a CaptureError instead."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._dynamo", "torch._export")]
+    names = ("torch.export", "torch.fx", "torch._dynamo", "torch._export", "torch._guards")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")

@@ -21,6 +21,7 @@ class Bag:
     """One look-up: `features` ids a row, each read from `table` at its base; pooled over `length` ids each.
 
     Without offsets, `ids` is `[B, features * length]` (or `[B]` for one id); with offsets it is `[V]`, of one feature.
+    Weights are one for each id, in the shape of the ids or as `[B, 1, L]`.
     """
 
     node: fx.Node
@@ -55,6 +56,8 @@ def find_bag(module: fx.GraphModule, node: Any) -> Bag | None:
         return embedding(module, node, inner)
     if is_op(inner, aten.sum, aten.mean, aten.amax):
         return pooled_embedding(module, node, inner)
+    if is_op(inner, aten.bmm):
+        return weighted_embedding(module, node, inner)
     if inner.target is operator.getitem and inner.args[1] == 0 and is_op(inner.args[0], aten.embedding_bag):
         return embedding_bag(module, node, inner.args[0])  # type: ignore[arg-type]
     return None
@@ -98,6 +101,20 @@ def pooled_embedding(module: fx.GraphModule, node: fx.Node, inner: fx.Node) -> B
         return None  # a feature a column: a look-up of many features, and a sum over them
     pooling = SUM if is_op(inner, aten.sum) else MEAN if is_op(inner, aten.mean) else MAX
     return Bag(node, table, ids, 1, int(shape(ids)[1]), (0,), pooling)  # type: ignore[arg-type]
+
+
+def weighted_embedding(module: fx.GraphModule, node: fx.Node, inner: fx.Node) -> Bag | None:
+    """A weighted sum of rows that nothing else reads: `[B, 1, L] @ embedding(W, ids[B, L])`, as masked means are written."""
+    weights, source = inner.args
+    if not is_op(source, aten.embedding) or value(node).dim() != 2 or shape(weights)[1] != 1 or len(source.users) > 1:  # type: ignore[union-attr, arg-type]
+        return None
+    table, ids = source.args[:2]  # type: ignore[union-attr]
+    if not is_table(module, table) or value(ids).dtype not in INTEGERS or value(ids).dim() != 2:
+        return None
+    count, batch = shape(ids)[1], shape(ids)[0]  # type: ignore[arg-type]
+    if not static(count) or static(batch) or len(set(constant_bases(module, ids, int(count))[1])) > 1:  # type: ignore[arg-type]
+        return None
+    return Bag(node, table, ids, 1, int(count), (0,), weights=weights)  # type: ignore[arg-type]
 
 
 def embedding_bag(module: fx.GraphModule, node: fx.Node, bag: fx.Node) -> Bag | None:

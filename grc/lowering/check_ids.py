@@ -16,7 +16,7 @@ TYPES = (torch.int32, torch.int64)
 def with_checked_ids(graph: fx.GraphModule) -> fx.GraphModule:
     """A copy of the graph in which `embedding` on a constant table reads ids that were checked, if a request gives them.
 
-    Inductor's own code would read a row from the end for an id below zero.
+    Inductor's own code would read a row from the end for an id below zero, and whatever lies behind a table on a GPU.
     """
     copy = copy_graph(graph)
     edit = Rewriter(copy)

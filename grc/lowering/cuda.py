@@ -14,10 +14,12 @@ from torch import fx
 
 from grc.errors import ArtifactError, LoweringError
 from grc.graph.capture import Source
+from grc.graph.ids import id_ranges
 from grc.graph.oracle import largest_error, run_fp64
 from grc.kernels import OPS, cpp
 from grc.lowering.align import aligned
 from grc.lowering.chains import takes_chains, with_chains
+from grc.lowering.check_ids import with_checked_ids
 from grc.lowering.eager import Eager
 from grc.lowering.engine import Built, Engine, Lowerable, Target
 from grc.lowering.epilogue import (
@@ -134,8 +136,11 @@ class CudaInductor:
 
     def build(self, lowerable: Lowerable, target: Target, folder: Path) -> Built:
         ready, originals = self.gpu.moved(lowerable)
-        graph, counts = ready.graph, False
+        graph, counts, checks = ready.graph, False, False
         if self.twins:
+            if self.count:
+                graph = with_checked_ids(graph)
+                checks = all(entry.checked_by_kernel for entry in id_ranges(graph))
             without = (*self.without, "cross") if self.layers == "small" else self.without
             graph, counts = with_twins(graph, self.gpu.device, self.count, without)
             graph = with_parts_in_place(graph)
@@ -156,7 +161,10 @@ class CudaInductor:
         stray = [name for name, tensor in constants.items() if tensor.device.type == "cpu"]
         if stray:
             raise LoweringError(f"constant {stray[0]} stays on the host, and would be copied to the GPU in every run")
-        return Built(self.name, file, on_host(constants, originals), bucket=self.bucket, counts_bad_ids=counts)
+        return Built(
+            self.name, file, on_host(constants, originals), bucket=self.bucket, counts_bad_ids=counts,
+            checks_ids=counts and checks,
+        )  # fmt: skip
 
 
 class CudaEager:

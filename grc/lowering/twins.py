@@ -13,6 +13,7 @@ from torch import fx
 
 from grc.graph.match import aten, call_arguments, is_op, value
 from grc.graph.rewrite import copy_graph
+from grc.kernels import CHECKED_IDS
 from grc.runtime.engines import COUNTER
 from grc.runtime.mapped import TOLD
 
@@ -55,15 +56,17 @@ def with_twins(
     """A copy of a graph on `device` in which fused look-ups are `grc_cuda::` operators on ready-made lists, and other
     fused ops that have a kernel are such operators too, but for those named in `without`.
 
-    With `count`, the kernels count ids outside of their tables, for which they read zeros, and the answer is whether they
-    do: where by the constant COUNTER, which the runtime fills in, and refuses the request by that number. They do not
-    where one look-up has no kernel, whose ids would not be in it.
+    With `count`, the kernels of look-ups, and those that check the ids of other look-ups, count ids outside of their tables,
+    for which they read zeros or row 0, and the answer is whether they do: where by the constant COUNTER, which the runtime
+    fills in, and refuses the request by that number. They do not where one look-up has no kernel, whose ids would not be in
+    it.
     """
     copy = copy_graph(graph)
     edit = Constants(copy, device)
     nodes = list(copy.graph.nodes)
     lookups = [node for node in nodes if is_lookup(node)]
-    counts = count and bool(lookups) and all(twin_of(node) is not None for node in lookups)
+    checks = [node for node in nodes if node.target is CHECKED_IDS.overload]
+    counts = count and bool(lookups or checks) and all(twin_of(node) is not None for node in lookups)
     told = edit.constant(COUNTER, [0] * TOLD) if counts else None
     for node in nodes:
         module = twin_of(node)
@@ -71,7 +74,8 @@ def with_twins(
             continue
         given = call_arguments(node)
         if not hasattr(module, "lists"):
-            node.args, node.kwargs, node.target = tuple(given.values()), {}, module.register()
+            counter = (told,) if node in checks else ()
+            node.args, node.kwargs, node.target = (*given.values(), *counter), {}, module.register()
             continue
         wanted = inspect.signature(module.lists).parameters
         values = module.lists(value(given["arena"]), *(given[parameter] for parameter in list(wanted)[1:]))

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-from grc.graph.match import Miss, is_op, source_text, where
+from grc.graph.lookups import is_table
+from grc.graph.match import Miss, aten, is_op, shape, source_text, static, where
 from grc.graph.rewrite import Rewriter
 from grc.passes.manager import Change, Pass
+
+# Measured beside a look-up of its own on CPUs: as fast under a linear layer, and 1.2 to 1.3 times as fast where the
+# gather is fused with what reads the rows (an attention over a history, a product of two rows) at batch 64 and 1024.
+GATHERED = (
+    "no cat of several and no pooling reads its rows: the layers that do gather them themselves, which is as fast"
+)
+COMPUTED = "its table is computed: only a parameter or buffer [rows, width] has rows to read"
 
 
 @dataclass(frozen=True)
@@ -37,8 +46,17 @@ class Fuse(Pass):
                     edit.replace(fused.old, fused.new)
                     changes.append(Change(fusion.name, line, text, fused.saves))
         edit.finish()
-        return changes
+        return [*changes, *left_alone(graph)]
 
 
 def alive(node: fx.Node) -> bool:
     return bool(node.users)
+
+
+def left_alone(graph: fx.GraphModule) -> Iterable[Change]:
+    """The look-ups of a request's ids that stay as they are, with the reason."""
+    for node in graph.graph.nodes:
+        if not is_op(node, aten.embedding, aten.embedding_bag) or all(static(size) for size in shape(node.args[1])):
+            continue
+        reason = GATHERED if is_table(graph, node.args[0]) else COMPUTED
+        yield Change("look-up", where(node), source_text(node), missed=reason)

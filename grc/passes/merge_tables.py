@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from grc.graph.jagged import keyed
-from grc.graph.lookups import NO_PADDING, SUM, Bag, Columns, columns_of, find_bag, is_table
-from grc.graph.match import argument, aten, is_op, shape, source_text, static, value, where
+from grc.graph.lookups import NO_PADDING, SUM, Bag, Columns, columns_of, find_bag
+from grc.graph.match import argument, aten, is_op, shape, source_text, value, where
 from grc.graph.rewrite import Rewriter, find_attribute
 from grc.passes.manager import Change, Pass
 
@@ -59,24 +59,7 @@ class MergeTables(Pass):
                 reason = "the ids of one look-up are computed from the rows of another"
                 first = group.bags[0].node
                 changes.append(Change("look-ups", where(first), source_text(first), missed=reason))
-        return [*changes, *left_alone(graph)]
-
-
-# Measured beside a look-up of its own on CPUs: as fast under a linear layer, and 1.2 to 1.3 times as fast where the
-# gather is fused with what reads the rows (an attention over a history, a product of two rows) at batch 64 and 1024.
-GATHERED = (
-    "no cat of several and no pooling reads its rows: the layers that do gather them themselves, which is as fast"
-)
-COMPUTED = "its table is computed: only a parameter or buffer [rows, width] has rows to read"
-
-
-def left_alone(graph: fx.GraphModule) -> Iterable[Change]:
-    """The look-ups of a request's ids that stay as they are, with the reason."""
-    for node in graph.graph.nodes:
-        if not is_op(node, aten.embedding, aten.embedding_bag) or all(static(size) for size in shape(node.args[1])):
-            continue
-        reason = GATHERED if is_table(graph, node.args[0]) else COMPUTED
-        yield Change("look-up", where(node), source_text(node), missed=reason)
+        return changes
 
 
 def grouped(graph: fx.GraphModule) -> Iterable[Group]:
@@ -227,8 +210,14 @@ def merge(edit: Rewriter, group: Group, arenas: dict[str, Arena], place: dict[fx
     if is_op(group.cat, aten.cat):
         parts = list(group.cat.args[0])  # type: ignore[arg-type]
         group.cat.args = ([*parts[: group.start], lookup, *parts[group.start + len(bags) :]], *group.cat.args[1:])
-    text = f"{sum(b.features for b in bags)} look-ups of {len({str(b.table.target) for b in bags})} tables -> 1"
-    return Change(text, where(anchor), source_text(anchor), saves=f"{max(len(bags) - 1, 0)} launches")
+    tables = len({str(b.table.target) for b in bags})
+    text = f"{sum(b.features for b in bags)} look-ups of {tables} table{'s' * (tables > 1)} -> 1"
+    saves = f"{len(bags) - 1} launches"
+    if len(bags) == 1 and bags[0].length != 1:
+        width = bags[0].dim * value(bags[0].table).dtype.itemsize
+        text = "look-up and pooling"
+        saves = f"{bags[0].length * width / 1024:.1f} KB a row" if bags[0].length else f"{width / 1024:.2g} KB an id"
+    return Change(text, where(anchor), source_text(anchor), saves=saves)
 
 
 def emit(edit: Rewriter, bags: Sequence[Bag], arena: Arena) -> fx.Node:
@@ -242,7 +231,8 @@ def emit(edit: Rewriter, bags: Sequence[Bag], arena: Arena) -> fx.Node:
         ids = join_columns(edit, [columns_of(b.ids) for b in bags])
         weights = None
         if bags[0].weights is not None:
-            weights = join_columns(edit, [columns_of(b.weights) for b in bags])  # type: ignore[arg-type]
+            columns = [b.weights if value(b.weights).dim() < 3 else edit.reshape(b.weights, -1, b.length) for b in bags]  # type: ignore[arg-type]
+            weights = join_columns(edit, [columns_of(column) for column in columns])  # type: ignore[arg-type]
         lengths = [b.length for b in bags for _ in b.bases]
         offsets = None
     else:

@@ -13,6 +13,7 @@ from torch import fx
 from grc.graph.cost import bytes_of
 from grc.graph.match import argument, aten, attribute, constant_list, is_op, same_shape, same_size, shape, static, value
 from grc.graph.rewrite import Rewriter, is_impure
+from grc.passes.batch_norms import norm_after_linear, norm_before_linear
 from grc.passes.manager import Change, Pass
 from grc.passes.pairs import pairs_of_cats, pairs_of_loop, sum_of_loop
 from grc.passes.pieces import cat_of_pieces, flatten_cat, inferred_sizes, piece_of_cat, pieces_across, stack_to_cat
@@ -24,6 +25,7 @@ from grc.passes.products import (
     one_product,
     one_transpose,
     square,
+    weighted_sum,
 )
 
 ROUNDS = 8  # a rule may open the way for another; the zoo's models need at most four
@@ -210,6 +212,24 @@ def canonical_reshape(edit: Rewriter, node: fx.Node) -> fx.Node | None:
     return edit.call(aten.reshape.default, source, sizes)
 
 
+def repeat_of_one(edit: Rewriter, node: fx.Node) -> fx.Node | None:
+    """repeat_interleave along a dimension of one number: an expand."""
+    if not is_op(node, aten.repeat_interleave) or not isinstance(node.args[1], int) or argument(node, "dim") is None:
+        return None
+    dim = argument(node, "dim") % value(node).dim()
+    if not same_size(shape(node.args[0])[dim], 1):  # type: ignore[arg-type]
+        return None
+    sizes = [shape(node)[dim] if i == dim else -1 for i in range(value(node).dim())]
+    return edit.call(aten.expand.default, node.args[0], sizes)
+
+
+def one_cast(edit: Rewriter, node: fx.Node) -> fx.Node | None:
+    """A cast to another dtype that changes nothing else has one form."""
+    if not is_op(node, aten._to_copy) or set(node.kwargs) != {"dtype"} or node.kwargs["dtype"] is None:
+        return None
+    return edit.call(aten.to.dtype, node.args[0], node.kwargs["dtype"])
+
+
 def one_hot_product(edit: Rewriter, node: fx.Node) -> fx.Node | None:
     """one_hot(ids) @ W reads rows of W: an embedding."""
     if not is_op(node, aten.linear) or node.args[0] is None or argument(node, "bias") is not None:
@@ -295,6 +315,8 @@ RULES: tuple[Rule, ...] = (
     fold_constant,
     view_of_constant,
     canonical_reshape,
+    repeat_of_one,
+    one_cast,
     pairs_of_loop,
     pairs_of_cats,
     sum_of_loop,
@@ -307,6 +329,9 @@ RULES: tuple[Rule, ...] = (
     multiply_add,
     column_arithmetic,
     bias_of_linear,
+    weighted_sum,
+    norm_after_linear,
+    norm_before_linear,
     one_transpose,
     square,
     drop_zero,

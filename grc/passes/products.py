@@ -6,7 +6,18 @@ from typing import Any
 
 from torch import fx
 
-from grc.graph.match import argument, aten, attribute, is_op, only_user, same_shape, same_size, shape, value
+from grc.graph.match import (
+    argument,
+    aten,
+    attribute,
+    call_arguments,
+    is_op,
+    only_user,
+    same_shape,
+    same_size,
+    shape,
+    value,
+)
 from grc.graph.rewrite import Rewriter
 
 ARITHMETIC = (aten.add, aten.sub, aten.mul)
@@ -110,6 +121,35 @@ def multiply_add(edit: Rewriter, node: fx.Node) -> fx.Node | None:
         return None
     x, a, b = node.args[:3]
     return edit.call(aten.add.Tensor, x, edit.call(aten.mul.Tensor, a, b))
+
+
+def weighted_sum(edit: Rewriter, node: fx.Node) -> fx.Node | None:
+    """sum(w * E, 1) over looked-up rows `[B, S, D]`, with a weight `[B, S, 1]` for each: `[B, 1, S] @ [B, S, D]`.
+
+    Inductor on a CPU would gather the numbers of such a sum one by one.
+    """
+    if not is_op(node, aten.sum) or argument(node, "dtype") is not None or "dim" not in call_arguments(node):
+        return None
+    product: Any = node.args[0]
+    if not is_op(product, aten.mul) or value(product).dim() != 3 or only_user(product) is None:
+        return None
+    if [d % 3 for d in argument(node, "dim") or ()] != [1]:
+        return None
+    for rows, weights in (product.args, product.args[::-1]):
+        while is_op(weights, aten.expand):
+            weights = weights.args[0]
+        if not is_op(rows, aten.embedding) or not same_shape(rows, product) or not isinstance(weights, fx.Node):
+            continue
+        (batch, steps, width), each = shape(rows), shape(weights)
+        if len(each) != 3 or each[2] != 1 or not (same_size(each[0], batch) and same_size(each[1], steps)):
+            continue
+        if value(weights).dtype is not value(rows).dtype or not isinstance(width, int):
+            continue
+        fixed = isinstance(steps, int)
+        turned = edit.reshape(weights, -1, 1, steps) if fixed else edit.call(aten.transpose.int, weights, 1, 2)
+        total = edit.call(aten.bmm.default, turned, rows)
+        return total if argument(node, "keepdim") else edit.reshape(total, -1, width)
+    return None
 
 
 def einsum_product(edit: Rewriter, equation: str, operands: list[fx.Node]) -> fx.Node | None:

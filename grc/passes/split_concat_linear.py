@@ -61,12 +61,13 @@ class SplitConcatLinear(Pass):
         edit = Rewriter(graph)
         changes: list[Change] = []
         for node in list(graph.graph.nodes):
-            if not is_op(node, aten.linear) or not is_op(node.args[0], aten.cat):
+            cat = steps(node.args[0]) if is_op(node, aten.linear) else None
+            if not is_op(cat, aten.cat):
                 continue
             line, text = where(node), source_text(node)
             try:
                 with edit.at(node):
-                    saved = split(edit, node)
+                    saved = split(edit, node, cat)
             except Miss as miss:
                 changes.append(Change(self.name, line, text, missed=str(miss)))
                 continue
@@ -76,9 +77,14 @@ class SplitConcatLinear(Pass):
         return changes
 
 
-def split(edit: Rewriter, node: fx.Node) -> str | None:
-    """Rewrite one linear layer; what that saves, or None where every part is there once."""
-    cat: Any = node.args[0]
+def steps(node: Any) -> Any:
+    """[B, S, D] behind [B * S, D]: the steps of a history as rows."""
+    flat = is_op(node, aten.reshape) and value(node).dim() == 2 and shape(node)[-1] == shape(node.args[0])[-1]
+    return node.args[0] if flat else node
+
+
+def split(edit: Rewriter, node: fx.Node, cat: Any) -> str | None:
+    """Rewrite one linear layer over a concatenation; what that saves, or None where every part is there once."""
     parts = list(cat.args[0])
     if not any(is_op(part, aten.add, aten.sub, aten.neg, aten.expand) for part in parts):
         return None
@@ -109,7 +115,7 @@ def split(edit: Rewriter, node: fx.Node) -> str | None:
     new = product(edit, every, weight.dtype, None if shared.values else bias)
     if shared.values:
         new = edit.call(aten.add.Tensor, new, product(edit, shared, weight.dtype, bias))
-    edit.replace(node, new)
+    edit.replace(node, new if cat is node.args[0] else edit.reshape(new, -1, len(weight)))
     return f"{column - every.width} of {column} columns"
 
 

@@ -62,7 +62,8 @@ def find_sites(graph: fx.GraphModule) -> list[Site]:
         if node.target is ATTENTION_OP.overload and value(node).dtype is torch.float32:
             found[node.name] = Site(node.name, ATTENTION, [node], 0, attention_work(node))
         if node.target is ACTIVATION_UNIT.overload and value(node).dtype is torch.float32:
-            keys, weights = node.args[1], sum(value(node.args[place]).numel() for place in (3, 5))
+            keys, layers = node.args[1], [node.args[place] for place in (3, 5)]
+            weights = sum(value(layer).numel() for layer in layers if layer is not None)
             found[node.name] = Site(node.name, UNIT, [node], weights, weights * rows_per_sample(keys))
         weight = layer_weight(node)
         tensor = attribute(graph, weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -48,7 +49,7 @@ def test_cases(case: Any, isa: str) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("activation", range(NONE, DICE + 1))
 def test_every_activation(activation: int, isa: str) -> None:
-    for n1, n2 in ((16, 8), (19, 3)):
+    for n1, n2 in ((16, 8), (19, 3), (19, None)):
         check(arguments(activation, 3, 11, 5, n1, n2, (activation, activation)), isa)
 
 
@@ -87,6 +88,7 @@ def test_refuses_what_does_not_fit() -> None:
         (5, args[5].double(), r"second is not a contiguous float32 \[16, 8\]"),
         (7, args[7][:1], r"second_gate is not a contiguous float32 \[3, 8\]"),
         (8, args[8][:3], r"head is not a contiguous \[N\]"),
+        (6, None, "second and second_bias come together"),
         (10, 9, "activations are 0 to 8"),
     ):
         with pytest.raises(RuntimeError, match=reason):
@@ -94,9 +96,9 @@ def test_refuses_what_does_not_fit() -> None:
 
 
 class Dice(nn.Module):
-    def __init__(self, width: int, turned: bool = False):
+    def __init__(self, width: int, turned: bool = False, flat: bool = False):
         super().__init__()
-        self.turned = turned
+        self.turned, self.flat = turned, flat
         self.norm = nn.BatchNorm1d(width, affine=turned)
         self.alpha = nn.Parameter(torch.randn(width, 1) if turned else torch.randn(width))
         self.norm.running_mean.normal_()  # type: ignore[union-attr]
@@ -110,20 +112,29 @@ class Dice(nn.Module):
             x = x.transpose(1, 2)
             p = torch.sigmoid(self.norm(x))
             return (self.alpha * (1 - p) * x + p * x).transpose(1, 2)
-        p = torch.sigmoid(self.norm(x.flatten(0, 1)).view_as(x))
+        p = torch.sigmoid(self.norm(x) if self.flat else self.norm(x.flatten(0, 1)).view_as(x))
         return x * p + x * (self.alpha * (1 - p))
 
 
 class Attention(nn.Module):
-    def __init__(self, join: Callable[[Tensor, Tensor], Tensor], columns: int, activation: Callable[[int], nn.Module]):
+    def __init__(
+        self,
+        join: Callable[[Tensor, Tensor], Tensor],
+        columns: int,
+        activation: Callable[[int], nn.Module],
+        hidden: tuple[int, ...] = (10, 7),
+        flat: bool = False,
+    ):
         super().__init__()
-        self.join = join
-        self.unit = nn.Sequential(
-            nn.Linear(columns, 10), activation(10), nn.Linear(10, 7), activation(7), nn.Linear(7, 1)
-        )
+        self.join, self.flat = join, flat
+        layers: list[nn.Module] = []
+        for given, made in pairwise((columns, *hidden)):
+            layers += [nn.Linear(given, made), activation(made)]
+        self.unit = nn.Sequential(*layers, nn.Linear(hidden[-1], 1))
 
     def forward(self, history: Tensor, target: Tensor) -> Tensor:
-        scores = self.unit(self.join(history, target.unsqueeze(1).expand_as(history)))
+        pairs = self.join(history, target.unsqueeze(1).expand_as(history))
+        scores = self.unit(pairs.flatten(0, 1)).view(-1, STEPS, 1) if self.flat else self.unit(pairs)
         return (scores.transpose(1, 2) @ history).squeeze(1)
 
 
@@ -170,6 +181,21 @@ def test_applies(join: str, activation: str) -> None:
     torch.manual_seed(0)
     model = Attention(JOINS[join], SIZES[join] * WIDTH, SHAPES[activation])
     assert compiled(model) == (["10-7-1 over each step in one kernel"], [])
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("hidden", [(10, 7), (10,)])
+@pytest.mark.parametrize("activation", ["dice", "prelu", "relu"])
+def test_applies_to_steps_as_rows_and_to_one_hidden_layer(hidden: tuple[int, ...], flat: bool, activation: str) -> None:
+    torch.manual_seed(0)
+    make = {
+        "dice": lambda n: Dice(n, flat=flat),
+        "prelu": lambda n: nn.PReLU(n if flat else 1),
+        "relu": lambda n: nn.ReLU(),
+    }[activation]
+    model = Attention(JOINS["din"], 4 * WIDTH, make, hidden, flat)
+    nn.init.normal_(next(p for p in model.unit.parameters()))
+    assert compiled(model) == ([f"{'-'.join(map(str, hidden))}-1 over each step in one kernel"], [])
 
 
 def test_leaves_what_is_something_else() -> None:

@@ -16,6 +16,7 @@ from grc.kernels.bag_dot import BAG_DOT
 from grc.kernels.bag_dot import triton as bag_dot
 from grc.kernels.bag_fm import BAG_FM
 from grc.kernels.bag_fm import triton as bag_fm
+from grc.kernels.checked_ids import triton as checked_ids
 from grc.kernels.fusion import Case, FusedOp
 from grc.kernels.lookup import LOOKUP
 from grc.kernels.lookup import triton as lookup
@@ -53,6 +54,23 @@ def test_lookup(name: str, dtype: torch.dtype) -> None:
     out, bad = counted(lookup.register(), *a.values())
     assert out.dtype == dtype and bad == outside(a)
     close(out, torch.cat(pooled(a), 1), torch.cat(pooled(a, absolute=True), 1))
+
+
+@runs
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("count", [1, 300, 513])
+def test_checked_ids(count: int, dtype: torch.dtype) -> None:
+    ids = torch.arange(2 * count, dtype=dtype, device=DEVICE)[::2] % 9
+    found, bad = counted(checked_ids.register(), ids, 9)
+    assert bad == 0 and torch.equal(found, ids) and found.is_contiguous()
+    ids[0], ids[count // 2], ids[-1] = -1, 9, torch.iinfo(dtype).min
+    found, bad = counted(checked_ids.register(), ids, 9)
+    wrong = (ids < 0) | (ids >= 9)
+    assert bad == int(wrong.sum()) and torch.equal(found, torch.where(wrong, 0, ids))
+    assert torch.equal(checked_ids.register()(ids, 9), found), (
+        "where nothing is counted, no row is read from elsewhere either"
+    )
 
 
 FORMS = [(False, False, True), (True, False, False), (False, True, True), (True, True, False)]

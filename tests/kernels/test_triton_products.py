@@ -221,8 +221,9 @@ def test_activation_unit(case: Case, dtype: torch.dtype) -> None:
 @runs
 @pytest.mark.parametrize("activation", range(NONE, DICE + 1))
 def test_every_activation_of_a_unit(activation: int) -> None:
-    args = unit_cases.arguments(activation, 3, 19, 5, 19, 3, (activation, activation))
-    check(activation_unit, ACTIVATION_UNIT.reference, placed(args, torch.float16))
+    for n2 in (3, None):
+        args = unit_cases.arguments(activation, 3, 19, 5, 19, n2, (activation, activation))
+        check(activation_unit, ACTIVATION_UNIT.reference, placed(args, torch.float16))
 
 
 @runs

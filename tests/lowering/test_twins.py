@@ -11,6 +11,7 @@ from grc.compiler import optimise
 from grc.graph.capture import capture
 from grc.graph.model_file import from_module
 from grc.kernels import OPS
+from grc.lowering.check_ids import with_checked_ids
 from grc.lowering.engine import Lowerable
 from grc.lowering.export import export_graph
 from grc.lowering.twins import optional_twins, with_twins
@@ -61,6 +62,23 @@ def test_where_to_count_is_a_constant_and_survives_the_export(lowerable: Lowerab
     assert COUNTER in program.graph_signature.buffers
     assert [n for n in program.graph.nodes if n.target is torch.ops.grc_cuda.lookup.default]
     assert not program.constants, "a constant made while tracing would be copied to the device in every run"
+
+
+def test_ids_of_look_ups_that_are_not_ours_are_counted_too() -> None:
+    class History(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.items = nn.Embedding(20, 8)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.items(ids).softmax(1)
+
+    source = capture(from_module(History().eval(), lambda batch: (torch.arange(3 * batch).view(batch, 3) % 20,)))
+    graph = with_checked_ids(optimise(source, Options(), Silent()).graph)
+    found, counts = with_twins(graph, CPU, count=True)
+    call = next(n for n in found.graph.nodes if getattr(n.target, "namespace", "") == "grc_cuda")
+    assert counts and str(call.target) == "grc_cuda.checked_ids.default"
+    assert call.args[1] == 20 and call.args[2].target == COUNTER
 
 
 class Mixed(nn.Module):

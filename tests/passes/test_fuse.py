@@ -144,6 +144,25 @@ FORMS = [sum_square, kept_dims, summed_first, all_pairs]
 
 
 class TestBagFm:
+    @pytest.mark.parametrize("form", FORMS[:3], ids=lambda form: form.__name__)
+    @pytest.mark.parametrize("linear", [True, False])
+    def test_a_machine_alone_reads_its_embedding(self, form, linear):
+        """Rendle's machine without a deep part: no cat and no layer reads the rows."""
+
+        def forward(self, x):
+            x = x + self.offsets
+            return form(self.table(x)) + (self.weights(x).sum(1) if linear else 0)
+
+        table, weights = nn.Embedding(10 * COUNT, WIDTH), nn.Embedding(10 * COUNT, 1)
+        graph, changes = fused(
+            forward, ids(4, COUNT), table=table, weights=weights, offsets=torch.arange(COUNT).unsqueeze(0) * 10
+        )
+        assert made(changes, "bag-fm") == 1 and misses(changes, "look-up") == []
+        check(
+            graph,
+            f"CHECK: grc.bag_fm(%table_weight, {'%weights_weight' if linear else 'None'}, %inputs_0\nCHECK-NOT: aten.embedding",
+        )
+
     @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
     def test_the_second_order_term(self, form):
         graph, changes = fused(lambda self, x: form(torch.stack(looked_up(self, x), 1)), ids(4, COUNT), tables=tables())

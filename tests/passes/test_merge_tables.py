@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from grc.passes.merge_tables import GATHERED, MergeTables
+from grc.passes.fuse import GATHERED, Fuse
+from grc.passes.merge_tables import MergeTables
 from tests.graph.filecheck import check
 from tests.passes.small import MERGED, graph_of, ids, made, misses, rows, run
 
 
 def merged(function, *inputs, requests=(), **modules):
     graph = graph_of(function, *inputs, **modules)
-    changes = run(graph, MERGED, inputs, *requests)
+    changes = run(graph, [*MERGED, Fuse()], inputs, *requests)
     return graph, changes
 
 
@@ -221,7 +222,7 @@ def test_a_bag_that_stands_alone(mode, last, dtype):
     values, ends = ids(7, 1).squeeze(1).to(dtype), torch.tensor([0, 0, 3, 3, 7, 7], dtype=dtype)
     inputs = values, ends if last else ends[:-1].clone()
     graph, changes = merged(lambda self, v, o: self.bag(v, o).relu(), *inputs, bag=bag)
-    assert made(changes, "1 look-ups of 1 tables -> 1") == 1
+    assert made(changes, "look-up and pooling") == 1
     offsets = "%inputs_1" if last else "%cat"
     check(
         graph, f"CHECK: grc.lookup(%bag_weight, %inputs_0, {offsets}\nCHECK: aten.relu\nCHECK-NOT: aten.embedding_bag"
@@ -231,8 +232,54 @@ def test_a_bag_that_stands_alone(mode, last, dtype):
 @pytest.mark.parametrize("length", [1, 2, 5])
 def test_a_bag_of_fixed_length_that_stands_alone(length):
     graph, changes = merged(lambda self, x: self.bag(x).relu(), ids(4, length), bag=nn.EmbeddingBag(10, 4, mode="mean"))
-    assert made(changes, "1 look-ups of 1 tables -> 1") == 1
+    assert made(changes, "1 look-ups of 1 table -> 1" if length == 1 else "look-up and pooling") == 1
     check(graph, f"CHECK: grc.lookup(%bag_weight, %inputs_0, None, None, [0], [10], [4], [{length}]")
+
+
+MASKED = {
+    "rows by weights": lambda self, x, w: (self.e(x) * w.unsqueeze(2)).sum(1).relu(),
+    "weights by rows": lambda self, x, w: torch.sum(w[:, :, None] * self.e(x), dim=1, keepdim=True).squeeze(1).relu(),
+    "product": lambda self, x, w: torch.bmm(w.unsqueeze(1), self.e(x)).squeeze(1).relu(),
+    "einsum": lambda self, x, w: torch.einsum("bkl,bld->bkd", w.unsqueeze(1), self.e(x)).squeeze(1).relu(),
+    "repeated": lambda self, x, w: (self.e(x) * w.unsqueeze(2).repeat_interleave(4, 2)).sum(1).relu(),
+    "expanded": lambda self, x, w: (self.e(x) * w.unsqueeze(2).expand(-1, -1, 4)).sum(1).relu(),
+}
+
+
+@pytest.mark.parametrize("pool", MASKED.values(), ids=MASKED)
+def test_a_weighted_sum_of_rows_is_a_bag(pool):
+    """Masked means of a history are written so."""
+    graph, changes = merged(pool, ids(5, 3), rows(5, 3), e=nn.Embedding(10, 4))
+    assert made(changes, "look-up and pooling") == 1
+    check(
+        graph,
+        "CHECK: grc.lookup(%e_weight, %inputs_0, None, %inputs_1, [0], [10], [4], [3], 0\n"
+        "CHECK: aten.relu\nCHECK-NOT: aten.bmm",
+    )
+
+
+def test_a_weighted_sum_of_rows_that_are_read_elsewhere_is_a_product():
+    graph, changes = merged(
+        lambda self, x, w: ((e := self.e(x)) * w.unsqueeze(2)).sum(1) + e[:, -1], ids(5, 3), rows(5, 3),
+        e=nn.Embedding(10, 4),
+    )  # fmt: skip
+    assert made(changes, "look-up and pooling") == 0
+    check(graph, "CHECK: aten.bmm(%{{.*}}, %embedding)\nCHECK-NOT: grc.lookup")
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda self, x, w: (self.e(x) * w.unsqueeze(2)).sum(2),
+        lambda self, x, w: (self.e(x) * w[:, :1].unsqueeze(2)).sum(1),
+        lambda self, x, w: (self.e(x) * w.mean(1, keepdim=True).unsqueeze(1)).sum(1),
+        lambda self, x, w: (self.e(x) * self.e.weight[:3]).sum(1),
+    ],
+    ids=["over the width", "one weight a user", "one for all", "a weight for each number"],
+)
+def test_other_sums_of_products_are_no_bags(pool):
+    _, changes = merged(pool, ids(5, 3), rows(5, 3), e=nn.Embedding(10, 4))
+    assert made(changes, "look-up and pooling") == 0
 
 
 def test_a_weighted_bag_that_stands_alone():

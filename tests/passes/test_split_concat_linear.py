@@ -103,6 +103,11 @@ def test_splits_layers_in_bfloat16() -> None:
     assert kept == [torch.bfloat16] * 2
 
 
+def test_splits_steps_that_are_written_as_rows() -> None:
+    graph, saved, missed = split(lambda h, t: din(h, t).view(-1, 4 * WIDTH), 4 * WIDTH)
+    assert (saved, missed) == (["16 of 32 columns"], []) and sorted(widths(graph)) == [8, 16]
+
+
 def test_repeated_targets_are_multiplied_for_every_step_but_once() -> None:
     graph, saved, _ = split(deepctr, 4 * WIDTH)
     assert saved and sum(widths(graph)) == 24

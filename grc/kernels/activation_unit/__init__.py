@@ -30,8 +30,8 @@ def reference(
     row: Tensor,
     first: Tensor,
     first_gate: Tensor | None,
-    second: Tensor,
-    second_bias: Tensor,
+    second: Tensor | None,
+    second_bias: Tensor | None,
     second_gate: Tensor | None,
     head: Tensor,
     head_bias: Tensor,
@@ -41,30 +41,37 @@ def reference(
     """The score of each step, [B, S]: act2(act1([k, k * q] @ first + row) @ second + second_bias) @ head + head_bias.
 
     query [B, D]; keys [B, S, D]; row [B, N1], what is the same for all steps; first [2 D, N1], for the keys and then for
-    their products with the query; second [N1, N2]; head [N2]; head_bias [1]. Gates are as in `activated`. All are of one
-    dtype.
+    their products with the query; second [N1, N2], or None for a unit of one hidden layer; head [N2], or [N1] without
+    second; head_bias [1]. Gates are as in `activated`. All are of one dtype.
     """
     pairs = torch.cat([keys, keys * query.unsqueeze(1)], -1)
     y = activated(pairs @ first + row.unsqueeze(1), first_activation, first_gate)
-    y = activated(y @ second + second_bias, second_activation, second_gate)
+    if second is not None and second_bias is not None:
+        y = activated(y @ second + second_bias, second_activation, second_gate)
     return y @ head + head_bias
 
 
 def cost(
-    query: Tensor, keys: Tensor, row: Tensor, first: Tensor, first_gate: Tensor | None, second: Tensor, *rest: object
+    query: Tensor,
+    keys: Tensor,
+    row: Tensor,
+    first: Tensor,
+    first_gate: Tensor | None,
+    second: Tensor | None,
+    *rest: object,
 ) -> Cost:
     """Everything read once, the scores written once; the first layer's weights are joined for each user."""
     users, steps, width = keys.shape
-    n1, n2 = second.shape
-    read = query.numel() + keys.numel() + row.numel() + first.numel() + second.numel()
-    flops = 2 * users * (width * n1 + steps * (width * n1 + n1 * n2 + n2))
+    n1, n2 = (first.shape[1], 1) if second is None else second.shape
+    read = query.numel() + keys.numel() + row.numel() + first.numel() + (0 if second is None else second.numel())
+    flops = 2 * users * (width * n1 + steps * (width * n1 + n1 * n2 + (0 if second is None else n2)))
     return Cost((read + users * steps) * 4, flops)
 
 
 ACTIVATION_UNIT = FusedOp(
     schema=(
-        "activation_unit(Tensor query, Tensor keys, Tensor row, Tensor first, Tensor? first_gate, Tensor second, "
-        "Tensor second_bias, Tensor? second_gate, Tensor head, Tensor head_bias, int first_activation, "
+        "activation_unit(Tensor query, Tensor keys, Tensor row, Tensor first, Tensor? first_gate, Tensor? second, "
+        "Tensor? second_bias, Tensor? second_gate, Tensor head, Tensor head_bias, int first_activation, "
         "int second_activation) -> Tensor"
     ),
     reference=reference,

@@ -12,9 +12,9 @@ from grc.kernels.packed_linear.activations import DICE, PRELU, RELU, SIGMOID
 
 
 def arguments(
-    seed: int, batch: int, steps: int, width: int, n1: int, n2: int, activations: tuple[int, int] = (DICE, DICE)
+    seed: int, batch: int, steps: int, width: int, n1: int, n2: int | None, activations: tuple[int, int] = (DICE, DICE)
 ) -> tuple[Any, ...]:
-    """Arguments whose values in all layers are of order one."""
+    """Arguments whose values in all layers are of order one; without n2 those of a unit of one hidden layer."""
     make = torch.Generator().manual_seed(seed)
 
     def normal(*sizes: int, scale: float = 1.0) -> Tensor:
@@ -30,10 +30,8 @@ def arguments(
         normal(batch, n1),
         normal(2 * width, n1, scale=(2 * width) ** -0.5),
         gate(n1, activations[0]),
-        normal(n1, n2, scale=n1**-0.5),
-        normal(n2),
-        gate(n2, activations[1]),
-        normal(n2, scale=n2**-0.5),
+        *((None, None, None) if n2 is None else (normal(n1, n2, scale=n1**-0.5), normal(n2), gate(n2, activations[1]))),
+        normal(n2 or n1, scale=(n2 or n1) ** -0.5),
         normal(1),
         *activations,
     )
@@ -58,6 +56,8 @@ CASES = (
     Case("one step", lambda seed: arguments(seed, 9, 1, 8, 36, 4, (PRELU, RELU))),
     Case("narrow", lambda seed: arguments(seed, 4, 6, 3, 5, 2, (RELU, PRELU))),
     Case("wide", lambda seed: arguments(seed, 3, 7, 300, 130, 70, (DICE, PRELU))),
+    Case("one hidden layer", lambda seed: arguments(seed, 5, 50, 32, 64, None)),
+    Case("one narrow hidden layer", lambda seed: arguments(seed, 4, 9, 7, 5, None, (PRELU, 0))),
     Case("no users", lambda seed: arguments(seed, 0, 5, 8, 16, 8)),
     Case("no steps", lambda seed: arguments(seed, 3, 0, 8, 16, 8)),
     Case("strided", _strided),

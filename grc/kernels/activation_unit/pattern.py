@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
+from grc.graph.batch_norm import batch_norm
 from grc.graph.match import Miss, argument, aten, attribute, is_op, only_user, same_shape, same_size, shape, value
 from grc.graph.rewrite import Rewriter
 from grc.kernels.activation_unit import ACTIVATION_UNIT
@@ -28,7 +28,7 @@ class Activated(NamedTuple):
 
 
 class ActivationUnit(Fusion):
-    """MLP([k, k * q, ...]) for every step k of a history: two hidden layers and a score (DIN; Zhou et al. 2018).
+    """MLP([k, k * q, ...]) for every step k of a history: one or two hidden layers and a score (DIN; Zhou et al. 2018).
 
     It stands as split-concat-linear leaves it: linear(cat([k, k * q])) + linear(q) is the first layer.
     """
@@ -40,12 +40,15 @@ class ActivationUnit(Fusion):
     def fuse(self, edit: Rewriter, node: fx.Node) -> Fused | None:
         head, head_bias = weights(edit, node)
         outer = activation_of(edit, node.args[0])
-        if head is None or len(head) != 1 or outer is None or not is_op(outer.source, aten.linear):
+        if head is None or len(head) != 1 or outer is None:
             return None
-        second, second_bias = weights(edit, outer.source)
-        inner = activation_of(edit, outer.source.args[0])
-        if second is None or inner is None:
-            return None
+        second, second_bias, inner = None, None, outer
+        if is_op(outer.source, aten.linear):
+            second, second_bias = weights(edit, outer.source)
+            deeper = activation_of(edit, outer.source.args[0])
+            if second is None or deeper is None:
+                return None
+            inner = deeper
         found = first_layer(edit, inner.source)
         if found is None:
             return None
@@ -59,12 +62,12 @@ class ActivationUnit(Fusion):
                 raise Miss(f"the activation's numbers are too large for {str(dtype)[6:]}")
         if first.numel() > 2 * LARGEST:
             raise Miss(f"the first layer's weight of {first.shape[1]} x {first.shape[0]} leaves no room in the cache")
-        width, n1, n2 = int(shape(keys)[2]), len(second[0]), len(second)
+        width, n1 = int(shape(keys)[2]), len(first)
+        if second is not None and second_bias is None:
+            second_bias = torch.zeros(len(second))
 
-        def constant(name: str, tensor: Tensor | None, default: int = 0) -> fx.Node | None:
-            if tensor is None:
-                return edit.parameter(name, torch.zeros(default, dtype=dtype)) if default else None
-            return edit.parameter(name, tensor.detach().to(dtype).contiguous().clone())
+        def constant(name: str, tensor: Tensor | None) -> fx.Node | None:
+            return None if tensor is None else edit.parameter(name, tensor.detach().to(dtype).contiguous().clone())
 
         new = edit.call(
             ACTIVATION_UNIT.overload,
@@ -73,15 +76,17 @@ class ActivationUnit(Fusion):
             edit.reshape(row, -1, n1),
             constant("unit_first", first.t()),
             constant("unit_first_gate", inner.gate),
-            constant("unit_second", second.t()),
-            constant("unit_second_bias", second_bias, n2),
-            constant("unit_second_gate", outer.gate),
+            constant("unit_second", None if second is None else second.t()),
+            constant("unit_second_bias", second_bias),
+            constant("unit_second_gate", None if second is None else outer.gate),
             constant("unit_head", head[0]),
-            constant("unit_head_bias", head_bias, 1),
+            constant("unit_head_bias", torch.zeros(1) if head_bias is None else head_bias),
             inner.activation,
-            outer.activation,
+            outer.activation if second is not None else NONE,
         )
-        return Fused(node, edit.call(aten.unsqueeze.default, new, -1), f"{n1}-{n2}-1 over each step in one kernel")
+        new = edit.call(aten.unsqueeze.default, new, -1) if value(node).dim() == 3 else edit.reshape(new, -1, 1)
+        widths = [n1, 1] if second is None else [n1, len(second), 1]
+        return Fused(node, new, f"{'-'.join(map(str, widths))} over each step in one kernel")
 
 
 def weights(edit: Rewriter, linear: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -139,7 +144,7 @@ def activation_of(edit: Rewriter, node: Any) -> Activated | None:
     """The activation that gives this value, of a layer that nothing else reads."""
     code = activation_code(node)
     if code != NONE:
-        return Activated(node.args[0], code, None)
+        return Activated(plain(node.args[0]), code, None)
     source = plain(node)
     if is_op(source, aten.prelu):
         alpha = attribute(edit.module, source.args[1])
@@ -166,12 +171,14 @@ def dice_of(edit: Rewriter, node: Any, turned: bool) -> Activated | None:
         if p is None or x is None or alpha is None or not inverse or len(rest) != 2 or len(factors(kept)) != 2:
             continue
         columns = shape(x)[1 if turned else -1]
-        affine = batch_norm(edit, plain(p.args[0]), x, 3 if turned else 2)
-        if affine is None or alpha.numel() not in (1, columns) or is_turned(x) is not turned:
+        norm = batch_norm(edit.module, plain(p.args[0]))
+        if norm is None or plain(norm.source) is not x or value(norm.source).dim() != (3 if turned else 2):
+            continue
+        if alpha.numel() not in (1, columns) or is_turned(x) is not turned:
             continue
         if turned and alpha.numel() > 1 and alpha.shape[-1] != 1:  # a number for each step
             continue
-        gate = torch.stack([alpha.detach().double().reshape(-1).expand(columns), *affine])
+        gate = torch.stack([alpha.detach().double().reshape(-1).expand(columns), norm.scale, norm.shift])
         return Activated(x.args[0] if turned else x, DICE, gate)
     return None
 
@@ -179,24 +186,6 @@ def dice_of(edit: Rewriter, node: Any, turned: bool) -> Activated | None:
 def is_turned(node: Any) -> bool:
     """[B, S, N] as [B, N, S], or back."""
     return is_op(node, aten.transpose) and value(node).dim() == 3 and {d % 3 for d in node.args[1:3]} == {1, 2}
-
-
-def batch_norm(edit: Rewriter, node: Any, x: fx.Node, dims: int) -> tuple[Tensor, Tensor] | None:
-    """Scale and shift [N] of a batch norm of x in eval mode, which has so many dimensions there."""
-    call = node.args[0] if isinstance(node, fx.Node) and node.target is operator.getitem else node
-    if not is_op(call, aten._native_batch_norm_legit_no_training) or plain(call.args[0]) is not x:
-        return None
-    if value(call.args[0]).dim() != dims:
-        return None
-    names = ("weight", "bias", "running_mean", "running_var")
-    weight, bias, mean, var = (attribute(edit.module, argument(call, name)) for name in names)
-    if mean is None or var is None:
-        return None
-    scale = (var.detach().double() + argument(call, "eps")).rsqrt()
-    if weight is not None:
-        scale = scale * weight.detach().double()
-    shift = -mean.detach().double() * scale
-    return scale, shift if bias is None else shift + bias.detach().double()
 
 
 def factors(node: Any) -> list[Any]:

@@ -42,7 +42,7 @@ def unit_kernel(  # type: ignore[no-untyped-def]
     query, keys, row, first, first_gate, second, second_bias, second_gate, head, head_bias, out,
     S, query_row, key_user, key_step, row_row,
     D: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, PD: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    BS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, PRELU: tl.constexpr, DICE: tl.constexpr,
+    BS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, DEEP: tl.constexpr, PRELU: tl.constexpr, DICE: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(S, BS)
     user = (tl.program_id(0) // blocks).to(tl.int64)
@@ -51,17 +51,19 @@ def unit_kernel(  # type: ignore[no-untyped-def]
     taken = (step < S)[:, None] & (d < D)[None, :]
     k = tl.load(keys + user * key_user + step.to(tl.int64)[:, None] * key_step + d[None, :], mask=taken, other=0.0)
     q = tl.load(query + user * query_row + d, mask=d < D, other=0.0)
-    inner, outer = (d < D)[:, None] & (n < N1)[None, :], (n < N1)[:, None] & (m < N2)[None, :]
+    inner = (d < D)[:, None] & (n < N1)[None, :]
     weight = first + d[:, None] * N1 + n[None, :]
     y = tl.dot(k, tl.load(weight, mask=inner, other=0.0), input_precision="ieee")
     y = tl.dot(k * q[None, :], tl.load(weight + D * N1, mask=inner, other=0.0), y, input_precision="ieee")
     y += tl.load(row + user * row_row + n, mask=n < N1, other=0.0).to(tl.float32)[None, :]
     y = gated(y, first_gate, n, N1, FIRST, PRELU, DICE)
     y = tl.where((n < N1)[None, :], y, 0.0)  # NaN there where a key is infinite
-    rest = tl.load(second + n[:, None] * N2 + m[None, :], mask=outer, other=0.0)
-    y = tl.dot(y.to(k.dtype), rest, input_precision="ieee")
-    y += tl.load(second_bias + m, mask=m < N2, other=0.0).to(tl.float32)[None, :]
-    y = gated(y, second_gate, m, N2, SECOND, PRELU, DICE)
+    if DEEP:
+        outer = (n < N1)[:, None] & (m < N2)[None, :]
+        rest = tl.load(second + n[:, None] * N2 + m[None, :], mask=outer, other=0.0)
+        y = tl.dot(y.to(k.dtype), rest, input_precision="ieee")
+        y += tl.load(second_bias + m, mask=m < N2, other=0.0).to(tl.float32)[None, :]
+        y = gated(y, second_gate, m, N2, SECOND, PRELU, DICE)
     last = tl.load(head + m, mask=m < N2, other=0.0).to(tl.float32)[None, :]
     score = tl.sum(tl.where((m < N2)[None, :], y * last, 0.0), 1) + tl.load(head_bias).to(tl.float32)
     tl.store(out + user * S + step, score.to(out.dtype.element_ty), mask=step < S)
@@ -69,10 +71,10 @@ def unit_kernel(  # type: ignore[no-untyped-def]
 
 def able(query: Any, keys: Any, row: Any, first: Any, first_gate: Any, second: Any, *rest: Any) -> bool:
     """Whether the kernel takes these operands: one dtype, and layers that fit."""
-    (_, n1), (_, n2), width = first.shape, second.shape, int(keys.shape[2])
-    layers = lanes(width) * lanes(int(n1)), lanes(int(n1)) * lanes(int(n2))
-    same = keys.dtype == query.dtype == row.dtype == first.dtype == second.dtype
-    return keys.dtype in DTYPES and same and max(layers) <= LARGEST
+    n1, width = int(first.shape[1]), int(keys.shape[2])
+    largest = lanes(n1) * max(lanes(width), 0 if second is None else lanes(int(second.shape[1])))
+    given = (query, keys, row, first) if second is None else (query, keys, row, first, second)
+    return keys.dtype in DTYPES and len({t.dtype for t in given}) == 1 and largest <= LARGEST
 
 
 def activation_unit(
@@ -81,8 +83,8 @@ def activation_unit(
     row: torch.Tensor,
     first: torch.Tensor,
     first_gate: torch.Tensor | None,
-    second: torch.Tensor,
-    second_bias: torch.Tensor,
+    second: torch.Tensor | None,
+    second_bias: torch.Tensor | None,
     second_gate: torch.Tensor | None,
     head: torch.Tensor,
     head_bias: torch.Tensor,
@@ -92,15 +94,17 @@ def activation_unit(
     """The score of each step, [B, S], as `grc.kernels.activation_unit.reference`: query [B, D], keys [B, S, D], in float32,
     float16 or bfloat16. Layers are summed and activated in float32; the first one's outputs are rounded to their dtype."""
     users, steps, width = keys.shape
-    n1, n2 = second.shape
+    n1 = first.shape[1]
+    n2 = n1 if second is None else second.shape[1]
     query, keys, row = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, keys, row))
     out = keys.new_empty(users, steps)
     wrap_triton(unit_kernel)[(users * triton.cdiv(steps, STEPS),)](
         query, keys, row, first, head if first_gate is None else first_gate,
-        second, second_bias, head if second_gate is None else second_gate, head, head_bias, out,
+        head if second is None else second, head if second_bias is None else second_bias,
+        head if second_gate is None else second_gate, head, head_bias, out,
         steps, query.stride(0), keys.stride(0), keys.stride(1), row.stride(0),
         D=width, N1=n1, N2=n2, PD=lanes(width), P1=lanes(n1), P2=lanes(n2), BS=STEPS,
-        FIRST=first_activation, SECOND=second_activation, PRELU=PRELU, DICE=DICE, num_warps=4,
+        FIRST=first_activation, SECOND=second_activation, DEEP=second is not None, PRELU=PRELU, DICE=DICE, num_warps=4,
     )  # fmt: skip
     return out
 

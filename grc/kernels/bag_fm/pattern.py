@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -28,30 +28,59 @@ class BagFm(Fusion):
         if found is None:
             return None
         features, old = found
-        lookup = features.args[0]
-        if not (isinstance(lookup, fx.Node) and lookup.target is torch.ops.grc.lookup.default):
+        read = reading(edit.module, features if is_op(features, aten.embedding) else features.args[0])
+        if read is None:
             raise Miss("the features do not come from look-ups that end in one cat")
-        bases, rows, dims, lengths, _, padding = lookup.args[4:10]
         count, dim = int(shape(features)[1]), int(shape(features)[2])
-        if lookup.args[2] is not None or lookup.args[3] is not None or set(lengths) != {1}:  # type: ignore[arg-type]
+        if not read.single:
             raise Miss("a feature has more than one id")
-        if set(dims) != {dim} or len(dims) != count:  # type: ignore[arg-type]
-            raise Miss(f"features have widths {sorted(set(dims))}")  # type: ignore[type-var, arg-type]
-        term = linear_term(edit.module, old, lookup)
-        linear = term.lookup.args[0] if term else None
+        if set(read.dims) != {dim} or len(read.dims) != count:
+            raise Miss(f"features have widths {sorted(set(read.dims))}")
+        term = linear_term(edit.module, old, read)
+        linear = term.table if term else None
         if term:
             edit.replace(term.sum, term.rest)
-        readers = len(lookup.users)
-        with edit.at(
-            lookup
-        ):  # every operand of the fused op is an operand of the look-up, so it can stand in its place
-            both = edit.call(BAG_FM.overload, lookup.args[0], linear, lookup.args[1], bases, rows, dim, padding)
-            both.meta["tables"] = lookup.meta.get("tables")
+        readers = len(read.node.users)
+        with edit.at(read.node):  # every operand of the fused op is one of the look-up's, so it can stand in its place
+            both = edit.call(BAG_FM.overload, read.arena, linear, read.ids, read.bases, read.rows, dim, read.padding)
+            both.meta["tables"] = read.node.meta.get("tables") or [str(read.arena.target)] * count
             rows_out, fm = edit.item(both, 0), edit.item(both, 1)
-        edit.replace(lookup, rows_out)
+            if read.node is features:
+                rows_out = edit.reshape(rows_out, -1, count, dim)
+        edit.replace(read.node, rows_out)
         with edit.at(old):
             new = edit.reshape(fm, -1, *[int(s) for s in shape(old)[1:]])
         return Fused(old, new, f"{6 + 2 * bool(term)} launches, {4 * count * dim * readers / 1024:.1f} KB a row")
+
+
+class Reading(NamedTuple):
+    """A look-up's operands, in the terms of `grc.lookup`, whoever does it; `single` where every feature has one id."""
+
+    node: fx.Node
+    arena: fx.Node
+    ids: fx.Node
+    bases: list[int]
+    rows: list[int]
+    dims: list[int]
+    padding: list[int]
+    single: bool
+
+    def like(self, other: Reading) -> bool:
+        """Whether two look-ups read the same ids at the same rows."""
+        return self[2:5] == other[2:5] and self.padding == other.padding
+
+
+def reading(module: fx.GraphModule, node: Any) -> Reading | None:
+    """What a node reads that is `grc.lookup`, or an embedding of some ids a row."""
+    if isinstance(node, fx.Node) and node.target is torch.ops.grc.lookup.default:
+        arena, ids, offsets, weights, bases, rows, dims, lengths, _, padding = node.args[:10]
+        single = offsets is None and weights is None and set(lengths) == {1}  # type: ignore[arg-type]
+        return Reading(node, arena, ids, *map(list, (bases, rows, dims, padding)), single)  # type: ignore[arg-type, call-arg]
+    bag = find_bag(module, node) if is_op(node, aten.embedding) else None
+    if bag is None:
+        return None
+    rows, count = [bag.rows - base for base in bag.bases], bag.features
+    return Reading(node, bag.table, bag.ids, list(bag.bases), rows, [bag.dim] * count, [bag.padding] * count, True)
 
 
 def sum_square(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -71,7 +100,7 @@ def sum_square(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     product = summed.args[0]  # type: ignore[union-attr]
     if product.args[0] is not features or product.args[1] is not features:  # type: ignore[union-attr]
         return None
-    if not is_op(features, aten.reshape) or value(features).dim() != 3:
+    if not is_op(features, aten.reshape, aten.embedding) or value(features).dim() != 3:
         raise Miss("the features do not come from look-ups that end in one cat")
     end = halved_sum(node)
     return (features, end) if end is not None else None  # type: ignore[return-value]
@@ -134,20 +163,20 @@ def pair_sum(module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.Node] |
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear term found beside the second-order one: its look-up, the sum that it enters, and that sum without it."""
+    """A linear term found beside the second-order one: its table, the sum that it enters, and that sum without it."""
 
-    lookup: fx.Node
+    table: fx.Node
     sum: fx.Node
     rest: fx.Node
 
 
-def linear_term(module: fx.GraphModule, second_order: fx.Node, lookup: fx.Node) -> Linear | None:
+def linear_term(module: fx.GraphModule, second_order: fx.Node, features: Reading) -> Linear | None:
     """`sum_f w[id_f]` among the terms that the second-order one is added to, read with its ids and row numbers."""
     term, user = second_order, only_user(second_order)
     while user is not None and plain_sum(user, second_order):
         other = user.args[1] if user.args[0] is term else user.args[0]
         if same_shape(other, second_order):  # type: ignore[arg-type]
-            found = linear_lookup(module, other, lookup)
+            found = linear_table(module, other, features)
             if found is not None:
                 return Linear(found, user, term)
         waiting = [other]
@@ -159,7 +188,7 @@ def linear_term(module: fx.GraphModule, second_order: fx.Node, lookup: fx.Node) 
                 # A bias alone has fewer dimensions than the sum, and may stand only where it meets a term of all of them.
                 if not same_shape(leaf, second_order) or not (inner is other or same_shape(rest, second_order)):  # type: ignore[arg-type]
                     continue
-                found = linear_lookup(module, leaf, lookup)
+                found = linear_table(module, leaf, features)
                 if found is not None:
                     return Linear(found, inner, rest)  # type: ignore[arg-type]
             waiting += inner.args
@@ -174,8 +203,8 @@ def plain_sum(node: fx.Node, like: fx.Node) -> bool:
     return same_shape(node, like) and all(isinstance(term, fx.Node) for term in node.args)
 
 
-def linear_lookup(module: fx.GraphModule, node: Any, lookup: fx.Node) -> fx.Node | None:
-    """The look-up of one weight for each id of `lookup`, where a value is its sum over the features."""
+def linear_table(module: fx.GraphModule, node: Any, features: Reading) -> fx.Node | None:
+    """The table of one weight for each id of the features, where a value is its sum over them."""
     while is_op(node, aten.reshape):
         node = node.args[0]
     if not is_op(node, aten.sum) or any(size != 1 for size in shape(node)[1:]):
@@ -185,19 +214,9 @@ def linear_lookup(module: fx.GraphModule, node: Any, lookup: fx.Node) -> fx.Node
         return None
     while is_op(weights, aten.reshape):
         weights = weights.args[0]
-    if is_op(weights, aten.embedding):
-        bag = find_bag(module, weights)
-        if bag is None or bag.dim != 1:
-            return None
-        read = [bag.ids, list(bag.bases), [bag.rows - base for base in bag.bases], [bag.padding] * bag.features]
-    elif isinstance(weights, fx.Node) and weights.target is torch.ops.grc.lookup.default:
-        if weights.args[2] is not None or weights.args[3] is not None or set(weights.args[7]) != {1}:  # type: ignore[arg-type]
-            return None
-        if set(weights.args[6]) != {1}:  # type: ignore[arg-type]
-            return None
-        read = [weights.args[index] for index in (1, 4, 5, 9)]
-    else:
+    read = reading(module, weights)
+    if read is None or not read.single or set(read.dims) != {1}:
         return None
-    table = value(weights.args[0])
-    fits = table.dim() == 2 and table.numel() == value(lookup.args[0]).shape[0]
-    return weights if fits and read == [lookup.args[index] for index in (1, 4, 5, 9)] else None
+    table = value(read.arena)
+    fits = table.dim() == 2 and table.numel() == value(features.arena).shape[0]
+    return read.arena if fits and read.like(features) else None
