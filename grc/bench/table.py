@@ -39,6 +39,16 @@ class Cell:
         """The best peer's median over grc's: above 1 grc is faster. None where either has no time."""
         return self.over(self.best_peer)
 
+    @property
+    def wall(self) -> tuple[str, float] | None:
+        """On a GPU: the best peer from the host's memory to the host's memory, and its median over grc's."""
+        timed = [row for row in self.rows if row["wall_p50_us"] is not None and time_of(row) is not None]
+        peers = [row for row in timed if row["engine"] != "grc"]
+        if not peers or self.grc is None or self.grc["wall_p50_us"] is None:
+            return None
+        best = min(peers, key=lambda row: row["wall_p50_us"])
+        return best["engine"], best["wall_p50_us"] / self.grc["wall_p50_us"]
+
     def over(self, peer: Row | None) -> float | None:
         return None if peer is None or self.grc is None else peer["p50_us"] / self.grc["p50_us"]
 
@@ -117,7 +127,8 @@ def refusals(cell: Cell) -> list[str]:
 def summary(cell: Cell) -> str:
     if cell.grc is None or cell.best_peer is None or cell.ratio is None:
         return f"batch {cell.batch}: nothing to compare"
-    return f"batch {cell.batch}: grc is {cell.ratio:.2f}x its best peer, {cell.best_peer['engine']}"
+    wall = f", and {cell.wall[1]:.2f}x {cell.wall[0]} from host to host" if cell.wall else ""
+    return f"batch {cell.batch}: grc is {cell.ratio:.2f}x its best peer, {cell.best_peer['engine']}{wall}"
 
 
 def short(form: str) -> str:
@@ -139,7 +150,9 @@ def markdown_table(rows: Sequence[Row]) -> str:
     """One line for each model, batch and kind of ids: grc, every peer, and the ratio of medians to the best of them."""
     found = cells(rows)
     peers = [name for name in ("eager", "compile", "aoti", "onnxruntime") if any(row["engine"] == name for row in rows)]
-    head = ["model", "ids", "batch", "grc", "spread", *peers, "grc / best peer", "error", "top-100"]
+    walls = any(cell.wall for cell in found)
+    wall = ["grc wall", "wall, grc / best peer"] if walls else []
+    head = ["model", "ids", "batch", "grc", "spread", *peers, "grc / best peer", *wall, "error", "top-100"]
     lines = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
     for cell in found:
         by_name = {row["engine"]: row for row in cell.rows}
@@ -155,11 +168,18 @@ def markdown_table(rows: Sequence[Row]) -> str:
                 ""
                 if cell.ratio is None
                 else f"**{cell.ratio:.2f}x** {cell.best_peer['engine'] if cell.best_peer else ''}",
+                *(host_to_host(cell) if walls else ()),
                 "" if own is None or own["max_error"] is None else f"{own['max_error']:.1e}",
                 "" if own is None or own["overlap100"] is None else f"{own['overlap100']:.3f}",
             ]
         )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def host_to_host(cell: Cell) -> tuple[str, str]:
+    if cell.wall is None or cell.grc is None:
+        return "", ""
+    return duration(cell.grc["wall_p50_us"]), f"{cell.wall[1]:.2f}x {cell.wall[0]}"
 
 
 def shown(row: Row | None) -> str:

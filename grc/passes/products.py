@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import fx
+from torch.nn import Parameter
 
 from grc.graph.match import (
     argument,
@@ -21,6 +22,7 @@ from grc.graph.match import (
 from grc.graph.rewrite import Rewriter
 
 ARITHMETIC = (aten.add, aten.sub, aten.mul)
+FEW = 1 << 12  # numbers of a constant that is looked through for zeros
 
 
 def one_product(edit: Rewriter, node: fx.Node) -> fx.Node | None:
@@ -208,18 +210,24 @@ def square(edit: Rewriter, node: fx.Node) -> fx.Node | None:
 
 
 def drop_zero(edit: Rewriter, node: fx.Node) -> fx.Node | None:
-    """x + 0 of x's shape and dtype is x: sums that begin with an accumulator of zeros."""
+    """x + 0 of x's dtype is x, in the shape of the sum: sums that begin with an accumulator of zeros."""
     if not is_op(node, aten.add) or len(node.args) != 2 or argument(node, "alpha") != 1:
         return None
     for zero, other in (node.args, node.args[::-1]):
-        if not isinstance(other, fx.Node) or not is_zero(zero) or value(other).dtype is not value(node).dtype:
+        if not isinstance(other, fx.Node) or value(other).dtype is not value(node).dtype or not is_zero(edit, zero):
             continue
         if same_shape(other, node):
             return other
+        if is_op(zero, aten.zeros, aten.full) and same_shape(zero, node):
+            return edit.call(aten.expand.default, other, argument(zero, "size"))
     return None
 
 
-def is_zero(node: Any) -> bool:
+def is_zero(edit: Rewriter, node: Any) -> bool:
+    """Zeros that a call makes, or that are a small constant; parameters may only happen to be zeros."""
     if is_op(node, aten.new_zeros, aten.zeros, aten.zeros_like):
         return True
+    tensor = attribute(edit.module, node)
+    if tensor is not None:
+        return not isinstance(tensor, Parameter) and tensor.numel() <= FEW and not tensor.any()
     return is_op(node, aten.full, aten.full_like, aten.new_full) and argument(node, "fill_value") == 0

@@ -15,13 +15,18 @@ class Answers(list[torch.Tensor]):
         self.nan = nan
 
 
+COMPARED = 512  # numbers of an answer up to which one call that compares it with itself is cheaper than the two of a sum
+
+
 def hold_nan(answers: Sequence[torch.Tensor]) -> bool:
-    """One reduction each: a sum is NaN where any number is."""
+    """Only NaN is not what it is; a sum is NaN where any number is."""
     if isinstance(answers, Answers):
         return answers.nan
     for answer in answers:
         if answer.is_floating_point():
-            total = (answer if answer.numel() == 1 else answer.sum()).item()
-            if total != total:
+            if answer.numel() <= COMPARED and not answer.is_cuda:
+                if not torch.equal(answer, answer):
+                    return True
+            elif (total := answer.sum().item()) != total:
                 return True
     return False

@@ -60,6 +60,19 @@ def test_the_markdown_table_has_a_line_for_each_cell():
     assert "**1.70x** onnxruntime" in lines[3]
 
 
+def test_on_a_gpu_the_way_from_host_to_host_is_compared_too():
+    """The peer that is fastest there may be another one, and faster than grc."""
+    rows = [
+        row("grc", 20.0, wall_p50_us=60.0), row("aoti", 30.0, wall_p50_us=48.0), row("compile", 25.0, wall_p50_us=90.0)
+    ]  # fmt: skip
+    (cell,) = cells(rows)
+    assert cell.wall == ("aoti", pytest.approx(0.8))
+    assert "grc is 1.25x its best peer, compile, and 0.80x aoti from host to host" in text_table(rows)
+    head, _, line = markdown_table([*rows, row("grc", 1.0, batch=128)]).splitlines()[:3]
+    assert "| grc wall | wall, grc / best peer |" in head and "| 60.0 us | 0.80x aoti |" in line
+    assert "wall" not in markdown_table(ROWS)
+
+
 def test_the_geometric_mean():
     assert geometric_mean([2.0, 0.5]) == pytest.approx(1.0)
     assert geometric_mean([4.0, 1.0]) == pytest.approx(2.0)
