@@ -19,7 +19,7 @@ from torch.export import Dim
 
 from grc.errors import CaptureError, ModelFileError
 from grc.graph.faults import explain, find_fault, hint_for
-from grc.graph.flat import flat_graph, model_lines, quiet_export, without_fast_path
+from grc.graph.flat import flat_graph, followed_data, model_lines, quiet_export, without_fast_path
 from grc.graph.model_file import Model, user_line
 from grc.graph.sizes import Size, collection, find_sizes, named_by_symbol, named_dims, size_of
 from grc.runtime.structure import Json, fields_of, flatten, is_dataclass, leaf_names
@@ -176,7 +176,7 @@ def export(model: Model, sizes: list[tuple[Size, ...]], mode: str) -> torch.expo
     if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module.forward).parameters.values()) and kwargs:
         module, args, kwargs = ByPosition(module, (args, kwargs)), tuple(leaves), {}
     strict = mode == "strict"
-    with torch.no_grad(), quiet_export(), model_lines(), without_fast_path():
+    with torch.no_grad(), quiet_export(), model_lines(), without_fast_path(), followed_data():
         try:
             shapes = collection(leaves, sizes, named_dims(sizes))
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=strict)
@@ -263,6 +263,11 @@ def check_deterministic(model: Model) -> None:
     args, kwargs = model.inputs(3)
     first, second = (flat_tensors(model.module(*args, **kwargs))[0] for _ in range(2))
     for i, (a, b) in enumerate(zip(first, second, strict=True)):
+        if a.is_complex():
+            raise CaptureError(
+                f"output {i} of the model is of complex numbers, which neither an artifact nor a server can answer with",
+                "return torch.view_as_real(y), or what of it is read: y.real, y.abs()",
+            )
         if not torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)):
             raise CaptureError(
                 f"output {i} of the model differs between two calls with the same input",

@@ -41,12 +41,12 @@ def find_fault(source: Source) -> str | None:
 def fault_at(source: Source, batch: int) -> str | None:
     inputs = source.inputs(batch)
     try:
-        answers = list(source.graph(*inputs))
+        answers = list(source.graph.forward(*inputs))  # a call would print what it raises
     except Exception as error:  # whatever the operators of the graph raise
         return f"the export was specialised: it fails at batch {batch} ({first_line(error)})"
     expected = source.eager(batch)
     if any(type(a) is not torch.Tensor for a in answers):
-        return "the export holds a fake tensor: a value was computed by numpy or Python while tracing"
+        return "a value is computed by numpy or Python, where no export can follow it"
     if len(answers) != len(expected):
         return f"the export gives {len(answers)} outputs, the model {len(expected)}"
     for answer, wanted in zip(answers, expected, strict=True):
@@ -103,8 +103,12 @@ def explain(error: Exception) -> str:
         if any("one_hot(" in (frame.line or "") for frame in frames):
             return "one_hot counts its classes in the values of a tensor"
         return "control flow depends on the values of a tensor"
+    if "NotImplementedType" in text:
+        return "an operator here has no form that can be traced, as a sum of sparse tensors has none"
     if "aten._sparse" in text or ("UnsupportedOperator" in type(error).__name__ and "aten.mm" in text):
         return "a sparse tensor is multiplied with what a request brings"
+    if ".numpy() is not supported" in text or "fake tensor in the exported program" in text:
+        return "a value is computed by numpy or Python, where no export can follow it"
     if "Constraints violated" in text or "specialized" in text.lower():
         return f"a size that should vary was fixed ({first_line(error)})"
     return f"{type(error).__name__}: {first_line(error)}"
@@ -118,9 +122,15 @@ def hint_for(reason: str) -> str:
     if "one_hot" in reason:
         return "give it num_classes=, the number of rows that the ids may have"
     if "control flow" in reason:
-        return "use torch.where or torch.cond instead of `if tensor:`, and keep .item() out of forward"
+        return (
+            "use torch.where or torch.cond instead of `if tensor:` and x[torch.arange(len(p)), p] instead of a loop over p, "
+            "keep .item() out of forward, and check weights in __init__"
+        )
     if "fixed" in reason or "specialised" in reason:
-        return "derive sizes from x.shape instead of Python integers, and build no tensor of a fixed batch in forward"
-    if "fake tensor" in reason:
+        return (
+            "derive sizes from x.shape instead of Python integers, and build no tensor of a fixed batch in forward: "
+            "torch.full((len(x),), t) instead of torch.tensor([t] * len(x))"
+        )
+    if "numpy" in reason:
         return "use torch operations instead of numpy in forward"
     return "see the full error with --traceback"

@@ -23,7 +23,7 @@ import grc.errors
 @contextmanager
 def quiet_export() -> Iterator[None]:
     """torch.export logs, warns and prints its own workings; what matters is raised as a CaptureError instead."""
-    names = ("torch.export", "torch.fx", "torch._dynamo", "torch._export", "torch._guards")
+    names = ("torch.export", "torch.fx", "torch._dynamo", "torch._export", "torch._guards", "torch._subclasses")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
@@ -51,6 +51,14 @@ def without_fast_path() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def followed_data() -> Iterator[None]:
+    """`x.data` is `x.detach()` here: the one would end the trace of x, and its value would become a constant."""
+    data = property(torch.Tensor.detach, torch._C.TensorBase.data.__set__)  # type: ignore[attr-defined]
+    with mock.patch.object(torch.Tensor, "data", data, create=True):
+        yield
 
 
 @contextmanager

@@ -28,7 +28,7 @@ BAGS = {aten._embedding_bag, aten._embedding_bag_forward_only, aten.embedding_ba
 
 
 class Fp64(TorchDispatchMode):
-    """Widen float operands, and the dtypes that casts and factories ask for, to float64."""
+    """Widen float operands, and the dtypes that casts and factories ask for, to float64, and complex ones to complex128."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -79,10 +79,11 @@ FACTORIES = {aten.full, aten.zeros, aten.ones, aten.arange, aten.scalar_tensor, 
 
 
 def widen(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype is not torch.float64:
-        return value.double()
-    if isinstance(value, torch.dtype) and value.is_floating_point:
-        return torch.float64
+    if isinstance(value, torch.Tensor):
+        wide = widen(value.dtype)
+        return value if value.dtype is wide else value.to(wide)
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value.is_floating_point else torch.complex128 if value.is_complex else value
     return value
 
 

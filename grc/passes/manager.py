@@ -36,6 +36,10 @@ class Pass:
     def run(self, graph: fx.GraphModule) -> list[Change]:
         raise NotImplementedError
 
+    def parts(self) -> list[Pass]:
+        """The passes that it consists of, to run where it fails as a whole."""
+        return []
+
 
 @dataclass
 class Record:
@@ -79,7 +83,7 @@ class Proof:
         worst = 0.0
         for inputs, truth, baseline in zip(self.inputs, self.truth, self.baseline, strict=True):
             try:
-                error = largest_error(list(graph(*inputs)), truth)
+                error = largest_error(list(graph.forward(*inputs)), truth)  # a call would print what it raises
             except Exception as failure:
                 return float("inf"), f"the rewritten graph fails: {failure}"
             worst = max(worst, error)
@@ -98,13 +102,16 @@ def run_passes(
     after: Callable[[Pass, fx.GraphModule], None] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[fx.GraphModule, list[Record]]:
-    """Run passes in order. A pass that breaks the graph or its answers is rolled back, with the reason in its record.
+    """Run passes in order. A pass that breaks the graph or its answers is rolled back, with the reason in its record, and run
+    again in its parts: of several fusions only the one at fault is lost.
 
     `limit` stops after that many passes have changed something. With `strict`, a broken pass raises PassError.
     """
     widest = widest_float(graph)
     records: list[Record] = []
-    for step in passes:
+    waiting = list(passes)
+    while waiting:
+        step = waiting.pop(0)
         if limit is not None and sum(bool(r.made) for r in records) >= limit:
             break
         if progress:
@@ -134,6 +141,7 @@ def run_passes(
                 raise PassError(f"pass {step.name}: {reason}", f"leave it out with --disable {step.name}")
             else:
                 record.rolled_back = reason
+                waiting[:0] = step.parts()
         record.nodes = len(graph.graph.nodes)
         if after:
             after(step, graph)

@@ -36,6 +36,9 @@ UNCOMPUTED = (
     aten.embedding, aten.embedding_bag, aten._embedding_bag, aten._embedding_bag_forward_only, aten.embedding_renorm,
     aten.index, aten.index_select, aten.gather, aten.reshape, aten.contiguous, aten.clone, aten.flatten, aten.expand,
 )  # fmt: skip
+# products of weights, which a request would wait for; what they give may be so much larger than what they take
+PRODUCTS = (aten.linear, aten.mm, aten.matmul, aten.bmm, aten.addmm, aten._sparse_mm)
+WIDER = 4
 Rule = Callable[[Rewriter, fx.Node], fx.Node | None]
 
 
@@ -148,7 +151,8 @@ def drop_alias(edit: Rewriter, node: fx.Node) -> fx.Node | None:
 
 def fold_constant(edit: Rewriter, node: fx.Node) -> fx.Node | None:
     """Compute what depends on no input: small constants, and of weights what is computed and takes no more room than they
-    do, such as a normalised table or a graph convolution's sums over neighbours. Views of weights and look-ups in them stay.
+    do, such as a normalised table or a graph convolution's sums over neighbours. A product may take four times their room,
+    since it costs more than it to read. Views of weights and look-ups in them stay.
     """
     source: Any = node.args[0] if node.target is operator.getitem else node
     if source.op != "call_function" or not isinstance(source.target, torch._ops.OpOverload):
@@ -165,7 +169,8 @@ def fold_constant(edit: Rewriter, node: fx.Node) -> fx.Node | None:
     small = all(size <= FOLD_BYTES for size in map(bytes_of, (result, *known.values())))
     if not small or any(isinstance(t, torch.nn.Parameter) for t in known.values()):
         computed = known and not source.target.is_view and not is_op(source, *UNCOMPUTED)
-        if not computed or bytes_of(result) > sum(map(bytes_of, known.values())):
+        room = sum(map(bytes_of, known.values())) * (WIDER if is_op(source, *PRODUCTS) else 1)
+        if not computed or bytes_of(result) > max(room, FOLD_BYTES):
             return None
     args, kwargs = (fx.map_arg(part, lambda n: known[n]) for part in (source.args, source.kwargs))
     with torch.no_grad():
@@ -303,6 +308,26 @@ def same_ids(a: Any, b: Any) -> bool:
     return a is b
 
 
+def rows_in_order(edit: Rewriter, node: fx.Node) -> fx.Node | None:
+    """embedding(W, arange(n)) is W, or its first n rows: all items of a catalogue, all positions of a history."""
+    if not is_op(node, aten.embedding):
+        return None
+    table, ids = attribute(edit.module, node.args[0]), node.args[1]
+    if table is None or not table.is_contiguous() or not all(static(size) for size in shape(node)):
+        return None
+    count, told = int(value(ids).numel()), attribute(edit.module, ids)
+    if told is not None:
+        ordered = count <= len(table) and torch.equal(told.flatten(), torch.arange(count, dtype=told.dtype))
+    else:
+        names = [entry.name for entry in ids.target._schema.arguments] if is_op(ids, aten.arange) else []  # type: ignore[union-attr]
+        begins = "start" not in names or argument(ids, "start") == 0  # type: ignore[arg-type]
+        ordered = bool(names) and begins and ("step" not in names or argument(ids, "step") == 1) and count <= len(table)  # type: ignore[arg-type]
+    if not ordered:
+        return None
+    rows: Any = node.args[0] if count == len(table) else edit.parameter("first_rows", table.detach()[:count])
+    return rows if value(ids).dim() == 1 else edit.reshape(rows, *shape(node))
+
+
 def negative_possible(ids: fx.Node) -> bool:
     """Indexing wraps negative ids where an embedding refuses them; only plain inputs are taken to be ids."""
     while is_op(ids, aten.reshape, aten.slice, aten.select, aten.to, aten._to_copy, aten.cat):
@@ -337,5 +362,6 @@ RULES: tuple[Rule, ...] = (
     drop_zero,
     one_hot_product,
     gather_to_embedding,
+    rows_in_order,
     limited_rows,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 from torch.nn import Parameter
 
 from grc.graph.match import (
@@ -214,7 +214,8 @@ def drop_zero(edit: Rewriter, node: fx.Node) -> fx.Node | None:
     if not is_op(node, aten.add) or len(node.args) != 2 or argument(node, "alpha") != 1:
         return None
     for zero, other in (node.args, node.args[::-1]):
-        if not isinstance(other, fx.Node) or value(other).dtype is not value(node).dtype or not is_zero(edit, zero):
+        tensors = isinstance(other, fx.Node) and isinstance(value(other), Tensor)
+        if not tensors or value(other).dtype is not value(node).dtype or not is_zero(edit, zero):
             continue
         if same_shape(other, node):
             return other

@@ -80,7 +80,8 @@ CASES = {
     "control flow": (
         BRANCH,
         "{file}:7: control flow depends on the values of a tensor",
-        "use torch.where or torch.cond instead of `if tensor:`, and keep .item() out of forward",
+        "use torch.where or torch.cond instead of `if tensor:` and x[torch.arange(len(p)), p] instead of a loop over p, "
+        "keep .item() out of forward, and check weights in __init__",
     ),
 }
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,53 @@ def test_classes_counted_in_values(tmp_path: Path) -> None:
     path = model_file(tmp_path, "y = torch.nn.functional.one_hot(x.argmax(1))\nreturn self.layer(x) + y.sum()")
     error = refusal(path)
     assert f"{path}:11: one_hot counts its classes" in error.message and "num_classes" in str(error.hint)
+
+
+def test_numpy_in_forward() -> None:
+    def forward(self: Forward, x: Tensor) -> Tensor:
+        found = np.stack([np.unique(row, return_inverse=True)[1] for row in x.cpu().numpy()])
+        return x * torch.from_numpy(found)
+
+    with pytest.raises(CaptureError, match="a value is computed by numpy or Python") as caught:
+        captured(Forward(forward), lambda b: (torch.arange(4 * b).view(b, 4) % 3,))
+    assert __file__ in caught.value.message and caught.value.hint == "use torch operations instead of numpy in forward"
+
+
+def test_the_data_of_a_value_is_followed() -> None:
+    """As it was written before torch 0.4."""
+    source = captured(
+        Forward(lambda self, x: self.layer(x.masked_fill(x.data.lt(0), 0.0)), layer=nn.Linear(4, 4)),
+        lambda b: (rows(b, 4),),
+    )
+    assert source.mode == "non-strict"
+
+
+def test_complex_outputs() -> None:
+    with pytest.raises(CaptureError, match="output 0 of the model is of complex numbers") as caught:
+        captured(Forward(lambda self, x: torch.fft.rfft(x, dim=1)), lambda b: (rows(b, 6),))
+    assert "view_as_real" in str(caught.value.hint)
+
+
+def test_a_sum_of_sparse_tensors_is_told_without_torchs_log(capfd: pytest.CaptureFixture[str]) -> None:
+    model = Neighbours(
+        lambda self, x: torch.sparse.mm(self.a + self.b, self.items.weight)[x], items=nn.Embedding(50, 4)
+    )
+    model.a = model.b = model.adjacency
+    with pytest.raises(CaptureError, match="an operator here has no form that can be traced"):
+        captured(model, lambda b: (torch.arange(b),))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_loop_over_the_rows_prints_nothing_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CaptureError, match="it fails at batch 4"):
+        captured(Forward(lambda self, x: torch.stack([row.sum() for row in x])), lambda b: (rows(b, 6),))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_list_times_the_batch_is_told_what_to_write() -> None:
+    with pytest.raises(CaptureError, match="the export was specialised") as caught:
+        captured(Forward(lambda self, x: x + torch.tensor([3.0] * x.shape[0]).unsqueeze(1)), lambda b: (rows(b, 6),))
+    assert "torch.full((len(x),), t)" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("layer", [nn.GRU, nn.LSTM])
@@ -199,7 +247,7 @@ def test_a_fake_tensor_is_a_fault(source) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = torch.randn(4, 4)
     source.graph.forward = lambda *inputs: (fake,)
-    assert "fake tensor" in str(find_fault(source))
+    assert "by numpy or Python" in str(find_fault(source))
 
 
 def test_an_unknown_container_is_named() -> None:

@@ -15,6 +15,18 @@ MODULES = [
 ]
 
 
+def test_complex_numbers_are_widened_too() -> None:
+    def some_frequencies(x: torch.Tensor) -> torch.Tensor:
+        whole = torch.fft.rfft(x, dim=1)
+        kept = torch.zeros(whole.shape, dtype=torch.cfloat)
+        kept[:, [0, 2]] = whole[:, [0, 2]]
+        return torch.fft.irfft(kept, n=6, dim=1)
+
+    x = torch.rand(3, 6)
+    torch.testing.assert_close(run_fp64(some_frequencies, x), some_frequencies(x).double(), rtol=1e-5, atol=1e-6)
+    assert run_fp64(some_frequencies, x).dtype is torch.float64
+
+
 @pytest.mark.parametrize("module", MODULES, ids=["prelu", "conv1d", "layer norm"])
 def test_a_float32_module_is_answered_in_float64(module: nn.Module) -> None:
     x = torch.rand(3, 6)

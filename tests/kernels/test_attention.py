@@ -336,6 +336,19 @@ def test_fuses_heads_that_come_first() -> None:
     assert not left & OTHERS and not is_causal(args)
 
 
+def test_fuses_a_bias_that_all_heads_share() -> None:
+    """rectools' HSTU adds a bias for positions to one for times, [B, N, M], and then both to the scores of every head."""
+
+    def biased(m: nn.Module, x: Tensor, times: Tensor) -> Tensor:
+        q, k, v = (t.view(x.shape[0], STEPS, HEADS, -1) for t in F.silu(x).chunk(3, -1))
+        bias = (times[:, :, None] - times[:, None, :]).abs() + m.out.weight[:STEPS, :STEPS].unsqueeze(0)
+        scores = torch.einsum("bnhd,bmhd->bhnm", q, k) + bias.unsqueeze(1)
+        return torch.einsum("bhnm,bmhd->bnhd", F.silu(scores) / STEPS * (~m.causal).float(), v).flatten(2)
+
+    left, args = call_of(Wrapped(biased), lambda batch: torch.rand(batch, STEPS))
+    assert not left & OTHERS and args[7] == SILU
+
+
 @pytest.mark.parametrize("attend", [by_matmul, by_large_number, hstu])
 def test_fuses_masks(attend: Callable[..., Tensor]) -> None:
     left, args = call_of(Wrapped(attend), real)

@@ -289,6 +289,60 @@ def test_fuses_once(change: Callable[..., Tensor]) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+class Unseen(nn.Module):
+    """Retrieval of what is not in the request's own history, hidden in one of the usual ways."""
+
+    def __init__(self, hide: Callable[[Tensor, Tensor], Tensor], k: int):
+        super().__init__()
+        self.items, self.hide, self.k = nn.Embedding(60, 12), hide, k
+
+    def forward(self, ids: Tensor) -> Any:
+        return tuple(self.hide(self.items(ids).mean(1) @ self.items.weight.t(), ids).topk(self.k))
+
+
+def put(scores: Tensor, ids: Tensor) -> Tensor:
+    scores[torch.arange(len(ids)).unsqueeze(1), ids] = -INF
+    return scores
+
+
+def padding_too(scores: Tensor, ids: Tensor) -> Tensor:
+    scores[:, 0] = -INF
+    return scores.scatter(-1, ids, -INF)
+
+
+HIDES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "scatter": lambda s, ids: s.scatter(1, ids, -INF),
+    "in place": lambda s, ids: s.scatter_(1, ids, torch.finfo(s.dtype).min),
+    "a source": lambda s, ids: s.scatter(1, ids, torch.full_like(ids, -INF, dtype=s.dtype)),
+    "index": put,
+    "padding too": padding_too,
+}
+
+
+@pytest.mark.parametrize("k", [10, 55])
+@pytest.mark.parametrize("hide", HIDES.values(), ids=HIDES)
+def test_what_the_user_has_seen_is_left_out(hide: Callable[[Tensor, Tensor], Tensor], k: int) -> None:
+    source = traced(Unseen(hide, k))
+    graph, record = optimised(source)
+    assert [c.what for c in record.made if c.what == "score-topk"] == ["score-topk"]
+    assert not {"aten.scatter.value", "aten.index_put.default", "aten.linear.default"} & set(calls(graph))
+    for batch in (1, 6):
+        (values, items), (wanted, places) = graph(*source.inputs(batch)), source.graph(*source.inputs(batch))
+        torch.testing.assert_close(values, wanted, rtol=1e-5, atol=1e-5)
+        assert torch.equal(items, places)
+
+
+def test_only_ids_are_read() -> None:
+    class Ids(Unseen):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids)[1]
+
+    source = traced(Ids(HIDES["scatter"], 5))
+    graph, _ = optimised(source)
+    assert calls(graph).count("grc.score_topk.default") == 1
+    assert torch.equal(graph(*source.inputs(6))[0], source.graph(*source.inputs(6))[0])
+
+
 def plain(m: Any, s: Tensor, u: Tensor) -> Tensor:
     return s
 
@@ -301,8 +355,12 @@ MISSES = {
         lambda m, s, u: s.masked_fill(m.hidden, -9.0)
     ),
     "which items are hidden depends on the request": Retrieval(lambda m, s, u: torch.where(u[:, :1] > 0, s, -INF)),
-    "aten.scatter.value stands between the scores and the top-k": Retrieval(
-        lambda m, s, u: s.scatter(1, torch.zeros_like(u[:, :1], dtype=torch.int64), -INF)
+    "items of the request are not hidden by -inf, which alone no score is below": Retrieval(
+        lambda m, s, u: s.scatter(1, (u[:, :1] > 0).long(), -9.0)
+    ),
+    "of 60 items 56 may be left to show, fewer than 57": Unseen(HIDES["scatter"], 57),
+    "aten.scatter_add.default stands between the scores and the top-k": Retrieval(
+        lambda m, s, u: s.scatter_add(1, (u[:, :1] > 0).long(), u[:, :1])
     ),
     "aten.sigmoid.default stands between the scores and the top-k": Retrieval(lambda m, s, u: s.sigmoid()),
     "the scores are read outside of the top-k too": Retrieval(plain, lambda s: (*s.topk(5), s.logsumexp(1))),

@@ -9,14 +9,15 @@ import torch
 from torch import fx, nn
 
 from grc.errors import GrcError, PassError
+from grc.graph.match import aten
 from grc.graph.rewrite import Rewriter
+from grc.kernels.fusion import Fused
 from grc.options import Options
+from grc.passes.fuse import Fuse
 from grc.passes.manager import Change, Pass, Proof, run_passes
 from grc.passes.pipeline import NAMES, pipeline
 from tests.graph.filecheck import check
 from tests.passes.small import graph_of, rows
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,27 @@ def test_a_broken_pass_is_rolled_back_with_its_reason(graph, proof, step, reason
         run_passes(graph, [step], proof, strict=True)
     assert records[1].rolled_back is None
     check(after, "CHECK: aten.relu(%inputs_0)\nCHECK: aten.linear\nCHECK-NOT: aten.")
+
+
+def test_of_several_fusions_only_the_one_at_fault_is_lost(graph, proof):
+    class Wrong:
+        name, anchors = "wrong", (aten.linear,)
+
+        def fuse(self, edit, node):
+            edit.replace(node, edit.call(aten.mul.Tensor, node.args[0], 2))
+            raise KeyError("surprise")
+
+    class Right:
+        name, anchors = "right", (aten.relu,)
+
+        def fuse(self, edit, node):
+            return Fused(node, edit.call(aten.clamp_min.default, node.args[0], 0), "nothing")
+
+    after, records = run_passes(graph, [Fuse((Wrong(), Right())), Nothing()], proof)
+    assert [(r.name, bool(r.rolled_back), [c.what for c in r.made]) for r in records] == [
+        ("fuse", True, []), ("fuse", True, []), ("fuse", False, ["right"]), ("fuse", False, []), ("nothing", False, []),
+    ]  # fmt: skip
+    check(after, "CHECK: aten.clamp_min(%inputs_0, 0)\nCHECK: aten.linear\nCHECK-NOT: aten.")
 
 
 def test_strict_names_the_pass_and_how_to_leave_it_out(graph, proof):

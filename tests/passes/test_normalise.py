@@ -234,6 +234,77 @@ def test_what_is_computed_of_weights_is_computed_once():
     check(graph, "CHECK: aten.linear(%inputs_0\nCHECK-NOT: aten.exp\nCHECK-NOT: aten.div\nCHECK-NOT: aten.sum")
 
 
+@pytest.mark.parametrize(
+    "zeros",
+    [
+        lambda self, x: x + torch.zeros(1, 3),
+        lambda self, x: torch.zeros_like(x) + x,
+        lambda self, x: torch.zeros(x.shape[0], 3) + x,
+    ],
+    ids=["a constant", "like it", "of its size"],
+)
+def test_nothing_added_is_nothing(zeros):
+    check(
+        normalised(lambda self, x: zeros(self, x).relu(), rows(4, 3)), "CHECK: aten.relu(%inputs_0)\nCHECK-NOT: aten."
+    )
+
+
+def test_a_row_added_to_zeros_is_that_row_for_each_user():
+    graph = normalised(
+        lambda self, x: x * (torch.zeros(x.shape[0], 2, 3) + self.row), rows(4, 2, 3), row=torch.ones(1, 2, 3)
+    )
+    check(graph, "CHECK: aten.expand(%row, [\nCHECK-NOT: aten.add")
+
+
+def test_a_bias_that_happens_to_be_zeros_stays():
+    layer = nn.Linear(3, 3)
+    nn.init.zeros_(layer.bias)
+    check(
+        normalised(lambda self, x: x.relu() + self.layer.bias, rows(4, 3), layer=layer),
+        "CHECK: aten.add(%relu, %layer_bias)",
+    )
+
+
+ORDERED = {
+    "a catalogue": (lambda self, x: x @ self.e(torch.arange(10)).T, "CHECK: aten.linear(%inputs_0, %e_weight"),
+    "some positions": (lambda self, x: x[:, None] + self.e(torch.arange(7)), "CHECK: aten.add(%{{.*}}, %first_rows)"),
+    "positions of a batch": (
+        lambda self, x: x[:, None] + self.e(torch.arange(7)[None]),
+        "CHECK: aten.add(%{{.*}}, %constant",
+    ),
+}
+
+
+@pytest.mark.parametrize(("read", "text"), ORDERED.values(), ids=ORDERED)
+def test_rows_looked_up_in_order_are_the_table(read, text):
+    graph = normalised(read, rows(4, 3), e=nn.Embedding(10, 3))
+    check(graph, f"{text}\nCHECK-NOT: aten.embedding")
+
+
+def test_rows_looked_up_in_order_lie_where_the_table_lies():
+    e = nn.Embedding(10, 3)
+    graph = normalised(lambda self, x: x[:, None] + self.e(torch.arange(7)), rows(4, 3), e=e)
+    assert graph.first_rows.untyped_storage().data_ptr() == e.weight.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("order", [[1, 0, 2], [0, 2, 1], [0, 1, 1]])
+def test_rows_in_another_order_are_looked_up(order):
+    graph = normalised(lambda self, x: x[:, None] + self.e(torch.tensor(order)), rows(4, 3), e=nn.Embedding(10, 3))
+    check(graph, "CHECK: aten.embedding(%e_weight")
+
+
+def test_products_of_weights_may_grow():
+    """The item tower over a whole catalogue, wider than its table; a cast alone does not wait for anything."""
+    graph = normalised(
+        lambda self, x: x @ self.tower(self.e.weight).T, rows(4, 24), e=nn.Embedding(50_000, 8), tower=nn.Linear(8, 24)
+    )
+    check(graph, "CHECK: aten.linear(%inputs_0, %constant, None)\nCHECK-NOT: aten.linear")
+    graph = normalised(
+        lambda self, x: x @ self.tower(self.e.weight).T, rows(4, 64), e=nn.Embedding(50_000, 8), tower=nn.Linear(8, 64)
+    )
+    check(graph, "CHECK: aten.linear(%e_weight, %tower_weight, %tower_bias)")
+
+
 def test_weights_that_would_grow_stay():
     graph = normalised(lambda self, x: x @ self.a.weight.t().float(), rows(4, 3), a=nn.Linear(3, 200_000).half())
     check(graph, "CHECK: aten.to(\nCHECK: aten.matmul(")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from grc.graph.match import Miss, aten, is_op, shape, value
+from grc.graph.match import Miss, aten, is_op, same_size, shape, value
 from grc.graph.rewrite import Rewriter
 from grc.kernels.attention.layout import constant, leads
 
@@ -164,7 +164,8 @@ def terms(node: fx.Node, size: Size) -> list[tuple[fx.Node, Size]]:
     """The terms of a sum of tensors, also where users and heads are taken apart after it."""
     if combines(node, aten.add):
         return [term for a in node.args for term in terms(a, size)]  # type: ignore[arg-type]
-    inner = node.args[0] if leads(node) and value(node).dim() == 4 else None
+    apart = leads(node) and value(node).dim() == 4 and same_size(shape(node)[1], size.heads)
+    inner = node.args[0] if apart else None
     if inner is not None and value(inner).dim() == 3 and combines(inner, aten.add):
         return terms(inner, replace(size, joined=True))  # type: ignore[arg-type]
     return [(node, size)]

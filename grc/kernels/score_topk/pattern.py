@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from grc.graph.match import Miss, argument, aten, attribute, is_op, same_size, static, value
+from grc.graph.match import Miss, argument, aten, attribute, is_op, same_size, shape, static, value
 from grc.graph.rewrite import Rewriter
 from grc.kernels.fusion import Fused, Fusion
 from grc.kernels.score_topk import SCORE_TOPK
@@ -23,7 +23,8 @@ MASKS = (
 class ScoreTopk(Fusion):
     """Retrieval over all items: score a table and keep the best k.
 
-    Items that a constant sets to -inf, padding for one, become a bias of -inf.
+    Items that a constant sets to -inf, padding for one, become a bias of -inf. Items that the request names, those that the
+    user has seen, are left out of as many more.
     """
 
     name = "score-topk"
@@ -31,7 +32,8 @@ class ScoreTopk(Fusion):
     anchors = (aten.topk,)
 
     def fuse(self, edit: Rewriter, node: fx.Node) -> Fused | None:
-        path = scoring(node)
+        scores, seen = seen_items(edit.module, node.args[0])
+        path = scoring(scores)
         if not path:
             return None
         linear, weight = path[0], path[0].args[1]
@@ -39,14 +41,61 @@ class ScoreTopk(Fusion):
         if table is None:
             raise Miss("the items are not a constant of the model")
         k = wanted(node)
-        if any(user is not node and user not in path for step in path for user in step.users):
+        between = path if seen is None else [*path, node.args[0]]
+        if any(user is not node and user not in between for step in between for user in step.users):
             raise Miss("the scores are read outside of the top-k too")
         bias = argument(linear, "bias")
         if len(path) > 1:
-            hidden = hidden_items(edit.module, node.args[0], linear)  # type: ignore[arg-type]
+            hidden = hidden_items(edit.module, scores, linear)
             bias = hiding_bias(edit, bias, hidden, value(linear).dtype)
-        new = edit.call(SCORE_TOPK.overload, linear.args[0], weight, bias, k)
-        return Fused(node, new, saved(path, int(table.shape[0])))
+        items = int(table.shape[0])
+        if seen is None:
+            return Fused(node, edit.call(SCORE_TOPK.overload, linear.args[0], weight, bias, k), saved(between, items))
+        left = items - int(shape(seen)[1]) - (int(hidden.sum()) if len(path) > 1 else 0)
+        if k > left:
+            raise Miss(f"of {items} items {left} may be left to show, fewer than {k}")
+        more = edit.call(SCORE_TOPK.overload, linear.args[0], weight, bias, k + int(shape(seen)[1]))
+        for user, answer in zip(
+            node.users, unseen(edit, more, seen, k, [user.args[1] for user in node.users]), strict=True
+        ):
+            edit.replace(user, answer)
+        return Fused(node, node, saved(between, items))
+
+
+def unseen(edit: Rewriter, more: fx.Node, seen: fx.Node, k: int, wanted: list[Any]) -> list[fx.Node]:
+    """The best k of more items, without those that were seen: their scores (0) and their ids (1), as `wanted` asks."""
+    scores, ids = edit.item(more, 0), edit.item(more, 1)
+    pairs = edit.call(aten.unsqueeze.default, ids, 2), edit.call(aten.unsqueeze.default, seen, 1)
+    known = edit.call(aten.any.dim, edit.call(aten.eq.Tensor, *pairs), 2)
+    best = edit.call(aten.topk.default, edit.call(aten.masked_fill.Scalar, scores, known, -torch.inf), k)
+    places = edit.item(best, 1)
+    return [edit.item(best, 0) if place == 0 else edit.call(aten.gather.default, ids, 1, places) for place in wanted]
+
+
+def seen_items(module: fx.GraphModule, node: Any) -> tuple[Any, fx.Node | None]:
+    """Scores [B, N] and the ids [B, L] of a request that are then set to -inf in them, each in its own row; None for none."""
+    if is_op(node, aten.scatter) and value(node).dim() == 2 and argument(node, "dim") % 2 == 1:
+        scores, _, ids, low = node.args
+    elif is_op(node, aten.index_put) and value(node).dim() == 2 and len(node.args[1]) == 2 and not any(node.args[3:]):
+        scores, (rows, ids), low = node.args[:3]
+        while is_op(rows, aten.reshape):
+            rows = rows.args[0]
+        if not is_op(rows, aten.arange) or len(rows.args) != 1 or not same_size(shape(rows)[0], shape(scores)[0]):
+            return node, None
+    else:
+        return node, None
+    if is_op(low, aten.full, aten.full_like):
+        low = argument(low, "fill_value")
+    constant = attribute(module, low)
+    if constant is not None and constant.numel() == 1:
+        low = constant.item()
+    if not isinstance(ids, fx.Node) or value(ids).dim() != 2 or ids.op == "get_attr":
+        return node, None
+    if low not in (-torch.inf, torch.finfo(value(node).dtype).min):
+        raise Miss("items of the request are not hidden by -inf, which alone no score is below")
+    if not same_size(shape(ids)[0], shape(node)[0]) or not static(shape(ids)[1]):
+        raise Miss("how many items are hidden depends on the request")
+    return scores, ids
 
 
 def saved(path: list[fx.Node], items: int) -> str:
@@ -55,10 +104,10 @@ def saved(path: list[fx.Node], items: int) -> str:
     return f"{launches}, {len(written) * items * value(path[0]).itemsize / 1024:.1f} KB a row"
 
 
-def scoring(topk: fx.Node) -> list[fx.Node]:
-    """The linear layer that a top-k reads and the masks between them; empty where there is none."""
+def scoring(scores: Any) -> list[fx.Node]:
+    """The linear layer that scores come from and the masks behind it; empty where there is none."""
     found: list[fx.Node] = []
-    pending = [topk.args[0]]
+    pending = [scores]
     while pending:
         step = pending.pop()
         if step in found or not isinstance(step, fx.Node):
@@ -70,10 +119,8 @@ def scoring(topk: fx.Node) -> list[fx.Node]:
             pending += step.all_input_nodes
     linears = [step for step in found if is_op(step, aten.linear)]
     if not linears:
-        behind = topk.args[0]
-        changed = isinstance(behind, fx.Node) and [n for n in behind.all_input_nodes if is_op(n, aten.linear)]
-        if changed:
-            raise Miss(f"{behind.target} stands between the scores and the top-k")  # type: ignore[union-attr]
+        if isinstance(scores, fx.Node) and any(is_op(n, aten.linear) for n in scores.all_input_nodes):
+            raise Miss(f"{scores.target} stands between the scores and the top-k")
         return []
     if len(linears) > 1:
         raise Miss(f"the scores come from {len(linears)} linear layers")
