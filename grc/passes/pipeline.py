@@ -11,12 +11,23 @@ from grc.passes.fuse import Fuse
 from grc.passes.guard_ids import GuardIds
 from grc.passes.jagged import Jagged
 from grc.passes.manager import Pass
+from grc.passes.merge_linears import MergeLinears
 from grc.passes.merge_tables import MergeTables
 from grc.passes.needed_rows import NeededRows
 from grc.passes.normalise import Normalise, Simplify
 from grc.passes.split_concat_linear import SplitConcatLinear
 
-NAMES = ("jagged", "normalise", "merge-tables", "simplify", "split-concat-linear", "fuse", "needed-rows", "guard-ids")
+NAMES = (
+    "jagged",
+    "normalise",
+    "merge-tables",
+    "simplify",
+    "split-concat-linear",
+    "fuse",
+    "needed-rows",
+    "merge-linears",
+    "guard-ids",
+)
 
 
 def pipeline(options: Options, fusions: Sequence[Any]) -> list[Pass]:
@@ -35,6 +46,7 @@ def pipeline(options: Options, fusions: Sequence[Any]) -> list[Pass]:
         "split-concat-linear": SplitConcatLinear(),
         "fuse": Fuse(tuple(fusions)),
         "needed-rows": NeededRows(),
+        "merge-linears": MergeLinears(),
     }
     if options.on_bad_id != "error":
         passes["guard-ids"] = GuardIds(options.on_bad_id)

@@ -238,6 +238,53 @@ def t5() -> tuple[nn.Module, Inputs]:
     return T5ForConditionalGeneration(config), inputs
 
 
+def torchfm_fm() -> tuple[nn.Module, Inputs]:
+    """A factorisation machine without a deep part, whose offsets are an array of numpy's."""
+    from torchfm.model.fm import FactorizationMachineModel
+
+    sizes = [ROWS + i for i in range(FEATURES)]
+
+    def inputs(batch: int) -> tuple[Tensor]:
+        return (torch.randint(0, ROWS, (batch, FEATURES), generator=seeded(batch)),)
+
+    return FactorizationMachineModel(sizes, WIDTH), inputs
+
+
+def rechub_features() -> tuple[list[Any], Any, Any]:
+    """Features of torch_rechub's: ids, a padded history whose masked mean is read, and the item that it is of."""
+    from torch_rechub.basic.features import SequenceFeature, SparseFeature
+
+    item = SparseFeature("item", ROWS, WIDTH)
+    history = SequenceFeature("history", ROWS, WIDTH, pooling="mean", shared_with="item", padding_idx=0)
+    return [SparseFeature(f"f{i}", ROWS + i, WIDTH) for i in range(FEATURES)], history, item
+
+
+def rechub_inputs(batch: int) -> tuple[dict[str, Tensor]]:
+    generator = seeded(batch)
+    given = {f"f{i}": torch.randint(0, ROWS, (batch,), generator=generator) for i in range(FEATURES)}
+    lengths = torch.randint(1, 11, (batch, 1), generator=generator)
+    history = torch.randint(1, ROWS, (batch, 10), generator=generator) * (torch.arange(10) < lengths)
+    return ({**given, "history": history, "item": history[:, 0]},)
+
+
+def rechub_mmoe() -> tuple[nn.Module, Inputs]:
+    from torch_rechub.models.multi_task import MMOE
+
+    towers = [{"dims": [8]}, {"dims": [8]}]
+    features, *_ = rechub_features()
+    return MMOE(features, ["classification", "regression"], 3, {"dims": [16]}, towers), rechub_inputs
+
+
+def rechub_youtube_dnn() -> tuple[nn.Module, Inputs]:
+    """The user's tower alone."""
+    from torch_rechub.models.matching import YoutubeDNN
+
+    features, history, item = rechub_features()
+    model = YoutubeDNN([*features, history], [item], [], {"dims": [32, WIDTH]})
+    model.mode = "user"
+    return model, rechub_inputs
+
+
 FLAT = "the sums run over features and width at once, so every number is a feature of its own"
 VECTOR = "the cross layer weighs by one vector (DCN, 2017); only the matrix form has a kernel"
 NO_SEARCH = "No ONNX function found for <OpOverload(op='aten.searchsorted'"
@@ -271,6 +318,9 @@ MODELS = (
     ThirdParty(
         "deepctr-din", "deepctr_torch", deepctr_din, ("3 look-ups of 3 tables -> 1",), ("activation-unit",), built=True
     ),
+    ThirdParty("torchfm-fm", "torchfm", torchfm_fm, fused=("bag-fm",)),
+    ThirdParty("rechub-mmoe", "torch_rechub", rechub_mmoe, (ONE,)),
+    ThirdParty("rechub-youtube-dnn", "torch_rechub", rechub_youtube_dnn, (ONE, "look-up and pooling")),
     ThirdParty("transformers-gpt2", "transformers", gpt2, fused=("attention",) * 2, built=True),
     ThirdParty("transformers-bert", "transformers", bert, fused=("attention",) * 2),
     ThirdParty(
