@@ -18,11 +18,11 @@ from grc.passes.manager import Change, Pass
 
 @dataclass
 class Group:
-    """Consecutive operands of one cat that become one look-up."""
+    """Operands of one cat that become one look-up: those from `start` on, or, without it, some with others between them."""
 
     cat: fx.Node
     bags: list[Bag]
-    start: int
+    start: int | None
 
     @property
     def mixed(self) -> bool:
@@ -51,7 +51,7 @@ class MergeTables(Pass):
         arenas = build_arenas(edit, groups)
         place = {node: i for i, node in enumerate(graph.graph.nodes)}
         # From the last operands of a cat to its first, so that the places of those before them stay what they are.
-        changes = [merge(edit, group, arenas, place) for group in sorted(groups, key=lambda group: -group.start)]
+        changes = [merge(edit, group, arenas, place) for group in sorted(groups, key=lambda group: -(group.start or 0))]
         edit.sort()
         edit.finish()
         for group in found:
@@ -63,8 +63,8 @@ class MergeTables(Pass):
 
 
 def grouped(graph: fx.GraphModule) -> Iterable[Group]:
-    """Runs of look-ups that can share a kernel: those of the widest cat first, and at last those that stand alone. The cats
-    that join the rows of one more than once share all theirs.
+    """Look-ups that can share a kernel: those of the widest cat first, and at last those that stand alone. The cats that join
+    the rows of one more than once share all theirs.
     """
     taken: set[fx.Node] = set()
     cats = [node for node in graph.graph.nodes if is_op(node, aten.cat) and value(node).dim() == 2]
@@ -75,29 +75,15 @@ def grouped(graph: fx.GraphModule) -> Iterable[Group]:
     for node, bags in sorted(found.items(), key=lambda item: -sum(bag is not None for bag in item[1])):
         if bags in repeated:
             continue
-        run: list[Bag] = []
-        start = 0
-        for i, bag in enumerate([*bags, None]):
-            if bag is not None and bag.node in taken:
-                bag = None
-            if run and (bag is None or not compatible(run, bag)):
-                if len(run) > 1 or gains(run[0]):
-                    taken.update(member.node for member in run)
-                    yield Group(node, run, start)
-                run = []
-            if bag is not None:
-                start = start if run else i
-                run.append(bag)
-    waiting = list({bag.node: bag for bags in repeated for bag in bags if bag and bag.node not in taken}.values())
-    while waiting:
-        run = []
-        for bag in waiting:
-            if not run or compatible(run, bag):
-                run.append(bag)
-        waiting = [bag for bag in waiting if bag not in run]
-        if len(run) > 1:
-            taken.update(bag.node for bag in run)
-            yield Group(run[0].node, run, 0)
+        for members in together(bag for bag in bags if bag is not None and bag.node not in taken):
+            if len(members) > 1 or gains(members[0]):
+                taken.update(member.node for member in members)
+                places = [i for i, bag in enumerate(bags) if bag in members]
+                yield Group(node, members, places[0] if places[-1] - places[0] + 1 == len(places) else None)
+    for members in together(bag for bags in repeated for bag in bags if bag is not None and bag.node not in taken):
+        if len(members) > 1:
+            taken.update(member.node for member in members)
+            yield Group(members[0].node, members, 0)
     for node in list(graph.graph.nodes):
         if node.op != "call_function" or node in taken or value(node) is None or isinstance(value(node), (tuple, list)):
             continue
@@ -106,6 +92,18 @@ def grouped(graph: fx.GraphModule) -> Iterable[Group]:
         if bag is not None and gains(bag):
             taken.add(node)
             yield Group(node, [bag], 0)
+
+
+def together(bags: Iterable[Bag]) -> list[list[Bag]]:
+    """Look-ups, each once, in sets of those that one kernel takes."""
+    sets: list[list[Bag]] = []
+    for bag in {bag.node: bag for bag in bags}.values():
+        members = next((members for members in sets if compatible(members, bag)), None)
+        if members is None:
+            sets.append([bag])
+        else:
+            members.append(bag)
+    return sets
 
 
 def repeats(bags: Sequence[Bag | None]) -> bool:
@@ -207,7 +205,7 @@ def merge(edit: Rewriter, group: Group, arenas: dict[str, Arena], place: dict[fx
                 part = edit.reshape(part, -1, bag.features, bag.dim)
             bag.node.replace_all_uses_with(part, delete_user_cb=lambda user: user is not lookup)
             start += width
-    if is_op(group.cat, aten.cat):
+    if group.start is not None and is_op(group.cat, aten.cat):
         parts = list(group.cat.args[0])  # type: ignore[arg-type]
         group.cat.args = ([*parts[: group.start], lookup, *parts[group.start + len(bags) :]], *group.cat.args[1:])
     tables = len({str(b.table.target) for b in bags})

@@ -117,6 +117,17 @@ def bias_of_linear(edit: Rewriter, node: fx.Node) -> fx.Node | None:
     return None
 
 
+def one_column(edit: Rewriter, node: fx.Node) -> fx.Node | None:
+    """A linear layer of a single number, as numeric features get their vectors: that number times a row of weights."""
+    weight = attribute(edit.module, node.args[1]) if is_op(node, aten.linear) else None
+    if weight is None or weight.dim() != 2 or weight.shape[1] != 1:
+        return None
+    row = edit.parameter(f"{node.args[1].name}_row", weight.detach()[:, 0].contiguous())  # type: ignore[union-attr]
+    product = edit.call(aten.mul.Tensor, node.args[0], row)
+    bias = argument(node, "bias")
+    return product if bias is None else edit.call(aten.add.Tensor, product, bias)
+
+
 def multiply_add(edit: Rewriter, node: fx.Node) -> fx.Node | None:
     """addcmul(x, a, b) is x + a * b."""
     if not is_op(node, aten.addcmul) or argument(node, "value") != 1:

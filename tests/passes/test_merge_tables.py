@@ -323,6 +323,27 @@ def test_keyed_features_need_no_split():
     )
 
 
+@pytest.mark.parametrize("order", [[0, "d", 1, 2], [0, 1, "d", 2], [0, "d", 1, "d", 2]])
+def test_look_ups_with_numbers_between_them_are_one(order):
+    def forward(self, x, d):
+        parts = {i: self.tables[i](x[:, i]) for i in range(3)} | {"d": d}
+        return torch.cat([parts[key] for key in order], 1)
+
+    graph, changes = merged(forward, ids(4, 3), rows(4, 2), tables=tables(3))
+    assert made(changes, "3 look-ups of 3 tables -> 1") == 1 and misses(changes, "look-up") == []
+    check(graph, "CHECK: grc.lookup(%arena, %inputs_0\nCHECK: aten.cat([%slice\nCHECK-NOT: grc.lookup")
+
+
+def test_look_ups_of_two_kinds_between_each_other_are_two():
+    def forward(self, x):
+        return torch.cat([self.a(x[:, 0]), self.b(x[:, :3]), self.a(x[:, 1]), self.c(x[:, 3:])], 1)
+
+    a, b, c = nn.Embedding(10, 4), nn.EmbeddingBag(10, 4, mode="max"), nn.EmbeddingBag(10, 4, mode="mean")
+    graph, changes = merged(forward, ids(4, 6), a=a, b=b, c=c)
+    assert made(changes, "3 look-ups of 2 tables -> 1") == 1 and made(changes, "look-up and pooling") == 1
+    check(graph, "CHECK-COUNT-2: grc.lookup(")
+
+
 def test_rows_that_no_cat_and_no_sum_reads_stay_with_their_readers():
     graph, changes = merged(
         lambda self, x, y: (self.a(x).relu(), self.a(y) * 2), ids(4, 3), ids(5, 1)[:4, 0].clone(), a=nn.Embedding(10, 4)

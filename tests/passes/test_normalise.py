@@ -265,6 +265,13 @@ def test_a_bias_that_happens_to_be_zeros_stays():
     )
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_of_one_number_is_that_number_times_a_row(bias):
+    graph = normalised(lambda self, x: self.layer(x[:, 1:2]), rows(4, 3), layer=nn.Linear(1, 5, bias=bias))
+    product = "CHECK: aten.mul(%slice{{.*}}, %layer_weight_row)\n"
+    check(graph, product + ("CHECK-NEXT: aten.add(%mul" if bias else "CHECK-NOT: aten.linear"))
+
+
 ORDERED = {
     "a catalogue": (lambda self, x: x @ self.e(torch.arange(10)).T, "CHECK: aten.linear(%inputs_0, %e_weight"),
     "some positions": (lambda self, x: x[:, None] + self.e(torch.arange(7)), "CHECK: aten.add(%{{.*}}, %first_rows)"),
