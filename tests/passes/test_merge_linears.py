@@ -76,7 +76,6 @@ def test_gates_beside_experts_are_a_product_of_their_own():
 KEPT = {
     "other inputs": lambda self, x: (self.layers[0](x).exp(), self.layers[1](x * 2).exp()),
     "other activations": lambda self, x: (self.layers[0](x).relu(), self.layers[1](x).tanh()),
-    "a weight used twice": lambda self, x: (self.layers[0](x).exp(), self.layers[0](x + 1), self.layers[1](x).exp()),
     "sums as epilogues": lambda self, x: (self.layers[0](x) + x[:, :1], self.layers[1](x) * x[:, :1]),
     "a gate and what it gates": lambda self, x: self.layers[0](x) * self.layers[1](x).sigmoid(),
 }
@@ -85,6 +84,31 @@ KEPT = {
 @pytest.mark.parametrize("function", KEPT.values(), ids=KEPT)
 def test_leaves(function):
     assert merged(function, rows(4, 3), layers=layers(5, 5))[1] == []
+
+
+def test_layers_of_pairs_of_fields():
+    """FiBiNET's bilinear interactions: of every two fields, and once more of the same fields weighed."""
+
+    def forward(self, x):
+        fields = [*x.split(1, 1)], [*(x * 2).split(1, 1)]
+        pairs = [(i, j) for i in range(5) for j in range(i + 1, 5)]
+        return torch.cat([self.layers[at](e[i]) * e[j] for e in fields for at, (i, j) in enumerate(pairs)], 1)
+
+    graph, made = merged(forward, rows(4, 5, 3), layers=layers(*[3] * 10))
+    assert made == ["4 linear layers -> 1"] * 2, "of fewer layers the products with others are worth more"
+    check(
+        graph,
+        "CHECK-COUNT-2: %layers_0_weight_and_3_more, %layers_0_weight_and_3_more_bias)\nCHECK-COUNT-14: aten.linear(",
+    )
+
+
+def test_a_large_weight_is_not_stored_twice(monkeypatch):
+    def forward(self, x):
+        return self.layers[0](x).exp(), self.layers[0](x + 1), self.layers[1](x).exp()
+
+    assert merged(forward, rows(4, 3), layers=layers(5, 5))[1] == ["2 linear layers -> 1"]
+    monkeypatch.setattr("grc.passes.merge_linears.SHARED", 14)
+    assert merged(forward, rows(4, 3), layers=layers(5, 5))[1] == []
 
 
 def test_wide_layers_stay(monkeypatch):
