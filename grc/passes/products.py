@@ -30,7 +30,7 @@ def one_product(edit: Rewriter, node: fx.Node) -> fx.Node | None:
     if is_op(node, aten.einsum):
         equation = str(node.args[0]).replace(" ", "")
         operands = list(node.args[1])  # type: ignore[arg-type]
-        return einsum_product(edit, equation, operands)
+        return einsum_product(edit, equation, operands) or einsum_layer(edit, equation, operands)
     if is_op(node, aten.matmul):
         a, b = node.args[:2]
         dims = value(a).dim(), value(b).dim()
@@ -183,6 +183,24 @@ def einsum_product(edit: Rewriter, equation: str, operands: list[fx.Node]) -> fx
     second = permuted(edit, operands[1], right, b + k + m)
     product = edit.call(aten.bmm.default, first, second)
     return permuted(edit, product, b + n + m, out)
+
+
+def einsum_layer(edit: Rewriter, equation: str, operands: list[fx.Node]) -> fx.Node | None:
+    """`bsk,kn->bsn` and `bsk,nk->bsn` with a constant second operand: a linear layer."""
+    if len(operands) != 2 or "->" not in equation:
+        return None
+    sides, out = equation.split("->")
+    left, right = sides.split(",")
+    first, second = operands
+    for x, mine, weight, its in ((first, left, second, right), (second, right, first, left)):
+        rows, k = mine[:-1], mine[-1:]
+        n = its.replace(k, "", 1)
+        whole = len(set(mine)) == len(mine) >= 2 and len(its) == 2 and len(n) == 1 and n not in mine and out == rows + n
+        if whole and its[0] == k and (layer := linear_of(edit, x, weight, None)) is not None:
+            return layer
+        if whole and its[1] == k and attribute(edit.module, weight) is not None:
+            return edit.call(aten.linear.default, x, weight, None)
+    return None
 
 
 def permuted(edit: Rewriter, node: fx.Node, have: str, want: str) -> fx.Node:

@@ -53,6 +53,28 @@ def test_one_form_of_a_linear_layer(layer):
     check(graph, "CHECK: aten.linear(%{{.*}}, %layer_weight\nCHECK-NOT: aten.")
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda x, w: torch.einsum("bsk,nk->bsn", x, w),
+        lambda x, w: torch.einsum("bsk,kn->bsn", x, w.t()),
+        lambda x, w: torch.einsum("kn,bsk->bsn", w.t(), x),
+        lambda x, w: torch.einsum("bk,nk->bn", x[:, 0], w),
+    ],
+    ids=["nk", "kn", "weight first", "rows"],
+)
+def test_an_einsum_with_a_weight_is_a_linear_layer(layer):
+    graph = normalised(lambda self, x: layer(x, self.layer.weight), rows(4, 2, 3), layer=nn.Linear(3, 5))
+    check(graph, "CHECK: aten.linear(\nCHECK-NOT: aten.einsum")
+
+
+@pytest.mark.parametrize("equation", ["bsk,kn->bns", "bsk,sn->bkn", "bsk,sk->bs", "bsk,kn->bkn"])
+def test_other_einsums_with_a_weight_stay(equation):
+    weight = {"kn": (3, 5), "sn": (2, 5), "sk": (2, 3)}[equation[4:6]]
+    graph = normalised(lambda self, x: torch.einsum(equation, x, self.weight), rows(4, 2, 3), weight=rows(*weight))
+    check(graph, "CHECK: aten.einsum(")
+
+
 def test_a_product_of_columns_is_a_linear_layer_with_a_bias():
     """deepctr's cross layer: W @ x of `[B, D, 1]`, plus a bias `[D, 1]`, times x0, plus x."""
 

@@ -66,6 +66,41 @@ struct Gemm {
   Epilogue epilogue;
 };
 
+// exp(v) to a unit in the last place, for v in -87 to 89 and at the nearer end of that beyond it: 2^n exp(r) with |r| <=
+// ln(2) / 2 and the series' first terms, refitted. It is inlined so that the many of a tile overlap, which calls of Sleef's
+// do not.
+inline Lanes bounded_exp(Lanes v) {
+  typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
+  typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(float))));
+  // within this range 2^n is a normal number or, at its end, infinity; NaN stays NaN
+  const Lanes x = at::vec::clamp_max(at::vec::clamp_min(v, Lanes(-87.f)), Lanes(89.f));
+  const Lanes rounder(12582912.f);  // 1.5 * 2^23: adding it leaves n in the lowest bits
+  const Lanes shifted = at::vec::fmadd(x, Lanes(1.44269504f), rounder);
+  const Lanes n = shifted - rounder;
+  const Lanes r = at::vec::fmadd(n, Lanes(-1.42860677e-6f), at::vec::fmadd(n, Lanes(-0.693145752f), x));
+  constexpr float P[] = {0.00836872f, 0.04166839f, 0.16666521f, 0.49999993f, 1.f, 1.f};
+  Lanes poly(0.00138146f);
+  for (const float c : P) poly = at::vec::fmadd(poly, r, Lanes(c));
+  const Ints power = (std::bit_cast<Ints>(shifted) + 127) << 23;
+  return poly * std::bit_cast<Lanes>(std::bit_cast<Floats>(power));
+}
+
+// 1 / (1 + exp(-v)) to three units in the last place.
+inline Lanes sigmoid(Lanes v) {
+  return Lanes(1.f) / (Lanes(1.f) + bounded_exp(v.neg()));
+}
+
+// 1 - 2 / (exp(2 |v|) + 1) with the sign of v, and below 0.625, where that loses digits, the polynomial of Cephes' tanhf.
+inline Lanes tanh(Lanes v) {
+  constexpr float P[] = {2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f};
+  const Lanes size = v.abs(), square = v * v;
+  Lanes poly(-5.70498872745e-3f);
+  for (const float c : P) poly = at::vec::fmadd(poly, square, Lanes(c));
+  const Lanes small = at::vec::fmadd(poly * square, v, v);
+  const Lanes large = Lanes(1.f) - Lanes(2.f) / (bounded_exp(size + size) + Lanes(1.f));
+  return Lanes::blendv(small, Lanes::blendv(large, large.neg(), v < Lanes(0.f)), size > Lanes(0.625f));
+}
+
 // v * Phi(v). Phi(-|v|) = erfc(z) / 2, z = |v| / sqrt(2), is t P(t) exp(-z^2) with t = 1 / (1 + 0.42 z): the form of
 // Hastings, "Approximations for Digital Computers" (1955), with 8 terms refitted to a relative error of 2e-7. His 5, as
 // in at::vec's erf, lose small results to 1 - erf.
@@ -75,26 +110,26 @@ inline Lanes gelu(Lanes v) {
   const Lanes t = Lanes(1.f) / at::vec::fmadd(z, Lanes(0.42f), Lanes(1.f));
   Lanes poly(0.035107922f);
   for (const float p : P) poly = at::vec::fmadd(poly, t, Lanes(p));
-  const Lanes tail = poly * t * (v * v * Lanes(-0.5f)).exp();
+  const Lanes power = v * v * Lanes(-0.5f);
+  const Lanes tail = Lanes::blendv(poly * t * bounded_exp(power), Lanes(0.f), power < Lanes(-87.f));
   return v * Lanes::blendv(Lanes(1.f) - tail, tail, v < Lanes(0.f));
 }
 
-// The formulas of torch's own CPU kernels, so that errors are theirs too. Out of line: it is long, and the call costs
-// little beside exp.
+// Out of line: it is long, and the call costs little beside what it computes.
 [[gnu::noinline]] inline Lanes transcendental(Lanes v, Activation activation) {
   switch (activation) {
     case Activation::gelu:
       return gelu(v);
     case Activation::gelu_tanh: {
       const Lanes cubic = Lanes(0.044715f) * v * v * v;
-      return Lanes(0.5f) * v * (Lanes(1.f) + (Lanes(0.79788456080286536f) * (v + cubic)).tanh());
+      return Lanes(0.5f) * v * (Lanes(1.f) + tanh(Lanes(0.79788456080286536f) * (v + cubic)));
     }
     case Activation::silu:
-      return v / (Lanes(1.f) + v.neg().exp());
+      return v * sigmoid(v);
     case Activation::sigmoid:
-      return Lanes(1.f) / (Lanes(1.f) + v.neg().exp());
+      return sigmoid(v);
     case Activation::tanh:
-      return v.tanh();
+      return tanh(v);
     default:
       return v;
   }
@@ -104,24 +139,6 @@ inline Lanes activate(Lanes v, Activation activation) {
   if (activation == Activation::none) return v;
   if (activation == Activation::relu) return at::vec::clamp_min(v, Lanes(0.f));  // max(v, 0) that keeps NaN
   return transcendental(v, activation);
-}
-
-// 1 / (1 + exp(-v)) to three units in the last place. exp is 2^n exp(r) with |r| <= ln(2) / 2 and the series' first terms,
-// refitted; it is inlined so that the many of a tile overlap, which calls of Sleef's do not.
-inline Lanes sigmoid(Lanes v) {
-  typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
-  typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(float))));
-  // within this range 2^n is a normal number or, at its end, infinity; NaN stays NaN
-  const Lanes x = at::vec::clamp_max(at::vec::clamp_min(v.neg(), Lanes(-87.f)), Lanes(89.f));
-  const Lanes rounder(12582912.f);  // 1.5 * 2^23: adding it leaves n in the lowest bits
-  const Lanes shifted = at::vec::fmadd(x, Lanes(1.44269504f), rounder);
-  const Lanes n = shifted - rounder;
-  const Lanes r = at::vec::fmadd(n, Lanes(-1.42860677e-6f), at::vec::fmadd(n, Lanes(-0.693145752f), x));
-  constexpr float P[] = {0.00836872f, 0.04166839f, 0.16666521f, 0.49999993f, 1.f, 1.f};
-  Lanes poly(0.00138146f);
-  for (const float c : P) poly = at::vec::fmadd(poly, r, Lanes(c));
-  const Ints power = (std::bit_cast<Ints>(shifted) + 127) << 23;
-  return Lanes(1.f) / at::vec::fmadd(poly, std::bit_cast<Lanes>(std::bit_cast<Floats>(power)), Lanes(1.f));
 }
 
 // PReLU, and the Dice of DIN, v * (alpha + (1 - alpha) * sigmoid(scale * v + shift)), for some columns.
