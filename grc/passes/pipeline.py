@@ -46,8 +46,9 @@ def pipeline(options: Options, fusions: Sequence[Any]) -> list[Pass]:
         "split-concat-linear": SplitConcatLinear(),
         "fuse": Fuse(tuple(fusions)),
         "needed-rows": NeededRows(),
-        "merge-linears": MergeLinears(),
     }
+    if options.device == "cpu":  # on a GPU narrow layers of one input are a chain, in one kernel already
+        passes["merge-linears"] = MergeLinears()
     if options.on_bad_id != "error":
         passes["guard-ids"] = GuardIds(options.on_bad_id)
     return [step for name, step in passes.items() if name not in options.disable]
