@@ -16,9 +16,9 @@ from torch import Tensor, fx
 
 from grc.graph.match import argument, aten, attribute, is_op, only_user, same_size, shape, source_text, value, where
 from grc.graph.rewrite import Rewriter
-from grc.kernels.packed_linear.activations import activation_code
 from grc.passes.manager import Change, Pass
 
+ACTIVATIONS = (aten.relu, aten.gelu, aten.silu, aten.sigmoid, aten.tanh)  # of which a product's epilogue takes one
 SHARED = 1 << 16  # numbers of a weight that may be stored once more, where one of its layers stays alone
 MANY = 4  # layers of which one product is faster than each with its epilogue
 WIDEST = 1024  # columns of a layer from which on it is no call that is worth saving
@@ -76,7 +76,7 @@ def member_of(edit: Rewriter, node: fx.Node) -> Member | None:
     if not rows or weight.dim() != 2 or len(weight) > WIDEST or (bias is not None and added is None):
         return None
     user = only_user(node)
-    last = user if user is not None and activation_code(user) else node
+    last = user if is_op(user, *ACTIVATIONS) else node  # type: ignore[assignment]
     return Member(node, last, weight.detach(), None if added is None else added.detach())
 
 
