@@ -109,12 +109,12 @@ def load_onnxruntime(path: Path, constants: Mapping[str, torch.Tensor]) -> Run:
         raise ArtifactError("this artifact needs onnxruntime", "pip install 'grc-compiler[onnxruntime]'") from None
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what it fails for is raised too
     options.add_session_config_entry("session.intra_op.allow_spinning", "0" if torch.get_num_threads() == 1 else "1")
     values = {name: ort.OrtValue.ortvalue_from_numpy(tensor.numpy()) for name, tensor in constants.items()}
     for name, given in values.items():
         options.add_initializer(name, given)  # used where it lies; add_external_initializers would copy every table
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = onnx_session(str(path), options)
     names = [i.name for i in session.get_inputs()]
     order = {name: int(name.removeprefix("input_")) for name in names}
     session_run = session.run
@@ -124,6 +124,19 @@ def load_onnxruntime(path: Path, constants: Mapping[str, torch.Tensor]) -> Run:
         return [torch.from_numpy(out) for out in session_run(None, feed)]
 
     return Held(run, (values, constants))
+
+
+def onnx_session(path: str, options: Any) -> Any:
+    """A session; without folding of constants where that would read a weight from the file, which does not hold it."""
+    import onnxruntime as ort
+
+    providers = ["CPUExecutionProvider"]
+    try:
+        return ort.InferenceSession(path, options, providers=providers)
+    except Exception as error:
+        if "External initializer" not in str(error):
+            raise
+        return ort.InferenceSession(path, options, providers=providers, disabled_optimizers=["ConstantFolding"])
 
 
 LOADERS: dict[str, Callable[[Path, Mapping[str, torch.Tensor]], Run]] = {
