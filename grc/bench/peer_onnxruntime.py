@@ -21,6 +21,7 @@ from grc.lowering.onnxruntime import externalise, onnx_model
 from grc.options import Options
 from grc.passes.manager import Proof, run_passes
 from grc.passes.pipeline import pipeline
+from grc.runtime.engines import onnx_session
 
 
 def build_onnxruntime(subject: Subject, example: Request, batch: int) -> Iterator[Contender]:
@@ -45,7 +46,7 @@ def build_onnxruntime(subject: Subject, example: Request, batch: int) -> Iterato
     options.log_severity_level = 3
     values = [ort.OrtValue.ortvalue_from_numpy(tensor.numpy()) for tensor in constants.values()]
     options.add_external_initializers(list(constants), values)
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    session = onnx_session(model, options)
     load_s = clock.read()
     names = {value.name: int(value.name.removeprefix("input_")) for value in session.get_inputs()}
 

@@ -46,7 +46,7 @@ def fault_at(source: Source, batch: int) -> str | None:
         return f"the export was specialised: it fails at batch {batch} ({first_line(error)})"
     expected = source.eager(batch)
     if any(type(a) is not torch.Tensor for a in answers):
-        return "a value is computed by numpy or Python, where no export can follow it"
+        return ESCAPED
     if len(answers) != len(expected):
         return f"the export gives {len(answers)} outputs, the model {len(expected)}"
     for answer, wanted in zip(answers, expected, strict=True):
@@ -88,6 +88,7 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+ESCAPED = "a value is computed by numpy or Python, where no export can follow it"
 SPARSE_HINT = (
     "add up each row's neighbours instead: torch.zeros_like(x).index_add(0, rows, weights[:, None] * x[columns])"
 )
@@ -108,7 +109,7 @@ def explain(error: Exception) -> str:
     if "aten._sparse" in text or ("UnsupportedOperator" in type(error).__name__ and "aten.mm" in text):
         return "a sparse tensor is multiplied with what a request brings"
     if ".numpy() is not supported" in text or "fake tensor in the exported program" in text:
-        return "a value is computed by numpy or Python, where no export can follow it"
+        return ESCAPED
     if "Constraints violated" in text or "specialized" in text.lower():
         return f"a size that should vary was fixed ({first_line(error)})"
     return f"{type(error).__name__}: {first_line(error)}"

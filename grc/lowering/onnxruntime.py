@@ -23,6 +23,9 @@ FILE = "model.onnx"  # initialisers point at the file itself: ONNX Runtime wants
 INLINE = 256 * 1024
 
 
+NOWHERE = 1 << 40  # an offset past the end of every file: what reads a weight there fails, and folds no other bytes
+
+
 class OnnxRuntime:
     name = "onnxruntime"
 
@@ -95,6 +98,7 @@ def externalise(proto: Any, constants: dict[str, torch.Tensor], file: str = FILE
             tensor.data_location = onnx.TensorProto.EXTERNAL
             del tensor.external_data[:]
             tensor.external_data.add(key="location", value=file)
+            tensor.external_data.add(key="offset", value=str(NOWHERE))
 
 
 @contextmanager

@@ -126,17 +126,17 @@ def load_onnxruntime(path: Path, constants: Mapping[str, torch.Tensor]) -> Run:
     return Held(run, (values, constants))
 
 
-def onnx_session(path: str, options: Any) -> Any:
-    """A session; without folding of constants where that would read a weight from the file, which does not hold it."""
+def onnx_session(model: str | bytes, options: Any) -> Any:
+    """A session of a file or its bytes. Constants stay unfolded where that would read a weight that the model does not hold."""
     import onnxruntime as ort
 
     providers = ["CPUExecutionProvider"]
     try:
-        return ort.InferenceSession(path, options, providers=providers)
+        return ort.InferenceSession(model, options, providers=providers)
     except Exception as error:
         if "External initializer" not in str(error):
             raise
-        return ort.InferenceSession(path, options, providers=providers, disabled_optimizers=["ConstantFolding"])
+        return ort.InferenceSession(model, options, providers=providers, disabled_optimizers=["ConstantFolding"])
 
 
 LOADERS: dict[str, Callable[[Path, Mapping[str, torch.Tensor]], Run]] = {

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
+from grc.kernels.gpu_op import registering
 from grc.kernels.packed_linear.activations import DICE, PRELU
 from grc.kernels.rows import tl, triton
 from grc.kernels.small_linear.triton import activate
@@ -109,8 +109,4 @@ def activation_unit(
     return out
 
 
-@functools.cache
-def register() -> torch._ops.OpOverload:
-    """Define `grc_cuda::activation_unit` once; torch.export keeps it whole, and AOTInductor compiles its kernel in."""
-    triton_op("grc_cuda::activation_unit", activation_unit, mutates_args=())
-    return torch.ops.grc_cuda.activation_unit.default
+register = registering(activation_unit)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
 from grc.kernels.bag_dot.integers import LARGEST, byte_dot_kernel
 from grc.kernels.bag_dot.triangle import triangle, write
+from grc.kernels.gpu_op import registering
 from grc.kernels.rows import (
     ARENA,
     INT4,
@@ -273,8 +273,4 @@ def bag_dot(
     return out
 
 
-@functools.cache
-def register() -> torch._ops.OpOverload:
-    """Define `grc_cuda::bag_dot` once; torch.export keeps it whole, and AOTInductor compiles its kernel in."""
-    triton_op("grc_cuda::bag_dot", bag_dot, mutates_args=())
-    return torch.ops.grc_cuda.bag_dot.default
+register = registering(bag_dot)

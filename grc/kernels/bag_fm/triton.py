@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
 from grc.errors import LoweringError
+from grc.kernels.gpu_op import registering
 from grc.kernels.rows import NO_PADDING, answer_dtype, check, fetch, layout, strides, table, tell, tl, triton
 
 
@@ -132,8 +132,4 @@ def bag_fm(
     return flat, fm
 
 
-@functools.cache
-def register() -> torch._ops.OpOverload:
-    """Define `grc_cuda::bag_fm` once; torch.export keeps it whole, and AOTInductor compiles its kernel in."""
-    triton_op("grc_cuda::bag_fm", bag_fm, mutates_args=())
-    return torch.ops.grc_cuda.bag_fm.default
+register = registering(bag_fm)

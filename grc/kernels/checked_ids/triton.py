@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
+from grc.kernels.gpu_op import registering
 from grc.kernels.rows import tell, tl, triton
 
 BLOCK = 256  # ids of a program
@@ -32,8 +31,4 @@ def checked_ids(ids: torch.Tensor, rows: int, told: torch.Tensor | None = None) 
     return out
 
 
-@functools.cache
-def register() -> torch._ops.OpOverload:
-    """Define `grc_cuda::checked_ids` once; torch.export keeps it whole, and AOTInductor compiles its kernel in."""
-    triton_op("grc_cuda::checked_ids", checked_ids, mutates_args=())
-    return torch.ops.grc_cuda.checked_ids.default
+register = registering(checked_ids)

@@ -6,14 +6,14 @@ of 128 columns takes about as long as the launch that it saves.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
 from grc.kernels import layer_chain as kinds
+from grc.kernels.gpu_op import registering
 from grc.kernels.layer_chain import decode, outputs
 from grc.kernels.rows import tl, triton
 from grc.kernels.small_linear.triton import activate
@@ -208,8 +208,4 @@ def configs(steps: Sequence[kinds.Step], count: Any) -> list[tuple[Config, Any]]
     return [(few, asked), (many, 1 - asked)]
 
 
-@functools.cache
-def register() -> torch._ops.OpOverload:
-    """Define `grc_cuda::layer_chain` once; torch.export keeps it whole, and AOTInductor compiles its kernel in."""
-    triton_op("grc_cuda::layer_chain", layer_chain, mutates_args=())
-    return torch.ops.grc_cuda.layer_chain.default
+register = registering(layer_chain)

@@ -6,13 +6,13 @@ widths of the tables, and no lane idles on the narrow ones.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
+from grc.kernels.gpu_op import registering
 from grc.kernels.rows import (
     ARENA,
     NO_PADDING,
@@ -186,8 +186,4 @@ def lookup(
     return out
 
 
-@functools.cache
-def register() -> torch._ops.OpOverload:
-    """Define `grc_cuda::lookup` once; torch.export keeps it whole, and AOTInductor compiles its kernel in."""
-    triton_op("grc_cuda::lookup", lookup, mutates_args=())
-    return torch.ops.grc_cuda.lookup.default
+register = registering(lookup)

@@ -5,11 +5,10 @@ It is always taken: no library has this product, and Inductor would take it in f
 
 from __future__ import annotations
 
-import functools
-
 import torch
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
+from grc.kernels.gpu_op import registering
 from grc.kernels.rows import tl, triton
 from grc.kernels.tiles import PROGRAMS, Tile, constants
 
@@ -105,8 +104,4 @@ def scaled_linear(
     return out.reshape(*x.shape[:-1], out_features)
 
 
-@functools.cache
-def register() -> torch._ops.OpOverload:
-    """Define `grc_cuda::scaled_linear` once; torch.export keeps it whole, and AOTInductor compiles its kernel in."""
-    triton_op("grc_cuda::scaled_linear", scaled_linear, mutates_args=())
-    return torch.ops.grc_cuda.scaled_linear.default
+register = registering(scaled_linear)

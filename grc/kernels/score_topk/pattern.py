@@ -59,7 +59,7 @@ class ScoreTopk(Fusion):
             node.users, unseen(edit, more, seen, k, [user.args[1] for user in node.users]), strict=True
         ):
             edit.replace(user, answer)
-        return Fused(node, node, saved(between, items))
+        return Fused(node, node, saved(between, items))  # its readers have theirs already
 
 
 def unseen(edit: Rewriter, more: fx.Node, seen: fx.Node, k: int, wanted: list[Any]) -> list[fx.Node]:

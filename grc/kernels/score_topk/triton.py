@@ -7,12 +7,12 @@ picks k groups of these, then k items of theirs, and ranks them.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
+from grc.kernels.gpu_op import registering
 from grc.kernels.rows import tl, triton
 from grc.kernels.tiles import lanes
 
@@ -178,8 +178,4 @@ def score_topk(
     return values.reshape(*lead, k), indices.reshape(*lead, k)
 
 
-@functools.cache
-def register() -> torch._ops.OpOverload:
-    """Define `grc_cuda::score_topk` once; torch.export keeps it whole, and AOTInductor compiles its kernels in."""
-    triton_op("grc_cuda::score_topk", score_topk, mutates_args=())
-    return torch.ops.grc_cuda.score_topk.default
+register = registering(score_topk)

@@ -6,13 +6,13 @@ products with the layer's weight are summed at the end. Over a few steps that ta
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
 from grc.kernels.attention.triton import able as attention_able
+from grc.kernels.gpu_op import registering
 from grc.kernels.rows import tl, triton
 from grc.kernels.small_linear.triton import TILE, activate
 from grc.kernels.tiles import lanes
@@ -119,8 +119,4 @@ def attention_linear(
     return out
 
 
-@functools.cache
-def register() -> torch._ops.OpOverload:
-    """Define `grc_cuda::attention_linear` once; torch.export keeps it whole, and AOTInductor compiles its kernel in."""
-    triton_op("grc_cuda::attention_linear", attention_linear, mutates_args=())
-    return torch.ops.grc_cuda.attention_linear.default
+register = registering(attention_linear)

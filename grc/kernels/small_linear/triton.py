@@ -8,15 +8,15 @@ all of them, or are deep. Whatever a program reads, it asks for before it waits 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
 from grc.errors import LoweringError
+from grc.kernels.gpu_op import registering
 from grc.kernels.rows import tl, triton
 
 # The fastest on an H200 for layers of 400 to 2048 columns: of one row, and of 10 to 40.
@@ -235,8 +235,4 @@ def on_tensor_cores(depth: int, norm: bool) -> bool:
     return depth <= NORMALISED if norm else NORMALISED < depth <= DEPTH
 
 
-@functools.cache
-def register() -> torch._ops.OpOverload:
-    """Define `grc_cuda::small_linear` once; torch.export keeps it whole, and AOTInductor compiles its kernel in."""
-    triton_op("grc_cuda::small_linear", small_linear, mutates_args=())
-    return torch.ops.grc_cuda.small_linear.default
+register = registering(small_linear)
