@@ -83,13 +83,13 @@ def compiler() -> str:
     return path
 
 
-def declaration(schema: str) -> str:
-    """The C signature of the shim that AOTInductor calls for an op of this schema.
+def declaration(schema: str, device: str = "cpu") -> str:
+    """The C signature of the shim that AOTInductor calls for an op of this schema on a device.
 
     Tensor is AtenTensorHandle, Tensor? a pointer to one (null for None), int[] a pointer and a length, and each
     result a pointer to a handle that the callee fills.
     """
-    return f"AOTITorchError aoti_torch_cpu_{_name(schema)}({', '.join(_parameters(schema))})"
+    return f"AOTITorchError aoti_torch_{device}_{_name(schema)}({', '.join(_parameters(schema))})"
 
 
 def _parameters(schema: str) -> list[str]:
@@ -112,13 +112,14 @@ def build(ops: Sequence[FusedOp], isa: str) -> Path:
     Results are kept in $GRC_CACHE, else ~/.cache/grc, under a hash of everything that shapes them; processes that
     build the same file at once each write their own and rename it. Raises LoweringError with the compiler's words.
     """
-    cxx, flags, sources = compiler(), [*FLAGS, *isa_flags(isa)], [_source(op) for op in ops]
+    cxx, flags, sources = compiler(), isa_flags(isa), [_source(op) for op in ops]
     with ThreadPoolExecutor(max_workers=max(1, min(len(sources), os.cpu_count() or 1))) as pool:
-        objects = list(pool.map(lambda source: _compile(cxx, source, flags), sources))
+        objects = list(pool.map(lambda source: compile_object(source, flags), sources))
     if len(objects) == 1:
         return objects[0]
-    key = _hash(*[o.name for o in objects])
-    return _make(cache_folder() / f"{key}.o", lambda out: [cxx, "-r", "-nostdlib", *map(str, objects), "-o", out])
+    return _make(
+        cached(".o", *[o.name for o in objects]), lambda out: [cxx, "-r", "-nostdlib", *map(str, objects), "-o", out]
+    )
 
 
 def call(op: FusedOp, *args: Any, isa: str | None = None) -> Any:
@@ -212,12 +213,13 @@ def cache_folder() -> Path:
     return folder
 
 
-def _hash(*parts: str | bytes) -> str:
+def cached(suffix: str, *parts: str | bytes) -> Path:
+    """Where a file that all these parts shape is kept."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
         digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()[:32]
+    return cache_folder() / f"{digest.hexdigest()[:32]}{suffix}"
 
 
 @functools.cache
@@ -225,10 +227,12 @@ def _version(cxx: str) -> str:
     return subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
 
 
-def _compile(cxx: str, source: Path, flags: Sequence[str]) -> Path:
-    headers = [header.read_bytes() for header in sorted((INCLUDE / "grc").glob("*.h"))]
-    key = _hash(source.read_bytes(), *headers, *flags, torch.__version__, _version(cxx))
-    return _make(cache_folder() / f"{key}.o", lambda out: [cxx, *flags, *_includes(), "-c", str(source), "-o", out])
+def compile_object(source: Path, flags: Sequence[str]) -> Path:
+    """Compile a file with FLAGS and these into an object, which is kept. Raises LoweringError with the compiler's words."""
+    cxx, flags = compiler(), [*FLAGS, *flags]
+    headers = [h.read_bytes() for folder in (INCLUDE / "grc", source.parent) for h in sorted(folder.glob("*.h"))]
+    target = cached(".o", source.read_bytes(), *headers, *flags, torch.__version__, _version(cxx))
+    return _make(target, lambda out: [cxx, *flags, *_includes(), "-c", str(source), "-o", out])
 
 
 def _includes() -> list[str]:
@@ -261,7 +265,7 @@ def _library(op: FusedOp, isa: str) -> ctypes.CDLL:
     )
     link = ["-shared", f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
     command = [cxx, *FLAGS, *_includes(), "-x", "c++", "-", "-x", "none", str(kernel), *link, "-o"]
-    file = _make(cache_folder() / f"{_hash(kernel.name, text)}.so", lambda out: [*command, out], text)
+    file = _make(cached(".so", kernel.name, text), lambda out: [*command, out], text)
     library = ctypes.CDLL(str(file))
     library.grc_last_error.restype = ctypes.c_char_p
     return library

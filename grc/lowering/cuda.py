@@ -16,11 +16,12 @@ from grc.errors import ArtifactError, LoweringError
 from grc.graph.capture import Source
 from grc.graph.ids import id_ranges
 from grc.graph.oracle import largest_error, run_fp64
-from grc.kernels import OPS, cpp
+from grc.kernels import OPS, cpp, encoder
 from grc.lowering.align import aligned
 from grc.lowering.chains import takes_chains, with_chains
 from grc.lowering.check_ids import with_checked_ids
 from grc.lowering.eager import Eager
+from grc.lowering.encoders import takes_encoders, with_encoders
 from grc.lowering.engine import Built, Engine, Lowerable, Target
 from grc.lowering.epilogue import (
     takes_small_linears,
@@ -106,7 +107,8 @@ class CudaInductor:
 
     `without` names fused ops that are left to Inductor all the same, and `label` the graph where there are several. With
     `bucket`, it is built for that one batch size and max-autotuned. `layers` says where linear layers go instead of cuBLAS:
-    "small" to our kernel for few rows, "chains", where one narrow layer follows another, to our kernel for all of those.
+    "small" to our kernel for few rows, "chains", where one narrow layer follows another, to our kernel for all of those,
+    "encoder", where whole Transformer layers follow one another, to our kernel for all of those, and the others like "small".
     """
 
     def __init__(
@@ -132,29 +134,36 @@ class CudaInductor:
             cpp.compiler()
         except LoweringError as error:
             return f"{error.message}: {error.hint}"
-        return None
+        return encoder.missing(str(target.sm)) if self.layers == "encoder" else None
 
     def build(self, lowerable: Lowerable, target: Target, folder: Path) -> Built:
         ready, originals = self.gpu.moved(lowerable)
         graph, counts, checks = ready.graph, False, False
+        shims: dict[Any, list[str]] = {}
+        objects: list[str] = []
+        few_rows = self.layers in ("small", "encoder")
         if self.twins:
             if self.count:
                 graph = with_checked_ids(graph)
                 checks = all(entry.checked_by_kernel for entry in id_ranges(graph))
-            without = (*self.without, "cross") if self.layers == "small" else self.without
+            without = (*self.without, "cross") if few_rows else self.without
             graph, counts = with_twins(graph, self.gpu.device, self.count, without)
             graph = with_parts_in_place(graph)
             if self.layers == "chains":
                 graph = with_chains(graph)
             graph = with_rows_as_sums(with_heads_as_sums(aligned(graph)))
-            if self.layers == "small":
+            if few_rows:
                 graph = with_small_linears(graph)
             elif self.bucket is None:  # one that is autotuned may find a kernel of Inductor's with any epilogue
                 graph = with_relu_in_products(graph)
+            if self.layers == "encoder":
+                graph, form = with_encoders(graph)
+                shims[encoder.register()] = [cpp.declaration(encoder.SCHEMA, "cuda")]
+                objects.append(str(encoder.build(form, str(target.sm))))
         program = export_graph(Lowerable(graph, ready.inputs, ready.shapes), OPS)
         file = f"{self.name}.pt2"
         configs = settings([]) | ({"max_autotune": True} if self.bucket else {})
-        package(program, folder / file, configs)
+        package(program, folder / file, configs | {"aot_inductor.custom_ops_to_c_shims": shims}, objects)
         constants = packaged_constants(folder / file, graph, program)
         if counts and COUNTER not in constants:  # a bad id would be answered like a good one
             raise LoweringError("the package does not read where it is to count bad ids, so it would refuse none")
@@ -207,7 +216,7 @@ def gpu_engines(
             for bucket, inputs in fixed:
                 alone = Lowerable(lowerable.graph, inputs, ())
                 offered.append((CudaInductor(gpu, True, count, bucket, without, label), alone))
-        for layers, takes in (("chains", takes_chains), ("small", takes_small_linears)):
+        for layers, takes in (("chains", takes_chains), ("small", takes_small_linears), ("encoder", takes_encoders)):
             if takes(lowerable.graph):
                 offered.append((CudaInductor(gpu, True, count, None, (), label, layers), lowerable))
     if source is not None:

@@ -1,0 +1,565 @@
+// Pre-norm Transformer layers over users of up to 16 steps: all layers in one launch, each user on a cluster of blocks.
+//
+// Few rows leave a GPU nothing but waits: for launches, for memory, for other blocks. Here the blocks of a cluster write into
+// each other's shared memory, and wait for what they need of each other and for nothing else; what a block needs of the
+// weights is one stream, in the order in which its threads read it, and a warp of its own keeps it ahead of them.
+//
+// A block has, of every layer, some columns of queries, keys and values; the same columns of their projection, whose residual
+// it keeps in float32; and some columns of the hidden layer. What it makes of the hidden layer's second weight is a part of
+// all columns, which their owners add up. All sums have one order: the same request has the same answer, bit by bit.
+//
+// Layer norm is (x - mean) / deviation * scale + shift. Scale and shift are in the weights and biases, so a product is of x
+// itself, and (product - mean * sum of the weights) / deviation is that of its norm: nothing waits for the mean but the end.
+//
+// Built for one model: see the GRC_ macros.
+#include "parameters.h"
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+#define GRC_INFINITY __int_as_float(0x7f800000)
+
+using grc::EncoderParameters;
+
+#define INLINE __device__ __forceinline__
+#define CONSTANT __device__ constexpr
+
+constexpr int WIDTH = GRC_WIDTH, HEAD = GRC_HEAD, HIDDEN = GRC_HIDDEN, STEPS = GRC_STEPS;
+constexpr int CLUSTER = GRC_CLUSTER;  // blocks
+constexpr int WARPS = 16, THREADS = 32 * WARPS;
+static_assert(THREADS + 32 == grc::ENCODER_THREADS, "one warp more for the stream");
+constexpr int ROWS = 16, COLUMNS = 8;  // of a product of the tensor cores
+constexpr int CHUNK = 32;              // numbers of a row that four threads read at once, 16 bytes each
+constexpr int SLICE = WIDTH / CLUSTER, PART = HIDDEN / CLUSTER;  // columns of a block
+constexpr int GROUP = HEAD > SLICE ? HEAD : SLICE;              // columns of all heads that a block has a part in
+constexpr int PEERS = GROUP / SLICE;                             // blocks that have a part in them
+
+// Warps share the columns of a product in four, and its depth too; of the last product each has a few columns of all depth.
+constexpr int ACROSS = 4, DOWN = 4, QUARTER = WIDTH / DOWN;
+constexpr int TILES = SLICE / COLUMNS / ACROSS, HIDDEN_TILES = PART / COLUMNS / ACROSS, LAST_TILES = WIDTH / COLUMNS / WARPS;
+constexpr int WIDE = QUARTER / CHUNK, DEEP = PART / CHUNK;  // chunks
+static_assert(SLICE % (COLUMNS * ACROSS) == 0 && PART % (COLUMNS * ACROSS) == 0 && QUARTER % CHUNK == 0, "whole tiles, chunks");
+static_assert(LAST_TILES % 2 == 0 && SLICE % (LAST_TILES * 2) == 0, "whole pairs of tiles");
+static_assert(HEAD % CHUNK == 0 && GROUP % HEAD == 0 && GROUP % SLICE == 0 && WIDTH % GROUP == 0, "whole heads");
+static_assert(0 < STEPS && STEPS <= ROWS && ROWS == WARPS && CLUSTER <= 16 && SLICE <= 64, "");
+
+// What a thread reads of a layer's weights, 16 bytes each; so many of them at once.
+constexpr int HEADS = WIDE * 3 * TILES, OUT = WIDE * TILES, UP = WIDE * HIDDEN_TILES, LAST = DEEP * LAST_TILES;
+constexpr int ALL = HEADS + OUT + UP + LAST;
+
+CONSTANT int least(int a, int b) { return a < b ? a : b; }
+CONSTANT int most(int a, int b) { return a > b ? a : b; }
+
+CONSTANT int largest_divisor(int of, int most) {
+  while (of % most) most--;
+  return most;
+}
+constexpr int AT_ONCE = largest_divisor(HEADS, largest_divisor(OUT, largest_divisor(UP, largest_divisor(LAST, 2))));
+constexpr int UNITS = ALL / AT_ONCE, MOST_SLOTS = 16;
+constexpr int SENT = STEPS * SLICE;  // numbers that a block sends to another, of any kind
+
+// Numbers from one row to the next, such that eight threads that read 16 bytes of two rows meet in no bank.
+CONSTANT int apart(int columns) { return columns % 64 == 0 ? columns + 32 : columns; }
+
+// ---- numbers ----
+
+#if GRC_BF16
+#define TYPE "bf16"
+#else
+#define TYPE "f16"
+#endif
+
+INLINE u32 packed(float low, float high) {
+  u32 both;
+  asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+
+INLINE u16 rounded(float v) { return static_cast<u16>(packed(v, 0.f)); }
+
+INLINE float wide(u16 v) {
+#if GRC_BF16
+  return __uint_as_float(static_cast<u32>(v) << 16);
+#else
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
+  return f;
+#endif
+}
+
+// sum += a @ b for a [16, 16] and b [16, 8], of which each thread has a part
+INLINE void product(float4& sum, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sum.x), "+f"(sum.y), "+f"(sum.z), "+f"(sum.w)
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+struct Rows {
+  uint4 low, high;  // of rows lane_row() and lane_row() + 8, eight columns
+};
+
+// The same over a chunk of the depth: in which order its numbers come does not matter, if both sides have the same.
+INLINE void products(float4& sum, const Rows& left, const uint4& right) {
+  product(sum, left.low.x, left.high.x, left.low.y, left.high.y, right.x, right.y);
+  product(sum, left.low.z, left.high.z, left.low.w, left.high.w, right.z, right.w);
+}
+
+INLINE float activated(float v) {
+#if GRC_ACTIVATION == 1
+  return v < 0.f ? 0.f : v;  // max(v, 0) that keeps NaN
+#elif GRC_ACTIVATION == 2
+  return 0.5f * v * (1.f + erff(v * 0.70710678f));
+#elif GRC_ACTIVATION == 3
+  return v / (1.f + __expf(-1.5957691f * (v + 0.044715f * v * v * v)));
+#elif GRC_ACTIVATION == 4
+  return v / (1.f + __expf(-v));
+#else
+#error "the encoder does not know this activation"
+#endif
+}
+
+// ---- threads, blocks and their memory ----
+
+INLINE int warp() { return threadIdx.x / 32; }
+INLINE int lane_row() { return threadIdx.x % 32 / 4; }
+INLINE int quad() { return threadIdx.x % 4; }
+INLINE int across() { return warp() % ACROSS; }
+INLINE int down() { return warp() / ACROSS; }
+
+INLINE int rank() {
+  u32 r;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  return r;
+}
+
+INLINE u32 local(const void* shared) { return static_cast<u32>(__cvta_generic_to_shared(shared)); }
+
+// The same place in another block's memory.
+INLINE u32 at_peer(const void* mine, int peer) {
+  u32 theirs;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(local(mine)), "r"(peer));
+  return theirs;
+}
+
+struct Barrier {
+  unsigned long long state;
+
+  INLINE u32 at() const { return local(&state); }
+
+  INLINE void open(int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at()), "r"(arrivals) : "memory");
+  }
+
+  INLINE void arrive() { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at()) : "memory"); }
+
+  INLINE void expect(int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at()), "r"(bytes) : "memory");
+  }
+
+  // Its time number `turn`, of which there were at most one more, has passed.
+  INLINE void wait(int turn) {
+    u32 done = 0;
+    while (!done)
+      asm volatile(
+          "{\n\t.reg .pred p;\n\t"
+          "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
+          "selp.u32 %0, 1, 0, p;\n\t}"
+          : "=r"(done) : "r"(at()), "r"(turn % 2) : "memory");
+  }
+};
+
+// Where a block waits for bytes from others: for BYTES in every layer.
+template <int BYTES>
+struct Mail : Barrier {
+  INLINE void open() {
+    Barrier::open(1);
+    expect(BYTES);
+  }
+
+  INLINE void wait(int layer) {
+    Barrier::wait(layer);
+    if (threadIdx.x == 0) expect(BYTES);
+  }
+};
+
+// `to` and `mail` are in the memory of one other block.
+INLINE void send(u32 to, u32 mail, uint4 v) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(to),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(mail)
+               : "memory");
+}
+
+INLINE void send(u32 to, u32 mail, float a, float b, float c, float d) {
+  send(to, mail, make_uint4(__float_as_uint(a), __float_as_uint(b), __float_as_uint(c), __float_as_uint(d)));
+}
+
+INLINE void send(u32 to, u32 mail, float a, float b) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1,%2}, [%3];" ::"r"(to), "f"(a),
+               "f"(b), "r"(mail)
+               : "memory");
+}
+
+// Bytes from memory to this block's.
+INLINE void copy(void* to, const void* from, int bytes, const Barrier& there) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(local(to)),
+               "l"(from), "r"(bytes), "r"(there.at())
+               : "memory");
+}
+
+// All threads but the stream's have come here.
+INLINE void meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+
+// What is added to the columns of a block in one layer. Those of norms come with the sums of the weights of each column.
+struct alignas(16) Vectors {
+  float heads_sum[3][SLICE], heads[3][SLICE], out[SLICE], down[SLICE], up_sum[PART], up[PART];
+};
+
+template <int COLUMNS_OF_ROW>
+using Matrix = u16[ROWS][COLUMNS_OF_ROW];
+
+struct State {
+  Matrix<apart(WIDTH)> rows;  // of all blocks: the residual
+  union {
+    Matrix<apart(WIDTH)> mixed;            // of all blocks: what attention made
+    float received[CLUSTER][ROWS][SLICE];  // from all blocks: their parts of the last product
+  };
+  Matrix<apart(GROUP)> queries, keys;  // of all peers
+  u16 values[SLICE][ROWS];             // step by step within a column
+  Matrix<apart(PART)> hidden;
+  float kept[ROWS][SLICE];           // the residual
+  float2 moments[CLUSTER][ROWS];     // of all blocks: the mean of a row's slice, and the sum of squares around it
+  float2 normal[ROWS];               // the mean of a row, and one over its deviation
+  union {  // of a product, by the depth that they are of
+    float4 parts[DOWN][ACROSS * most(HIDDEN_TILES, 3 * TILES)][32];
+    float out_parts[DOWN][ROWS][SLICE];
+  };
+  Vectors vectors[2];
+  Barrier full[MOST_SLOTS], empty[MOST_SLOTS], vectors_full[2];
+  Mail<2 * PEERS * SENT * 2> heads_mail;
+  Mail<CLUSTER * SENT * 2> mixed_mail;
+  Mail<CLUSTER * (SENT * 2 + STEPS * 8)> rows_mail, next_mail;
+  Mail<CLUSTER * SENT * 4> received_mail;
+};
+
+// What is left of the memory is for the stream.
+using Unit = uint4[AT_ONCE][THREADS];
+constexpr int LEFT = (grc::ENCODER_MEMORY - static_cast<int>(sizeof(State))) / static_cast<int>(sizeof(Unit));
+constexpr int SLOTS = least(LEFT, least(MOST_SLOTS, UNITS));  // a layer at most, for the sake of its vectors
+static_assert(2 <= SLOTS, "room for the stream");
+
+struct Shared : State {
+  Unit weights[SLOTS];
+};
+static_assert(sizeof(Shared) <= grc::ENCODER_MEMORY, "");
+
+// The parts of a pair of columns, added up in their order.
+template <int PARTS>
+INLINE float2 added(const float (&parts)[PARTS][ROWS][SLICE], int row, int column) {
+  float2 sum = make_float2(0.f, 0.f);
+#pragma unroll
+  for (int i = 0; i < PARTS; i++) {
+    const float2 part = *reinterpret_cast<const float2*>(&parts[i][row][column]);
+    sum.x += part.x, sum.y += part.y;
+  }
+  return sum;
+}
+
+template <int COLUMNS_OF_ROW>
+INLINE Rows rows_at(const u16 (&matrix)[ROWS][COLUMNS_OF_ROW], int column) {
+  return {*reinterpret_cast<const uint4*>(&matrix[lane_row()][column]),
+          *reinterpret_cast<const uint4*>(&matrix[lane_row() + 8][column])};
+}
+
+// ---- the stream ----
+
+// One thread keeps it going: a slot that all warps have read is filled with what comes next.
+INLINE void stream(Shared& s, const EncoderParameters& p, int block) {
+  constexpr int BYTES = sizeof(s.weights[0]);
+  const char* weights = reinterpret_cast<const char*>(p.weights) + static_cast<long long>(block) * p.layers * UNITS * BYTES;
+  const Vectors* vectors = reinterpret_cast<const Vectors*>(p.vectors) + block * p.layers;
+#pragma unroll 1
+  for (int i = 0; i < p.layers * UNITS; i++) {
+    const int slot = i % SLOTS, layer = i / UNITS;
+    if (i >= SLOTS) s.empty[slot].wait(i / SLOTS - 1);
+    if (i % UNITS == 0) {  // the layer two before this one has ended
+      s.vectors_full[layer % 2].expect(sizeof(Vectors));
+      copy(&s.vectors[layer % 2], vectors + layer, sizeof(Vectors), s.vectors_full[layer % 2]);
+    }
+    s.full[slot].expect(BYTES);
+    copy(s.weights[slot], weights + static_cast<long long>(i) * BYTES, BYTES, s.full[slot]);
+  }
+}
+
+// ---- the steps of a layer ----
+
+template <int MANY>
+using Sums = float4[MANY];
+
+// sums += rows[:, column:] @ weights.T of the next COUNT of the stream, of which `unit` counts what was read
+template <int COUNT, int MANY, int COLUMNS_OF_ROW>
+INLINE void multiply(Shared& s, Sums<MANY>& sums, const Matrix<COLUMNS_OF_ROW>& rows, int column, int& unit) {
+  uint4 right[AT_ONCE];
+  Rows left;
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) {
+    const int slot = unit % SLOTS, k = i % AT_ONCE;
+    if (k == 0) {
+      s.full[slot].wait(unit / SLOTS);
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; j++) right[j] = s.weights[slot][j][threadIdx.x];
+    }
+    if (i % MANY == 0) left = rows_at(rows, column + i / MANY * CHUNK + quad() * 8);
+    products(sums[i % MANY], left, right[k]);
+    if (k == AT_ONCE - 1) {
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) s.empty[slot].arrive();
+      unit++;
+    }
+  }
+}
+
+// The sums of all depth: each warp adds up those of some tiles, and does `what(tile, sum)` with them.
+template <int MANY, class What>
+INLINE void join(Shared& s, const Sums<MANY>& sums, What what) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int n = 0; n < MANY; n++) s.parts[down()][across() * MANY + n][lane] = sums[n];
+  meet();
+#pragma unroll 1
+  for (int tile = warp(); tile < ACROSS * MANY; tile += WARPS) {
+    float4 sum = s.parts[0][tile][lane];
+#pragma unroll
+    for (int d = 1; d < DOWN; d++) {
+      const float4 part = s.parts[d][tile][lane];
+      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+    }
+    what(tile, sum);
+  }
+}
+
+// What the four threads of a row have, side by side.
+INLINE uint4 of_quad(u32 v) {
+  const int first = threadIdx.x % 32 / 4 * 4;
+  return make_uint4(__shfl_sync(~0u, v, first), __shfl_sync(~0u, v, first + 1), __shfl_sync(~0u, v, first + 2),
+                    __shfl_sync(~0u, v, first + 3));
+}
+
+template <int LANES>
+INLINE float of_lanes(float v) {
+#pragma unroll
+  for (int m = 1; m < LANES; m *= 2) v += __shfl_xor_sync(~0u, v, m);
+  return v;
+}
+
+// The mean and deviation of every row, of its slices' moments (Chan et al. 1979), each by a warp.
+INLINE void normalise(Shared& s) {
+  const int lane = threadIdx.x % 32, row = warp();
+  if (row >= STEPS) return;
+  const float2 part = lane < CLUSTER ? s.moments[lane][row] : make_float2(0.f, 0.f);
+  const float mean = of_lanes<16>(part.x) * (1.f / CLUSTER);
+  const float off = lane < CLUSTER ? part.x - mean : 0.f;
+  const float squares = of_lanes<16>(part.y + SLICE * off * off);
+  if (lane == 0) s.normal[row] = make_float2(mean, rsqrtf(squares * (1.f / WIDTH) + GRC_EPS));
+}
+
+INLINE float2 normed(const float2& normal, float a, float b, const float* sums, const float* biases) {
+  return make_float2((a - normal.x * sums[0]) * normal.y + biases[0], (b - normal.x * sums[1]) * normal.y + biases[1]);
+}
+
+// Add to the residual: `more(row, column)` gives what to add to a pair. Then it goes to all blocks with its moments, or to y.
+template <class To, class More>
+INLINE void settle(Shared& s, const float* bias, To& mail, int block, u32* y, More more) {
+  constexpr int LANES = SLICE / 2;  // of a row
+#pragma unroll 1
+  for (int i = threadIdx.x; i < (STEPS * LANES + 31) / 32 * 32; i += THREADS) {
+    const bool there = i < STEPS * LANES;
+    const int row = there ? i / LANES : 0, at = i % LANES, column = at * 2;
+    float2& kept = *reinterpret_cast<float2*>(&s.kept[row][column]);
+    const float2 added = more(row, column);
+    const float2 sum = make_float2(kept.x + added.x + bias[column], kept.y + added.y + bias[column + 1]);
+    const u32 both = packed(sum.x, sum.y);
+    if (y != nullptr) {
+      if (there) y[(row * WIDTH + block * SLICE + column) / 2] = both;
+      continue;
+    }
+    if (there) kept = sum;
+    const float a = wide(static_cast<u16>(both)), b = wide(static_cast<u16>(both >> 16));
+    const float mean = of_lanes<LANES>(a + b) * (1.f / SLICE);
+    const float squares = of_lanes<LANES>((a - mean) * (a - mean) + (b - mean) * (b - mean));
+    const uint4 piece = of_quad(both);
+    if (!there) continue;
+    for (int peer = at % 4; peer < CLUSTER; peer += 4)
+      send(at_peer(&s.rows[row][block * SLICE + at / 4 * 8], peer), at_peer(&mail, peer), piece);
+    for (int peer = at; peer < CLUSTER; peer += LANES)
+      send(at_peer(&s.moments[block][row], peer), at_peer(&mail, peer), mean, squares);
+  }
+}
+
+// Attention of a head for eight columns of its values, by each of the first warps.
+INLINE void attend(Shared& s, int block) {
+  const int column = warp() * COLUMNS, first = SLICE < HEAD ? 0 : column / HEAD * HEAD, row = lane_row(), step = quad() * 4;
+  if (column >= SLICE) return;
+  float4 score[2] = {};  // of keys step, step + 1 and step + 2, step + 3: two of row, two of row + 8
+#pragma unroll
+  for (int c = 0; c < HEAD; c += CHUNK) {
+    const int at = first + c + quad() * 8;
+    const Rows queries = rows_at(s.queries, at);
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+      products(score[n], queries, *reinterpret_cast<const uint4*>(&s.keys[row / 2 * 4 + n * 2 + row % 2][at]));
+  }
+  u32 left[4];
+  float gain[2];
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    float v[4] = {r ? score[0].z : score[0].x, r ? score[0].w : score[0].y,  //
+                  r ? score[1].z : score[1].x, r ? score[1].w : score[1].y};
+    float peak = -GRC_INFINITY, total = 0.f;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const bool seen = step + i < STEPS && (!GRC_CAUSAL || step + i <= row + r * 8);
+      v[i] = seen ? v[i] * GRC_SCALE : -GRC_INFINITY;
+      peak = fmaxf(peak, v[i]);
+    }
+#if GRC_SOFTMAX
+    peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 1));
+    peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 2));
+#pragma unroll
+    for (int i = 0; i < 4; i++) total += v[i] = __expf(v[i] - peak);
+    gain[r] = GRC_GAIN / of_lanes<4>(total);
+#else
+#pragma unroll
+    for (int i = 0; i < 4; i++) v[i] = v[i] == -GRC_INFINITY ? 0.f : v[i] / (1.f + __expf(-v[i]));
+    gain[r] = GRC_GAIN;
+#endif
+    left[r] = packed(v[0], v[1]);
+    left[r + 2] = packed(v[2], v[3]);
+  }
+  const uint2 values = *reinterpret_cast<const uint2*>(&s.values[column + row][step]);
+  float4 out = {};
+  product(out, left[0], left[1], left[2], left[3], values.x, values.y);
+  const uint4 low = of_quad(packed(out.x * gain[0], out.y * gain[0])), high = of_quad(packed(out.z * gain[1], out.w * gain[1]));
+  for (int peer = quad(); peer < CLUSTER; peer += 4) {
+    const u32 to = at_peer(&s.mixed[row][block * SLICE + column], peer), mail = at_peer(&s.mixed_mail, peer);
+    if (row < STEPS) send(to, mail, low);
+    if (row + 8 < STEPS) send(to + 8 * sizeof(s.mixed[0]), mail, high);
+  }
+}
+
+// ---- the kernel ----
+
+// This block's own row of x for every warp.
+INLINE void begin(Shared& s, const u16* x, int block) {
+  const int lane = threadIdx.x % 32, row = warp();
+  float sum = 0.f, squares = 0.f;
+  for (int i = lane; i < WIDTH; i += 32) {
+    const u16 v = row < STEPS ? x[row * WIDTH + i] : static_cast<u16>(0);
+    s.rows[row][i] = v;
+    sum += wide(v);
+    if (i / SLICE == block) s.kept[row][i % SLICE] = wide(v);
+  }
+  const float mean = of_lanes<32>(sum) * (1.f / WIDTH);
+  for (int i = lane; i < WIDTH; i += 32) squares += (wide(s.rows[row][i]) - mean) * (wide(s.rows[row][i]) - mean);
+  squares = of_lanes<32>(squares);
+  if (lane < CLUSTER) s.moments[lane][row] = make_float2(mean, squares * (1.f / CLUSTER));
+}
+
+extern "C" __global__ void __launch_bounds__(grc::ENCODER_THREADS, 1) __cluster_dims__(CLUSTER, 1, 1)
+    encoder(const __grid_constant__ EncoderParameters p) {
+  extern __shared__ __align__(128) unsigned char memory[];
+  Shared& s = *reinterpret_cast<Shared*>(memory);
+  const int block = rank(), quarter = down() * QUARTER;
+  const long long user = blockIdx.x / CLUSTER;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < SLOTS; i++) s.full[i].open(1), s.empty[i].open(WARPS);
+    s.vectors_full[0].open(1), s.vectors_full[1].open(1);
+    s.heads_mail.open(), s.mixed_mail.open(), s.rows_mail.open(), s.next_mail.open(), s.received_mail.open();
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  if (warp() < WARPS) begin(s, p.x + user * STEPS * WIDTH, block);
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  if (warp() == WARPS) {
+    if (threadIdx.x % 32 == 0) stream(s, p, block);
+    return;
+  }
+  int unit = 0;
+#pragma unroll 1
+  for (int l = 0; l < p.layers; l++) {
+    const Vectors& v = s.vectors[l % 2];
+    s.vectors_full[l % 2].wait(l / 2);
+    {
+      Sums<3 * TILES> sums = {};
+      normalise(s);
+      multiply<HEADS>(s, sums, s.rows, quarter, unit);
+      join<3 * TILES>(s, sums, [&](int tile, const float4& sum) {
+        const int which = tile / TILES % 3, first = (tile / (3 * TILES) * TILES + tile % TILES) * COLUMNS;
+        const int row = lane_row(), column = first + 2 * quad();
+        const float2 low = normed(s.normal[row], sum.x, sum.y, v.heads_sum[which] + column, v.heads[which] + column);
+        const float2 high = normed(s.normal[row + 8], sum.z, sum.w, v.heads_sum[which] + column, v.heads[which] + column);
+        if (which == 2) {
+          s.values[column][row] = rounded(row < STEPS ? low.x : 0.f);
+          s.values[column + 1][row] = rounded(row < STEPS ? low.y : 0.f);
+          s.values[column][row + 8] = rounded(row + 8 < STEPS ? high.x : 0.f);
+          s.values[column + 1][row + 8] = rounded(row + 8 < STEPS ? high.y : 0.f);
+          return;
+        }
+        auto& to = which == 0 ? s.queries : s.keys;
+        const uint4 a = of_quad(packed(low.x, low.y)), b = of_quad(packed(high.x, high.y));
+        for (int i = quad(); i < PEERS; i += 4) {
+          const int peer = block - block % PEERS + i, at = block % PEERS * SLICE + first;
+          if (row < STEPS) send(at_peer(&to[row][at], peer), at_peer(&s.heads_mail, peer), a);
+          if (row + 8 < STEPS) send(at_peer(&to[row + 8][at], peer), at_peer(&s.heads_mail, peer), b);
+        }
+      });
+    }
+    meet();
+    s.heads_mail.wait(l);
+    attend(s, block);
+
+    s.mixed_mail.wait(l);
+    {
+      Sums<TILES> sums = {};
+      multiply<OUT>(s, sums, s.mixed, quarter, unit);
+#pragma unroll
+      for (int n = 0; n < TILES; n++) {
+        const int row = lane_row(), column = (across() * TILES + n) * COLUMNS + 2 * quad();
+        *reinterpret_cast<float2*>(&s.out_parts[down()][row][column]) = make_float2(sums[n].x, sums[n].y);
+        *reinterpret_cast<float2*>(&s.out_parts[down()][row + 8][column]) = make_float2(sums[n].z, sums[n].w);
+      }
+    }
+    meet();
+    settle(s, v.out, s.rows_mail, block, nullptr, [&](int row, int column) { return added(s.out_parts, row, column); });
+
+    s.rows_mail.wait(l);
+    {
+      Sums<HIDDEN_TILES> sums = {};
+      normalise(s);
+      multiply<UP>(s, sums, s.rows, quarter, unit);
+      join<HIDDEN_TILES>(s, sums, [&](int tile, const float4& sum) {
+        const int row = lane_row(), column = tile * COLUMNS + 2 * quad();
+        const float2 low = normed(s.normal[row], sum.x, sum.y, v.up_sum + column, v.up + column);
+        const float2 high = normed(s.normal[row + 8], sum.z, sum.w, v.up_sum + column, v.up + column);
+        *reinterpret_cast<u32*>(&s.hidden[row][column]) = packed(activated(low.x), activated(low.y));
+        *reinterpret_cast<u32*>(&s.hidden[row + 8][column]) = packed(activated(high.x), activated(high.y));
+      });
+    }
+    meet();
+    {
+      Sums<LAST_TILES> sums = {};
+      multiply<LAST>(s, sums, s.hidden, 0, unit);
+      const int first = (warp() * COLUMNS + quad() * 2) * LAST_TILES, peer = first / SLICE, row = lane_row();
+      const u32 to = at_peer(&s.received[block][row][first % SLICE], peer), mail = at_peer(&s.received_mail, peer);
+#pragma unroll
+      for (int n = 0; n < LAST_TILES; n += 2) {
+        const float4 a = sums[n], b = sums[n + 1];
+        if (row < STEPS) send(to + n * 8, mail, a.x, a.y, b.x, b.y);
+        if (row + 8 < STEPS) send(to + n * 8 + 8 * sizeof(s.received[0][0]), mail, a.z, a.w, b.z, b.w);
+      }
+    }
+
+    const bool ends = l + 1 == p.layers;
+    s.received_mail.wait(l);
+    settle(s, v.down, s.next_mail, block, ends ? reinterpret_cast<u32*>(p.y + user * STEPS * WIDTH) : nullptr,
+           [&](int row, int column) { return added(s.received, row, column); });
+    if (!ends) s.next_mail.wait(l);
+  }
+}
