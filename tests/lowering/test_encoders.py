@@ -1,10 +1,8 @@
-"""Transformer layers over a few steps: which become one call, that their weights are packed as the kernel reads them, and
-that the kernel compiles. Its answers are compared where there is a GPU."""
+"""Transformer layers over a few steps: which become one call, and what it answers where there is a GPU."""
 
 from __future__ import annotations
 
 import copy
-import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,10 +16,6 @@ from grc.compiler import optimise
 from grc.errors import InputError
 from grc.graph.capture import capture
 from grc.graph.model_file import from_module
-from grc.kernels import encoder, nvrtc
-from grc.kernels.attention import SILU, SOFTMAX
-from grc.kernels.encoder import ACROSS, CHUNK, DOWN, TILE, WARPS, Form, Layer
-from grc.kernels.packed_linear.activations import GELU, RELU
 from grc.lowering.encoders import called, takes_encoders, with_encoders
 from grc.lowering.epilogue import with_small_linears
 from grc.lowering.twins import with_twins
@@ -29,120 +23,6 @@ from grc.options import Options
 from grc.progress import Silent
 
 STEPS = 5
-ACTIVATION = {GELU: functional.gelu, RELU: torch.relu}
-
-
-def form(**changes: object) -> Form:
-    given = {
-        "dtype": torch.float16, "steps": STEPS, "width": 256, "heads": 4, "hidden": 512, "scale": 0.125, "gain": 1.0,
-        "kind": SOFTMAX, "causal": False, "activation": GELU, "eps": 1e-5,
-    }  # fmt: skip
-    return Form(**(given | changes))  # type: ignore[arg-type]
-
-
-def layer(f: Form, seed: int) -> Layer:
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int, mean: float = 0.0, std: float = 0.1) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * std + mean).to(f.dtype)
-
-    def weight(columns: int, depth: int) -> Tensor:
-        return random(columns, depth, std=1 / math.sqrt(depth))
-
-    w, h = f.width, f.hidden
-    heads, biases = (tuple(make() for _ in range(3)) for make in (lambda: weight(w, w), lambda: random(w)))
-    return Layer(
-        random(w, mean=1.0), random(w), heads, biases, weight(w, w), random(w), random(w, mean=1.0), random(w),
-        weight(h, w), random(h), weight(w, h), random(w),
-    )  # fmt: skip
-
-
-def widened(one: Layer) -> Layer:
-    return Layer(*(tuple(t.double() for t in v) if isinstance(v, tuple) else v.double() for v in vars(one).values()))
-
-
-class Encoder(nn.Module):
-    """What the packed weights say, read as the kernel's threads do, in float64."""
-
-    def __init__(self, weights: Tensor, vectors: Tensor, f: Form):
-        super().__init__()
-        self.weights, self.vectors, self.form = weights.double(), vectors.double(), f
-        self.slice, self.part = f.width // f.cluster, f.hidden // f.cluster
-
-    def forward(self, x: Tensor) -> Tensor:
-        for number in range(self.weights.shape[1]):
-            x = self.layer(x.double(), self.weights[:, number], self.vectors[:, number])
-        return x
-
-    def layer(self, x: Tensor, weights: Tensor, vectors: Tensor) -> Tensor:
-        f, tiles, up_tiles = self.form, self.slice // TILE // ACROSS, self.part // TILE // ACROSS
-        chunks = f.width // DOWN // CHUNK
-        sizes = [chunks * 3 * tiles, chunks * tiles, chunks * up_tiles, self.part // CHUNK * (f.width // TILE // WARPS)]
-        heads, out, up, down = weights.split(sizes, 1)
-        names = [self.slice] * 8 + [self.part] * 2
-        *sums, q_bias, k_bias, v_bias, out_bias, down_bias, up_sum, up_bias = (
-            part.flatten() for part in vectors.split(names, 1)
-        )
-        which = heads.unflatten(1, (chunks, 3, tiles)).unbind(2)
-        made = [self.normed(x, *of) for of in zip(which, sums, (q_bias, k_bias, v_bias), strict=True)]
-        q, k, v = (t.unflatten(-1, (f.heads, -1)) for t in made)
-        mixed = encoder.attention(q, k, v, None, None, f.scale, f.gain, f.kind, f.causal)
-        x = x + self.wide(mixed, out.unflatten(1, (chunks, tiles))) + out_bias
-        hidden = self.normed(x, up.unflatten(1, (chunks, up_tiles)), up_sum, up_bias)
-        return x + self.narrow(ACTIVATION[f.activation](hidden), down) + down_bias
-
-    def normed(self, x: Tensor, pieces: Tensor, sums: Tensor, bias: Tensor) -> Tensor:
-        deviation = (x.var(-1, unbiased=False, keepdim=True) + self.form.eps).sqrt()
-        return (self.wide(x, pieces) - x.mean(-1, keepdim=True) * sums) / deviation + bias
-
-    def wide(self, rows: Tensor, pieces: Tensor) -> Tensor:
-        """rows @ W.T for W [blocks * ACROSS * tiles * TILE, width] in pieces [blocks, chunks, tiles, threads, 8]."""
-        blocks, chunks, tiles = pieces.shape[:3]
-        threads = pieces.reshape(blocks, chunks, tiles, DOWN, ACROSS, TILE, 4, 8)
-        return rows @ threads.permute(0, 4, 2, 5, 3, 1, 6, 7).reshape(-1, rows.shape[-1]).t()
-
-    def narrow(self, rows: Tensor, pieces: Tensor) -> Tensor:
-        last = self.form.width // TILE // WARPS
-        threads = pieces.reshape(self.form.cluster, -1, last, WARPS, 4, 2, 4, 8)
-        return rows @ threads.permute(3, 4, 2, 5, 0, 1, 6, 7).reshape(self.form.width, -1).t()
-
-
-@pytest.mark.parametrize(
-    "f",
-    [form(), form(width=512, heads=8, hidden=1024, causal=True), form(heads=8, kind=SILU, gain=0.2, activation=RELU)],
-)
-def test_packed_weights_are_the_layers(f: Form) -> None:
-    layers = [layer(f, seed) for seed in range(2)]
-    weights, vectors = encoder.pack(layers, f)
-    assert weights.dtype is f.dtype and vectors.dtype is torch.float32
-    x = torch.randn(3, STEPS, f.width, generator=torch.Generator().manual_seed(9)).to(f.dtype)
-    want = encoder.reference(x.double(), [widened(one) for one in layers], f)
-    torch.testing.assert_close(Encoder(weights, vectors, f)(x), want, atol=4e-3, rtol=0)
-
-
-@pytest.mark.skipif(nvrtc.missing() is not None, reason=f"{nvrtc.missing()}")
-@pytest.mark.parametrize(
-    "f",
-    [
-        form(), form(width=512, heads=8, hidden=2048, steps=10), form(dtype=torch.bfloat16, causal=True, steps=16),
-        form(heads=8, kind=SILU, activation=RELU, steps=1), form(heads=1, hidden=2048), form(width=512, hidden=4096),
-    ],
-)  # fmt: skip
-def test_the_kernel_compiles(f: Form) -> None:
-    assert f.able()
-    assert nvrtc.build(encoder.HERE / "cuda.cu", f.macros(), "sm_90").read_bytes()[:4] == b"\x7fELF"
-
-
-def test_what_the_kernel_can_not_take() -> None:
-    changes = [
-        {"steps": 17}, {"width": 128, "heads": 2}, {"dtype": torch.float32}, {"heads": 16}, {"hidden": 520}, {"hidden": 4096},
-        {"activation": 0},
-    ]  # fmt: skip
-    assert not any(form(**change).able() for change in changes)
-
-
-def test_missing_says_which_gpu_it_needs() -> None:
-    assert "sm_90 or newer, not sm_80" in str(encoder.missing("sm_80"))
 
 
 class Model(nn.Module):
@@ -234,7 +114,7 @@ class Deep(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "steps, width, hidden, heads, activation",
-    [(10, 512, 2048, 8, "gelu"), (16, 256, 512, 8, "relu"), (2, 256, 2048, 1, "gelu"), (3, 512, 4096, 16, "relu")],
+    [(10, 512, 2048, 8, "gelu"), (16, 256, 512, 8, "relu"), (2, 256, 2048, 2, "gelu"), (3, 512, 4096, 16, "relu")],
 )
 @torch.no_grad()
 def test_answers_on_a_gpu(
@@ -251,7 +131,7 @@ def test_answers_on_a_gpu(
     grc.compile(model, inputs, options)
     program = grc.load(tmp_path / "m.grc")
     kept = {}
-    for batch in (1, 3, 16):
+    for batch in (1, 3, 13, 16):
         (x,) = inputs(batch)
         want, eager = oracle(x.double()), model.cuda()(x.cuda()).cpu()
         found = kept[batch] = program(x)
@@ -259,7 +139,7 @@ def test_answers_on_a_gpu(
         assert (found - want).abs().max() < bound
         model.cpu()
     with ThreadPoolExecutor(4) as threads:  # clusters of several requests side by side, with answers that differ
-        again = list(threads.map(lambda i: (i, program(*inputs(i))), [1, 16, 3] * 200))
+        again = list(threads.map(lambda i: (i, program(*inputs(i))), [1, 16, 3, 13] * 150))
     assert all(torch.equal(found, kept[batch]) for batch, found in again)
     (x,) = inputs(3)
     x[1, 0, 0] = torch.nan

@@ -23,7 +23,8 @@ from grc.kernels.packed_linear.activations import SILU as SILU_ACTIVATION
 HERE = Path(__file__).parent
 SCHEMA = "encoder(Tensor x, Tensor weights, Tensor vectors, int layers) -> Tensor"
 ARCHITECTURE = 90  # the first with clusters of blocks
-CLUSTERS = {256: 8, 512: 16}  # blocks of a user, by the columns of its rows
+SLICES = {256: 8, 512: 16}  # of a user's row, by its columns: a cluster has a block for each, or for two of them
+WIDEST = 256  # hidden columns of a block
 MOST_STEPS = 16  # rows of a product of the tensor cores
 KNOWN = (RELU, GELU, GELU_TANH, SILU_ACTIVATION)
 # of the kernel: warps that share columns and depth, columns and depth that a thread's 16 bytes belong to
@@ -47,24 +48,29 @@ class Form:
     eps: float
 
     @property
-    def cluster(self) -> int:
-        return CLUSTERS[self.width]
+    def slices(self) -> int:
+        return SLICES[self.width]
+
+    def clusters(self) -> tuple[int, int]:
+        """Blocks of a user: as many as there are slices, and half of them where a block has room for two."""
+        room = 2 * self.hidden // self.slices <= WIDEST
+        return self.slices, self.slices // 2 if room else self.slices
 
     def able(self) -> bool:
         """Whether the kernel takes such layers: blocks and warps need whole tiles of them, and shared memory holds a part."""
-        if self.width not in CLUSTERS or self.width % self.heads or self.dtype not in (torch.float16, torch.bfloat16):
+        if self.width not in SLICES or self.width % self.heads or self.dtype not in (torch.float16, torch.bfloat16):
             return False
-        part, odd = divmod(self.hidden, self.cluster)
+        part, odd = divmod(self.hidden, self.slices)
         head = self.width // self.heads
         whole = odd == 0 and part % (TILE * ACROSS) == 0 and head % CHUNK == 0 and self.width % head == 0
-        return whole and 0 < part <= 256 and 0 < self.steps <= MOST_STEPS and self.activation in KNOWN
+        return whole and 0 < part <= WIDEST and 0 < self.steps <= MOST_STEPS and self.activation in KNOWN
 
-    def macros(self) -> dict[str, str]:
+    def macros(self, cluster: int) -> dict[str, str]:
         numbers = {"SCALE": self.scale, "GAIN": self.gain, "EPS": self.eps}
         flags = {"SOFTMAX": self.kind != SILU, "CAUSAL": self.causal, "BF16": self.dtype is torch.bfloat16}
         sizes = {
             "WIDTH": self.width, "HEAD": self.width // self.heads, "HIDDEN": self.hidden, "STEPS": self.steps,
-            "CLUSTER": self.cluster, "ACTIVATION": self.activation,
+            "CLUSTER": cluster, "ACTIVATION": self.activation,
         }  # fmt: skip
         given = {name: str(int(n)) for name, n in (sizes | flags).items()}
         return {f"GRC_{name}": text for name, text in (given | {k: f"{v!r}f" for k, v in numbers.items()}).items()}
@@ -117,36 +123,36 @@ def folded(weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> tuple[
 
 
 def pack(layers: list[Layer], form: Form) -> tuple[Tensor, Tensor]:
-    """Weights and vectors as the kernel reads them: [blocks, layers, pieces, threads, 8] in the model's dtype, and
-    [blocks, layers, numbers] in float32, in the order of `Vectors` in cuda.cu.
+    """Weights and vectors as the kernel reads them: [slices, layers, pieces, threads, 8] in the model's dtype, and
+    [slices, layers, numbers] in float32, in the order of `Vectors` in cuda.cu.
 
     A thread of the kernel is (down, across, row, quad), and has 8 numbers of a depth in each piece.
     """
-    blocks, width = form.cluster, form.width
+    slices, width = form.slices, form.width
 
     def lying(weight: Tensor, tiles: int) -> Tensor:
-        """[columns, width] as [blocks, chunks, tiles, threads, 8]."""
-        cut = weight.reshape(blocks, ACROSS, tiles, TILE, DOWN, width // DOWN // CHUNK, 4, 8)
-        return cut.permute(0, 5, 2, 4, 1, 3, 6, 7).reshape(blocks, -1, tiles, WARPS * 32, 8)
+        """[columns, width] as [slices, chunks, tiles, threads, 8]."""
+        cut = weight.reshape(slices, ACROSS, tiles, TILE, DOWN, width // DOWN // CHUNK, 4, 8)
+        return cut.permute(0, 5, 2, 4, 1, 3, 6, 7).reshape(slices, -1, tiles, WARPS * 32, 8)
 
-    tiles, up_tiles = (columns // blocks // TILE // ACROSS for columns in (width, form.hidden))
+    tiles, up_tiles = (columns // slices // TILE // ACROSS for columns in (width, form.hidden))
     last = width // TILE // WARPS  # tiles of a warp, whose columns are such that a thread has neighbours of all
     weights, vectors = [], []
     for layer in layers:
         norm1, norm2 = (layer.scale1, layer.shift1), (layer.scale2, layer.shift2)
         heads = [folded(w, b, *norm1) for w, b in zip(layer.heads, layer.heads_bias, strict=True)]
         up, up_sum, up_bias = folded(layer.up, layer.up_bias, *norm2)
-        down = layer.down.reshape(WARPS, 4, last, 2, blocks, form.hidden // blocks // CHUNK, 4, 8)
+        down = layer.down.reshape(WARPS, 4, last, 2, slices, form.hidden // slices // CHUNK, 4, 8)
         pieces = [
             torch.stack([lying(weight, tiles) for weight, _, _ in heads], 2),
             lying(layer.out, tiles),
             lying(up, up_tiles),
             down.permute(4, 5, 2, 0, 1, 3, 6, 7),
         ]
-        weights.append(torch.cat([piece.reshape(blocks, -1, WARPS * 32, 8) for piece in pieces], 1))
+        weights.append(torch.cat([piece.reshape(slices, -1, WARPS * 32, 8) for piece in pieces], 1))
         _, sums, biases = zip(*heads, strict=True)
         numbers = [*sums, *biases, layer.out_bias, layer.down_bias, up_sum, up_bias]
-        vectors.append(torch.cat([vector.float().reshape(blocks, -1) for vector in numbers], 1))
+        vectors.append(torch.cat([vector.float().reshape(slices, -1) for vector in numbers], 1))
     return torch.stack(weights, 1), torch.stack(vectors, 1)
 
 
@@ -172,8 +178,9 @@ def build(form: Form, arch: str) -> Path:
     """
     from torch.utils.cpp_extension import include_paths  # which takes its time, and no host that only serves needs it
 
-    cubin = nvrtc.build(HERE / "cuda.cu", form.macros(), arch)
-    cuda = [f"-I{path}" for path in include_paths("cuda")]
-    return cpp.compile_object(
-        HERE / "shim.cpp", ["-DUSE_CUDA", f'-DGRC_CUBIN="{cubin}"', f"-DGRC_CLUSTER={form.cluster}", *cuda]
-    )
+    wide, half = form.clusters()
+    flags = ["-DUSE_CUDA", f"-DGRC_WIDE={wide}", f"-DGRC_HALF={half}"]
+    for name, cluster in (("WIDE", wide), ("HALF", half)):
+        cubin = nvrtc.build(HERE / "cuda.cu", form.macros(cluster), arch)
+        flags.append(f'-DGRC_{name}_CUBIN="{cubin}"')
+    return cpp.compile_object(HERE / "shim.cpp", [*flags, *(f"-I{path}" for path in include_paths("cuda"))])

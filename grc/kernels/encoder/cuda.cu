@@ -12,16 +12,11 @@
 // itself, and (product - mean * sum of the weights) / deviation is that of its norm: nothing waits for the mean but the end.
 //
 // Built for one model: see the GRC_ macros.
+#include <hopper.h>
+
 #include "parameters.h"
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-#define GRC_INFINITY __int_as_float(0x7f800000)
-
 using grc::EncoderParameters;
-
-#define INLINE __device__ __forceinline__
-#define CONSTANT __device__ constexpr
 
 constexpr int WIDTH = GRC_WIDTH, HEAD = GRC_HEAD, HIDDEN = GRC_HIDDEN, STEPS = GRC_STEPS;
 constexpr int CLUSTER = GRC_CLUSTER;  // blocks
@@ -30,14 +25,17 @@ static_assert(THREADS + 32 == grc::ENCODER_THREADS, "one warp more for the strea
 constexpr int ROWS = 16, COLUMNS = 8;  // of a product of the tensor cores
 constexpr int CHUNK = 32;              // numbers of a row that four threads read at once, 16 bytes each
 constexpr int SLICE = WIDTH / CLUSTER, PART = HIDDEN / CLUSTER;  // columns of a block
+constexpr int PACKED = 32, SUBS = SLICE / PACKED;                // columns of a packed slice, of which a block has some
 constexpr int GROUP = HEAD > SLICE ? HEAD : SLICE;              // columns of all heads that a block has a part in
 constexpr int PEERS = GROUP / SLICE;                             // blocks that have a part in them
 
 // Warps share the columns of a product in four, and its depth too; of the last product each has a few columns of all depth.
 constexpr int ACROSS = 4, DOWN = 4, QUARTER = WIDTH / DOWN;
 constexpr int TILES = SLICE / COLUMNS / ACROSS, HIDDEN_TILES = PART / COLUMNS / ACROSS, LAST_TILES = WIDTH / COLUMNS / WARPS;
+constexpr int EACH = HIDDEN_TILES / SUBS;  // of a packed slice
 constexpr int WIDE = QUARTER / CHUNK, DEEP = PART / CHUNK;  // chunks
-static_assert(SLICE % (COLUMNS * ACROSS) == 0 && PART % (COLUMNS * ACROSS) == 0 && QUARTER % CHUNK == 0, "whole tiles, chunks");
+static_assert(PACKED == COLUMNS * ACROSS && SLICE % PACKED == 0 && TILES == SUBS, "a packed slice is a tile for every warp");
+static_assert(PART % (PACKED * SUBS) == 0 && QUARTER % CHUNK == 0, "whole tiles and chunks");
 static_assert(LAST_TILES % 2 == 0 && SLICE % (LAST_TILES * 2) == 0, "whole pairs of tiles");
 static_assert(HEAD % CHUNK == 0 && GROUP % HEAD == 0 && GROUP % SLICE == 0 && WIDTH % GROUP == 0, "whole heads");
 static_assert(0 < STEPS && STEPS <= ROWS && ROWS == WARPS && CLUSTER <= 16 && SLICE <= 64, "");
@@ -62,36 +60,7 @@ CONSTANT int apart(int columns) { return columns % 64 == 0 ? columns + 32 : colu
 
 // ---- numbers ----
 
-#if GRC_BF16
-#define TYPE "bf16"
-#else
-#define TYPE "f16"
-#endif
-
-INLINE u32 packed(float low, float high) {
-  u32 both;
-  asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
-
 INLINE u16 rounded(float v) { return static_cast<u16>(packed(v, 0.f)); }
-
-INLINE float wide(u16 v) {
-#if GRC_BF16
-  return __uint_as_float(static_cast<u32>(v) << 16);
-#else
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
-  return f;
-#endif
-}
-
-// sum += a @ b for a [16, 16] and b [16, 8], of which each thread has a part
-INLINE void product(float4& sum, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sum.x), "+f"(sum.y), "+f"(sum.z), "+f"(sum.w)
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 struct Rows {
   uint4 low, high;  // of rows lane_row() and lane_row() + 8, eight columns
@@ -109,9 +78,9 @@ INLINE float activated(float v) {
 #elif GRC_ACTIVATION == 2
   return 0.5f * v * (1.f + erff(v * 0.70710678f));
 #elif GRC_ACTIVATION == 3
-  return v / (1.f + __expf(-1.5957691f * (v + 0.044715f * v * v * v)));
+  return v / (1.f + exponential(-1.5957691f * (v + 0.044715f * v * v * v)));
 #elif GRC_ACTIVATION == 4
-  return v / (1.f + __expf(-v));
+  return v / (1.f + exponential(-v));
 #else
 #error "the encoder does not know this activation"
 #endif
@@ -124,48 +93,6 @@ INLINE int lane_row() { return threadIdx.x % 32 / 4; }
 INLINE int quad() { return threadIdx.x % 4; }
 INLINE int across() { return warp() % ACROSS; }
 INLINE int down() { return warp() / ACROSS; }
-
-INLINE int rank() {
-  u32 r;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-  return r;
-}
-
-INLINE u32 local(const void* shared) { return static_cast<u32>(__cvta_generic_to_shared(shared)); }
-
-// The same place in another block's memory.
-INLINE u32 at_peer(const void* mine, int peer) {
-  u32 theirs;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(local(mine)), "r"(peer));
-  return theirs;
-}
-
-struct Barrier {
-  unsigned long long state;
-
-  INLINE u32 at() const { return local(&state); }
-
-  INLINE void open(int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at()), "r"(arrivals) : "memory");
-  }
-
-  INLINE void arrive() { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at()) : "memory"); }
-
-  INLINE void expect(int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at()), "r"(bytes) : "memory");
-  }
-
-  // Its time number `turn`, of which there were at most one more, has passed.
-  INLINE void wait(int turn) {
-    u32 done = 0;
-    while (!done)
-      asm volatile(
-          "{\n\t.reg .pred p;\n\t"
-          "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
-          "selp.u32 %0, 1, 0, p;\n\t}"
-          : "=r"(done) : "r"(at()), "r"(turn % 2) : "memory");
-  }
-};
 
 // Where a block waits for bytes from others: for BYTES in every layer.
 template <int BYTES>
@@ -181,36 +108,16 @@ struct Mail : Barrier {
   }
 };
 
-// `to` and `mail` are in the memory of one other block.
-INLINE void send(u32 to, u32 mail, uint4 v) {
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(to),
-               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(mail)
-               : "memory");
-}
-
 INLINE void send(u32 to, u32 mail, float a, float b, float c, float d) {
-  send(to, mail, make_uint4(__float_as_uint(a), __float_as_uint(b), __float_as_uint(c), __float_as_uint(d)));
-}
-
-INLINE void send(u32 to, u32 mail, float a, float b) {
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1,%2}, [%3];" ::"r"(to), "f"(a),
-               "f"(b), "r"(mail)
-               : "memory");
-}
-
-// Bytes from memory to this block's.
-INLINE void copy(void* to, const void* from, int bytes, const Barrier& there) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(local(to)),
-               "l"(from), "r"(bytes), "r"(there.at())
-               : "memory");
+  send(to, mail, make_uint4(bits(a), bits(b), bits(c), bits(d)));
 }
 
 // All threads but the stream's have come here.
-INLINE void meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+INLINE void meet_all() { meet<THREADS>(); }
 
-// What is added to the columns of a block in one layer. Those of norms come with the sums of the weights of each column.
+// What is added to the columns of a slice in one layer. Those of norms come with the sums of the weights of each column.
 struct alignas(16) Vectors {
-  float heads_sum[3][SLICE], heads[3][SLICE], out[SLICE], down[SLICE], up_sum[PART], up[PART];
+  float heads_sum[3][PACKED], heads[3][PACKED], out[PACKED], down[PACKED], up_sum[PART / SUBS], up[PART / SUBS];
 };
 
 template <int COLUMNS_OF_ROW>
@@ -232,7 +139,7 @@ struct State {
     float4 parts[DOWN][ACROSS * most(HIDDEN_TILES, 3 * TILES)][32];
     float out_parts[DOWN][ROWS][SLICE];
   };
-  Vectors vectors[2];
+  Vectors vectors[2][SUBS];
   Barrier full[MOST_SLOTS], empty[MOST_SLOTS], vectors_full[2];
   Mail<2 * PEERS * SENT * 2> heads_mail;
   Mail<CLUSTER * SENT * 2> mixed_mail;
@@ -251,10 +158,10 @@ struct Shared : State {
 };
 static_assert(sizeof(Shared) <= grc::ENCODER_MEMORY, "");
 
-// The parts of a pair of columns, added up in their order.
+// The parts of a pair of columns, added up in their order, and biases.
 template <int PARTS>
-INLINE float2 added(const float (&parts)[PARTS][ROWS][SLICE], int row, int column) {
-  float2 sum = make_float2(0.f, 0.f);
+INLINE float2 added(const float (&parts)[PARTS][ROWS][SLICE], int row, int column, const float* biases) {
+  float2 sum = make_float2(biases[0], biases[1]);
 #pragma unroll
   for (int i = 0; i < PARTS; i++) {
     const float2 part = *reinterpret_cast<const float2*>(&parts[i][row][column]);
@@ -271,21 +178,44 @@ INLINE Rows rows_at(const u16 (&matrix)[ROWS][COLUMNS_OF_ROW], int column) {
 
 // ---- the stream ----
 
+// Where piece i of a layer, in the order in which a block reads them, lies in the packed slices: number `at` of slice `sub`.
+struct Place {
+  int sub, at;
+
+  INLINE explicit Place(int i) {
+    int before = 0, each = 1, many = TILES;  // pieces before those of this product, of a slice at once, of all at once
+    if (i >= HEADS + OUT + UP)
+      before = HEADS + OUT + UP, each = LAST / SUBS, many = LAST;
+    else if (i >= HEADS + OUT)
+      before = HEADS + OUT, each = EACH, many = HIDDEN_TILES;
+    const int within = i - before;
+    sub = within % many / each;
+    at = before / SUBS + within / many * each + within % each;
+  }
+};
+
 // One thread keeps it going: a slot that all warps have read is filled with what comes next.
 INLINE void stream(Shared& s, const EncoderParameters& p, int block) {
-  constexpr int BYTES = sizeof(s.weights[0]);
-  const char* weights = reinterpret_cast<const char*>(p.weights) + static_cast<long long>(block) * p.layers * UNITS * BYTES;
-  const Vectors* vectors = reinterpret_cast<const Vectors*>(p.vectors) + block * p.layers;
+  constexpr int PIECE = sizeof(s.weights[0][0]);
+  const char* weights = reinterpret_cast<const char*>(p.weights);
+  const Vectors* vectors = reinterpret_cast<const Vectors*>(p.vectors);
 #pragma unroll 1
   for (int i = 0; i < p.layers * UNITS; i++) {
     const int slot = i % SLOTS, layer = i / UNITS;
     if (i >= SLOTS) s.empty[slot].wait(i / SLOTS - 1);
     if (i % UNITS == 0) {  // the layer two before this one has ended
-      s.vectors_full[layer % 2].expect(sizeof(Vectors));
-      copy(&s.vectors[layer % 2], vectors + layer, sizeof(Vectors), s.vectors_full[layer % 2]);
+      s.vectors_full[layer % 2].expect(sizeof(Vectors) * SUBS);
+      for (int sub = 0; sub < SUBS; sub++) {
+        const Vectors* from = vectors + (block * SUBS + sub) * p.layers + layer;
+        copy(&s.vectors[layer % 2][sub], from, sizeof(Vectors), s.vectors_full[layer % 2]);
+      }
     }
-    s.full[slot].expect(BYTES);
-    copy(s.weights[slot], weights + static_cast<long long>(i) * BYTES, BYTES, s.full[slot]);
+    s.full[slot].expect(AT_ONCE * PIECE);
+    for (int k = 0; k < AT_ONCE; k++) {
+      const Place from(i % UNITS * AT_ONCE + k);
+      const long long slice = (block * SUBS + from.sub) * p.layers + layer;
+      copy(s.weights[slot][k], weights + (slice * (ALL / SUBS) + from.at) * PIECE, PIECE, s.full[slot]);
+    }
   }
 }
 
@@ -310,7 +240,7 @@ INLINE void multiply(Shared& s, Sums<MANY>& sums, const Matrix<COLUMNS_OF_ROW>& 
     if (i % MANY == 0) left = rows_at(rows, column + i / MANY * CHUNK + quad() * 8);
     products(sums[i % MANY], left, right[k]);
     if (k == AT_ONCE - 1) {
-      __syncwarp();
+      meet_warp();
       if (threadIdx.x % 32 == 0) s.empty[slot].arrive();
       unit++;
     }
@@ -323,7 +253,7 @@ INLINE void join(Shared& s, const Sums<MANY>& sums, What what) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int n = 0; n < MANY; n++) s.parts[down()][across() * MANY + n][lane] = sums[n];
-  meet();
+  meet_all();
 #pragma unroll 1
   for (int tile = warp(); tile < ACROSS * MANY; tile += WARPS) {
     float4 sum = s.parts[0][tile][lane];
@@ -339,14 +269,14 @@ INLINE void join(Shared& s, const Sums<MANY>& sums, What what) {
 // What the four threads of a row have, side by side.
 INLINE uint4 of_quad(u32 v) {
   const int first = threadIdx.x % 32 / 4 * 4;
-  return make_uint4(__shfl_sync(~0u, v, first), __shfl_sync(~0u, v, first + 1), __shfl_sync(~0u, v, first + 2),
-                    __shfl_sync(~0u, v, first + 3));
+  const u32 a = of_lane(v, first), b = of_lane(v, first + 1), c = of_lane(v, first + 2), d = of_lane(v, first + 3);
+  return make_uint4(a, b, c, d);
 }
 
 template <int LANES>
 INLINE float of_lanes(float v) {
 #pragma unroll
-  for (int m = 1; m < LANES; m *= 2) v += __shfl_xor_sync(~0u, v, m);
+  for (int m = 1; m < LANES; m *= 2) v += of_other(v, m);
   return v;
 }
 
@@ -358,7 +288,7 @@ INLINE void normalise(Shared& s) {
   const float mean = of_lanes<16>(part.x) * (1.f / CLUSTER);
   const float off = lane < CLUSTER ? part.x - mean : 0.f;
   const float squares = of_lanes<16>(part.y + SLICE * off * off);
-  if (lane == 0) s.normal[row] = make_float2(mean, rsqrtf(squares * (1.f / WIDTH) + GRC_EPS));
+  if (lane == 0) s.normal[row] = make_float2(mean, one_over_root(squares * (1.f / WIDTH) + GRC_EPS));
 }
 
 INLINE float2 normed(const float2& normal, float a, float b, const float* sums, const float* biases) {
@@ -367,15 +297,15 @@ INLINE float2 normed(const float2& normal, float a, float b, const float* sums, 
 
 // Add to the residual: `more(row, column)` gives what to add to a pair. Then it goes to all blocks with its moments, or to y.
 template <class To, class More>
-INLINE void settle(Shared& s, const float* bias, To& mail, int block, u32* y, More more) {
+INLINE void settle(Shared& s, To& mail, int block, u32* y, More more) {
   constexpr int LANES = SLICE / 2;  // of a row
 #pragma unroll 1
   for (int i = threadIdx.x; i < (STEPS * LANES + 31) / 32 * 32; i += THREADS) {
     const bool there = i < STEPS * LANES;
     const int row = there ? i / LANES : 0, at = i % LANES, column = at * 2;
     float2& kept = *reinterpret_cast<float2*>(&s.kept[row][column]);
-    const float2 added = more(row, column);
-    const float2 sum = make_float2(kept.x + added.x + bias[column], kept.y + added.y + bias[column + 1]);
+    const float2 plus = more(row, column);
+    const float2 sum = make_float2(kept.x + plus.x, kept.y + plus.y);
     const u32 both = packed(sum.x, sum.y);
     if (y != nullptr) {
       if (there) y[(row * WIDTH + block * SLICE + column) / 2] = both;
@@ -413,22 +343,23 @@ INLINE void attend(Shared& s, int block) {
   for (int r = 0; r < 2; r++) {
     float v[4] = {r ? score[0].z : score[0].x, r ? score[0].w : score[0].y,  //
                   r ? score[1].z : score[1].x, r ? score[1].w : score[1].y};
-    float peak = -GRC_INFINITY, total = 0.f;
+    float peak = -infinity();
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const bool seen = step + i < STEPS && (!GRC_CAUSAL || step + i <= row + r * 8);
-      v[i] = seen ? v[i] * GRC_SCALE : -GRC_INFINITY;
+      v[i] = seen ? v[i] * GRC_SCALE : -infinity();
       peak = fmaxf(peak, v[i]);
     }
 #if GRC_SOFTMAX
-    peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 1));
-    peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 2));
+    peak = fmaxf(peak, of_other(peak, 1));
+    peak = fmaxf(peak, of_other(peak, 2));
+    float total = 0.f;
 #pragma unroll
-    for (int i = 0; i < 4; i++) total += v[i] = __expf(v[i] - peak);
+    for (int i = 0; i < 4; i++) total += v[i] = exponential(v[i] - peak);
     gain[r] = GRC_GAIN / of_lanes<4>(total);
 #else
 #pragma unroll
-    for (int i = 0; i < 4; i++) v[i] = v[i] == -GRC_INFINITY ? 0.f : v[i] / (1.f + __expf(-v[i]));
+    for (int i = 0; i < 4; i++) v[i] = v[i] == -infinity() ? 0.f : v[i] / (1.f + exponential(-v[i]));
     gain[r] = GRC_GAIN;
 #endif
     left[r] = packed(v[0], v[1]);
@@ -463,20 +394,18 @@ INLINE void begin(Shared& s, const u16* x, int block) {
   if (lane < CLUSTER) s.moments[lane][row] = make_float2(mean, squares * (1.f / CLUSTER));
 }
 
-extern "C" __global__ void __launch_bounds__(grc::ENCODER_THREADS, 1) __cluster_dims__(CLUSTER, 1, 1)
-    encoder(const __grid_constant__ EncoderParameters p) {
-  extern __shared__ __align__(128) unsigned char memory[];
-  Shared& s = *reinterpret_cast<Shared*>(memory);
+KERNEL(grc::ENCODER_THREADS, CLUSTER) encoder(PARAMETERS EncoderParameters p) {
+  Shared& s = *reinterpret_cast<Shared*>(block_memory());
   const int block = rank(), quarter = down() * QUARTER;
   const long long user = blockIdx.x / CLUSTER;
   if (threadIdx.x == 0) {
     for (int i = 0; i < SLOTS; i++) s.full[i].open(1), s.empty[i].open(WARPS);
     s.vectors_full[0].open(1), s.vectors_full[1].open(1);
     s.heads_mail.open(), s.mixed_mail.open(), s.rows_mail.open(), s.next_mail.open(), s.received_mail.open();
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_opened();
   }
   if (warp() < WARPS) begin(s, p.x + user * STEPS * WIDTH, block);
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  meet_cluster();
   if (warp() == WARPS) {
     if (threadIdx.x % 32 == 0) stream(s, p, block);
     return;
@@ -484,17 +413,17 @@ extern "C" __global__ void __launch_bounds__(grc::ENCODER_THREADS, 1) __cluster_
   int unit = 0;
 #pragma unroll 1
   for (int l = 0; l < p.layers; l++) {
-    const Vectors& v = s.vectors[l % 2];
+    const Vectors(&v)[SUBS] = s.vectors[l % 2];
     s.vectors_full[l % 2].wait(l / 2);
     {
       Sums<3 * TILES> sums = {};
       normalise(s);
       multiply<HEADS>(s, sums, s.rows, quarter, unit);
       join<3 * TILES>(s, sums, [&](int tile, const float4& sum) {
-        const int which = tile / TILES % 3, first = (tile / (3 * TILES) * TILES + tile % TILES) * COLUMNS;
-        const int row = lane_row(), column = first + 2 * quad();
-        const float2 low = normed(s.normal[row], sum.x, sum.y, v.heads_sum[which] + column, v.heads[which] + column);
-        const float2 high = normed(s.normal[row + 8], sum.z, sum.w, v.heads_sum[which] + column, v.heads[which] + column);
+        const int which = tile / TILES % 3, sub = tile % TILES, at = tile / (3 * TILES) * COLUMNS + 2 * quad();
+        const int row = lane_row(), column = sub * PACKED + at;
+        const float2 low = normed(s.normal[row], sum.x, sum.y, v[sub].heads_sum[which] + at, v[sub].heads[which] + at);
+        const float2 high = normed(s.normal[row + 8], sum.z, sum.w, v[sub].heads_sum[which] + at, v[sub].heads[which] + at);
         if (which == 2) {
           s.values[column][row] = rounded(row < STEPS ? low.x : 0.f);
           s.values[column + 1][row] = rounded(row < STEPS ? low.y : 0.f);
@@ -505,13 +434,13 @@ extern "C" __global__ void __launch_bounds__(grc::ENCODER_THREADS, 1) __cluster_
         auto& to = which == 0 ? s.queries : s.keys;
         const uint4 a = of_quad(packed(low.x, low.y)), b = of_quad(packed(high.x, high.y));
         for (int i = quad(); i < PEERS; i += 4) {
-          const int peer = block - block % PEERS + i, at = block % PEERS * SLICE + first;
-          if (row < STEPS) send(at_peer(&to[row][at], peer), at_peer(&s.heads_mail, peer), a);
-          if (row + 8 < STEPS) send(at_peer(&to[row + 8][at], peer), at_peer(&s.heads_mail, peer), b);
+          const int peer = block - block % PEERS + i, first = block % PEERS * SLICE + column - 2 * quad();
+          if (row < STEPS) send(at_peer(&to[row][first], peer), at_peer(&s.heads_mail, peer), a);
+          if (row + 8 < STEPS) send(at_peer(&to[row + 8][first], peer), at_peer(&s.heads_mail, peer), b);
         }
       });
     }
-    meet();
+    meet_all();
     s.heads_mail.wait(l);
     attend(s, block);
 
@@ -521,13 +450,14 @@ extern "C" __global__ void __launch_bounds__(grc::ENCODER_THREADS, 1) __cluster_
       multiply<OUT>(s, sums, s.mixed, quarter, unit);
 #pragma unroll
       for (int n = 0; n < TILES; n++) {
-        const int row = lane_row(), column = (across() * TILES + n) * COLUMNS + 2 * quad();
+        const int row = lane_row(), column = n * PACKED + across() * COLUMNS + 2 * quad();
         *reinterpret_cast<float2*>(&s.out_parts[down()][row][column]) = make_float2(sums[n].x, sums[n].y);
         *reinterpret_cast<float2*>(&s.out_parts[down()][row + 8][column]) = make_float2(sums[n].z, sums[n].w);
       }
     }
-    meet();
-    settle(s, v.out, s.rows_mail, block, nullptr, [&](int row, int column) { return added(s.out_parts, row, column); });
+    meet_all();
+    settle(s, s.rows_mail, block, nullptr,
+           [&](int row, int column) { return added(s.out_parts, row, column, v[column / PACKED].out + column % PACKED); });
 
     s.rows_mail.wait(l);
     {
@@ -535,14 +465,15 @@ extern "C" __global__ void __launch_bounds__(grc::ENCODER_THREADS, 1) __cluster_
       normalise(s);
       multiply<UP>(s, sums, s.rows, quarter, unit);
       join<HIDDEN_TILES>(s, sums, [&](int tile, const float4& sum) {
-        const int row = lane_row(), column = tile * COLUMNS + 2 * quad();
-        const float2 low = normed(s.normal[row], sum.x, sum.y, v.up_sum + column, v.up + column);
-        const float2 high = normed(s.normal[row + 8], sum.z, sum.w, v.up_sum + column, v.up + column);
+        const int sub = tile % HIDDEN_TILES / EACH, of_sub = tile / HIDDEN_TILES * EACH + tile % EACH;
+        const int row = lane_row(), at = of_sub * COLUMNS + 2 * quad(), column = sub * (PART / SUBS) + at;
+        const float2 low = normed(s.normal[row], sum.x, sum.y, v[sub].up_sum + at, v[sub].up + at);
+        const float2 high = normed(s.normal[row + 8], sum.z, sum.w, v[sub].up_sum + at, v[sub].up + at);
         *reinterpret_cast<u32*>(&s.hidden[row][column]) = packed(activated(low.x), activated(low.y));
         *reinterpret_cast<u32*>(&s.hidden[row + 8][column]) = packed(activated(high.x), activated(high.y));
       });
     }
-    meet();
+    meet_all();
     {
       Sums<LAST_TILES> sums = {};
       multiply<LAST>(s, sums, s.hidden, 0, unit);
@@ -558,8 +489,8 @@ extern "C" __global__ void __launch_bounds__(grc::ENCODER_THREADS, 1) __cluster_
 
     const bool ends = l + 1 == p.layers;
     s.received_mail.wait(l);
-    settle(s, v.down, s.next_mail, block, ends ? reinterpret_cast<u32*>(p.y + user * STEPS * WIDTH) : nullptr,
-           [&](int row, int column) { return added(s.received, row, column); });
+    settle(s, s.next_mail, block, ends ? reinterpret_cast<u32*>(p.y + user * STEPS * WIDTH) : nullptr,
+           [&](int row, int column) { return added(s.received, row, column, v[column / PACKED].down + column % PACKED); });
     if (!ends) s.next_mail.wait(l);
   }
 }

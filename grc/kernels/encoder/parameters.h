@@ -9,8 +9,8 @@ constexpr int ENCODER_MEMORY = 227 * 1024;     // bytes of shared memory of a bl
 struct EncoderParameters {
   const unsigned short* x;        // [users, STEPS, WIDTH], 16-bit like the weights
   unsigned short* y;              // [users, STEPS, WIDTH]
-  const unsigned short* weights;  // for every block of a cluster, and layer: what its threads read, in their order
-  const float* vectors;           // for every block of a cluster, and layer: see Vectors
+  const unsigned short* weights;  // for every slice of a row, and layer: what threads read, in their order
+  const float* vectors;           // for every slice of a row, and layer: see Vectors
   int layers;
 };
 

@@ -1,4 +1,4 @@
-// The encoder's kernel as AOTInductor's code calls it: a C function that launches the cubin which its object carries.
+// The encoder's kernel as AOTInductor's code calls it: a C function that launches a cubin which its object carries.
 #include <cuda.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
@@ -6,17 +6,20 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "parameters.h"
 
+// Two forms of the kernel: with as many blocks for a user as it takes, and with half of them, for twice as many users.
 asm(".pushsection .rodata\n"
     ".balign 16\n"
-    ".hidden grc_encoder_cubin\n"
-    ".global grc_encoder_cubin\n"
-    "grc_encoder_cubin:\n"
-    ".incbin \"" GRC_CUBIN "\"\n"
+    "grc_encoder_wide: .incbin \"" GRC_WIDE_CUBIN "\"\n"
+    ".balign 16\n"
+    "grc_encoder_half: .incbin \"" GRC_HALF_CUBIN "\"\n"
+    ".globl grc_encoder_wide, grc_encoder_half\n"
+    ".hidden grc_encoder_wide, grc_encoder_half\n"
     ".popsection\n");
-extern "C" const unsigned char grc_encoder_cubin[];
+extern "C" const unsigned char grc_encoder_wide[], grc_encoder_half[];
 
 namespace {
 
@@ -31,31 +34,51 @@ void check(AOTITorchError error) {
   if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error("the encoder's kernel: a tensor can't be read or made");
 }
 
-// The kernel on every device, loaded when it is first launched there, which is never inside of a capture.
+// A form of the kernel on one device.
+struct Kernel {
+  CUmodule module = nullptr;
+  CUfunction function = nullptr;
+  unsigned blocks = 0;  // of a user
+  int users = 0;        // at once
+
+  Kernel(const unsigned char* cubin, unsigned cluster) : blocks(cluster) {
+    check(cuModuleLoadData(&module, cubin), "it can't be loaded");
+    check(cuModuleGetFunction(&function, module, "encoder"), "it is not in its module");
+    check(cuFuncSetAttribute(function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, grc::ENCODER_MEMORY),
+          "this GPU has too little shared memory");
+    check(cuFuncSetAttribute(function, CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1),
+          "this GPU has no clusters of 16 blocks");
+    CUlaunchAttribute attribute{};
+    attribute.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+    attribute.value.clusterDim = {cluster, 1, 1};
+    CUlaunchConfig launch{};
+    launch.gridDimX = cluster, launch.gridDimY = launch.gridDimZ = 1;
+    launch.blockDimX = grc::ENCODER_THREADS, launch.blockDimY = launch.blockDimZ = 1;
+    launch.sharedMemBytes = grc::ENCODER_MEMORY;
+    launch.attrs = &attribute, launch.numAttrs = 1;
+    check(cuOccupancyMaxActiveClusters(&users, function, &launch), "its clusters can't be counted");
+    if (users == 0) throw std::runtime_error("the encoder's kernel: this GPU has no room for a cluster");
+  }
+};
+
+// Both forms on every device, loaded when one is first launched there, which is never inside of a capture.
 class Kernels {
  public:
   ~Kernels() {
-    for (auto& [device, module] : modules_) cuModuleUnload(module);  // fails, and need not succeed, once CUDA has gone
+    for (auto& [device, forms] : forms_)
+      for (const Kernel& kernel : forms) cuModuleUnload(kernel.module);  // fails, and may, once CUDA has gone
   }
 
-  CUfunction on(int device) {
+  const Kernel& on(int device, int64_t users) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    CUfunction& kernel = functions_[device];
-    if (kernel == nullptr) {
-      check(cuModuleLoadData(&modules_[device], grc_encoder_cubin), "it can't be loaded");
-      check(cuModuleGetFunction(&kernel, modules_[device], "encoder"), "it is not in its module");
-      check(cuFuncSetAttribute(kernel, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, grc::ENCODER_MEMORY),
-            "this GPU has too little shared memory");
-      check(cuFuncSetAttribute(kernel, CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1),
-            "this GPU has no clusters of 16 blocks");
-    }
-    return kernel;
+    std::vector<Kernel>& forms = forms_[device];
+    if (forms.empty()) forms = {Kernel(grc_encoder_wide, GRC_WIDE), Kernel(grc_encoder_half, GRC_HALF)};
+    return forms[users > forms[0].users];
   }
 
  private:
   std::mutex mutex_;
-  std::map<int, CUmodule> modules_;
-  std::map<int, CUfunction> functions_;
+  std::map<int, std::vector<Kernel>> forms_;
 };
 
 Kernels kernels;
@@ -90,7 +113,8 @@ extern "C" AOTITorchError aoti_torch_cuda_encoder(
     void* stream = nullptr;
     check(aoti_torch_get_current_cuda_stream(device, &stream));
     void* arguments[] = {&parameters};
-    check(cuLaunchKernel(kernels.on(device), static_cast<unsigned>(sizes[0]) * GRC_CLUSTER, 1, 1, grc::ENCODER_THREADS, 1, 1,
+    const Kernel& kernel = kernels.on(device, sizes[0]);
+    check(cuLaunchKernel(kernel.function, static_cast<unsigned>(sizes[0]) * kernel.blocks, 1, 1, grc::ENCODER_THREADS, 1, 1,
                          grc::ENCODER_MEMORY, static_cast<CUstream>(stream), arguments, nullptr),
           "it can't be launched");
   }

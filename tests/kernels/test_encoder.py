@@ -1,0 +1,137 @@
+"""The encoder's kernel, thread by thread on a CPU: its answers against float64, and the same bits in every order of events."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from grc.kernels import cpp, encoder, nvrtc
+from grc.kernels.attention import SILU, SOFTMAX
+from grc.kernels.encoder import Form, Layer
+from grc.kernels.packed_linear.activations import GELU, GELU_TANH, RELU
+from grc.kernels.packed_linear.activations import SILU as SILU_ACTIVATION
+
+EMULATED = Path(__file__).parent / "emulated"
+
+
+def form(**changes: object) -> Form:
+    given = {
+        "dtype": torch.float16, "steps": 5, "width": 256, "heads": 4, "hidden": 256, "scale": 0.125, "gain": 1.0,
+        "kind": SOFTMAX, "causal": False, "activation": GELU, "eps": 1e-5,
+    }  # fmt: skip
+    return Form(**(given | changes))  # type: ignore[arg-type]
+
+
+def layer(f: Form, seed: int) -> Layer:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int, mean: float = 0.0, std: float = 0.1) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * std + mean).to(f.dtype)
+
+    def weight(columns: int, depth: int) -> Tensor:
+        return random(columns, depth, std=1 / math.sqrt(depth))
+
+    w, h = f.width, f.hidden
+    heads, biases = (tuple(make() for _ in range(3)) for make in (lambda: weight(w, w), lambda: random(w)))
+    return Layer(
+        random(w, mean=1.0), random(w), heads, biases, weight(w, w), random(w), random(w, mean=1.0), random(w),
+        weight(h, w), random(h), weight(w, h), random(w),
+    )  # fmt: skip
+
+
+def widened(one: Layer) -> Layer:
+    return Layer(*(tuple(t.double() for t in v) if isinstance(v, tuple) else v.double() for v in vars(one).values()))
+
+
+@functools.cache
+def emulated(f: Form, cluster: int) -> ctypes.CDLL:
+    """The kernel for a form, compiled for a CPU."""
+    macros = [f"-D{name}={text}" for name, text in f.macros(cluster).items()]
+    sources = [EMULATED / "encoder.cpp", EMULATED / "hopper.h", encoder.HERE / "cuda.cu", encoder.HERE / "parameters.h"]
+    library = cpp.cached(".so", *(source.read_bytes() for source in sources), *macros)
+    if not library.exists():
+        flags = [
+            "-O2",
+            "-std=c++20",
+            "-shared",
+            "-fPIC",
+            "-fno-strict-aliasing",
+            "-Wall",
+            "-Werror",
+            "-Wno-unknown-pragmas",
+        ]
+        folders = [f"-I{EMULATED}", f"-I{encoder.HERE}"]
+        command = [cpp.compiler(), *flags, *macros, *folders, str(sources[0]), "-o", str(library)]
+        subprocess.run(command, check=True)
+    found = ctypes.CDLL(str(library))
+    found.encode.restype = ctypes.c_char_p
+    return found
+
+
+def encode(x: Tensor, layers: list[Layer], f: Form, cluster: int, seed: int) -> Tensor:
+    weights, vectors = (t.contiguous() for t in encoder.pack(layers, f))
+    y = torch.full_like(x, torch.nan)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, y, weights, vectors)]
+    fault = emulated(f, cluster).encode(*pointers, len(layers), x.shape[0], seed)
+    assert fault is None, fault.decode()
+    return y
+
+
+FORMS = [
+    form(),
+    form(steps=10, hidden=512, causal=True, activation=RELU),
+    form(steps=16, heads=8, kind=SILU, gain=0.2, activation=GELU_TANH, dtype=torch.bfloat16),
+    form(steps=1, heads=2, hidden=1024, activation=SILU_ACTIVATION),
+    form(steps=9, width=512, heads=8, hidden=1024),
+]
+CASES = [
+    pytest.param(f, cluster, id=f"{i}-{cluster}") for i, f in enumerate(FORMS) for cluster in sorted(set(f.clusters()))
+]
+
+
+@pytest.mark.parametrize("f, cluster", CASES)
+def test_answers_and_bits_in_any_order_of_events(f: Form, cluster: int) -> None:
+    layers = [layer(f, seed) for seed in range(3)]
+    x = (torch.randn(1, f.steps, f.width, generator=torch.Generator().manual_seed(9)) * 3 + 5).to(f.dtype)
+    want = encoder.reference(x.double(), [widened(one) for one in layers], f)
+    plain = encoder.reference(x, layers, f).double()
+    found = encode(x, layers, f, cluster, 0)
+    assert (found - want).abs().max() <= 2 * (plain - want).abs().max()
+    assert torch.equal(encode(x, layers, f, cluster, 1), found)
+
+
+def test_nan_stays_with_its_user() -> None:
+    f = form()
+    layers = [layer(f, 0)]
+    x = torch.randn(2, f.steps, f.width).to(f.dtype)
+    clean = encode(x, layers, f, 8, 0)
+    x[0, 1, 2] = torch.nan
+    found = encode(x, layers, f, 8, 0)
+    assert found[0].isnan().all() and torch.equal(found[1], clean[1])
+
+
+@pytest.mark.skipif(nvrtc.missing() is not None, reason=f"{nvrtc.missing()}")
+@pytest.mark.parametrize("f", [*FORMS, form(width=512, heads=8, hidden=2048, steps=10), form(width=512, hidden=4096)])
+def test_the_kernel_compiles_for_a_gpu(f: Form) -> None:
+    assert f.able()
+    for cluster in f.clusters():
+        assert nvrtc.build(encoder.HERE / "cuda.cu", f.macros(cluster), "sm_90").read_bytes()[:4] == b"\x7fELF"
+
+
+def test_what_the_kernel_can_not_take() -> None:
+    changes = [
+        {"steps": 17}, {"width": 128, "heads": 2}, {"dtype": torch.float32}, {"heads": 16}, {"hidden": 520}, {"hidden": 4096},
+        {"activation": 0},
+    ]  # fmt: skip
+    assert not any(form(**change).able() for change in changes)
+
+
+def test_missing_says_which_gpu_it_needs() -> None:
+    assert "sm_90 or newer, not sm_80" in str(encoder.missing("sm_80"))
