@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from grc.errors import GrcError
-from grc.kernels import cpp
+from grc.kernels import cpp, nvrtc
 from grc.lowering.eager import Eager
 from grc.lowering.engine import Engine, Target
 from grc.lowering.inductor import Inductor
@@ -46,7 +46,9 @@ class Finding:
 def findings() -> list[Finding]:
     target = Target("cpu", cpp.target_isa(), torch.get_num_threads())
     engines: list[Engine] = [Inductor(packed=True), Inductor(packed=False), OnnxRuntime(), Eager()]
-    checks: list[Callable[[], Finding]] = [torch_version, compiler, isa, threads, huge_pages, gpu, triton, tritonserver]
+    checks: list[Callable[[], Finding]] = [
+        torch_version, compiler, isa, threads, huge_pages, gpu, triton, cuda_compiler, tritonserver,
+    ]  # fmt: skip
     return [
         Finding("software", "grc", True, VERSION),
         *(check() for check in checks),
@@ -122,6 +124,16 @@ def triton() -> Finding:
         return Finding("software", "triton", False, "not installed; it comes with torch for CUDA")
     usable = torch.cuda.is_available()
     return Finding("software", "triton", usable, "installed" if usable else "installed, but there is no GPU")
+
+
+def cuda_compiler() -> Finding:
+    """What compiles kernels in CUDA C++; without it, `compile --device cuda` leaves them out."""
+    words, _, command = (nvrtc.missing() or "").partition(": ")
+    if words:
+        return Finding("software", "nvrtc", False, f"{words}; it comes with torch for CUDA", command)
+    usable = torch.cuda.is_available()
+    version = ".".join(map(str, nvrtc.version()))
+    return Finding("software", "nvrtc", usable, version if usable else f"{version}, but there is no GPU")
 
 
 def tritonserver() -> Finding:
