@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from grc.errors import LoweringError
-from grc.graph.match import attribute, only_user, shape, static, value
+from grc.graph.match import argument, aten, attribute, is_op, only_user, shape, static, value
 from grc.graph.rewrite import Rewriter, copy_graph
 from grc.kernels import encoder
 from grc.kernels.attention.layout import is_view
@@ -36,6 +37,15 @@ class Small(NamedTuple):
     eps: float | None = None
 
 
+class Norm(NamedTuple):
+    """A layer norm of rows, with nodes of its parameters or None."""
+
+    x: Any
+    scale: Any
+    shift: Any
+    eps: float
+
+
 class Found(NamedTuple):
     """A layer in a graph: the rows that it begins with, the nodes that read them, and the node that it ends with."""
 
@@ -44,6 +54,22 @@ class Found(NamedTuple):
     last: fx.Node
     form: Form
     layer: Layer
+
+    def before(self, graph: fx.GraphModule, ends: dict[fx.Node, Found]) -> tuple[Found, Found] | None:
+        """The layer before, where nothing else reads its result, and this one as it follows that."""
+        if set(self.x.users) != self.readers:
+            return None
+        if not self.form.post:
+            return (ends[self.x], self) if self.x in ends else None
+        norm = norm_at(self.x)
+        if norm is None or norm.x not in ends or only_user(norm.x) is not self.x or norm.eps != self.form.eps:
+            return None
+        found = parameters(graph, norm, self.layer.out)
+        return (
+            None
+            if found is None
+            else (ends[norm.x], self._replace(layer=replace(self.layer, scale1=found[0], shift1=found[1])))
+        )
 
 
 def takes_encoders(graph: fx.GraphModule) -> bool:
@@ -68,8 +94,9 @@ def with_encoders(graph: fx.GraphModule) -> tuple[fx.GraphModule, Form]:
         if last not in ends:
             continue
         stack = [ends.pop(last)]
-        while stack[0].x in ends and set(stack[0].x.users) == stack[0].readers:
-            stack.insert(0, ends.pop(stack[0].x))
+        while (both := stack[0].before(copy, ends)) is not None:
+            stack[:1] = both
+            del ends[both[0].last]
         constants = [edit.parameter(f"{last.name}_{kind}", tensor) for kind, tensor in packed(stack, form)]
         with edit.at(last):
             new = edit.call(encoder.register(), stack[0].x, *constants, len(stack))
@@ -94,43 +121,42 @@ def called(node: Any, name: str) -> bool:
 
 
 def layer_at(graph: fx.GraphModule, node: fx.Node) -> Found | None:
-    """The layer that a node ends, where the kernel takes it: norm, attention and its projection, norm and two layers, each
-    half with a residual."""
+    """The layer that a node ends, where the kernel takes it: attention and its projection, and two layers, each half with a
+    residual, and with a norm before it (pre-norm) or after it (post-norm; the last norm is no part of it)."""
     down = small(node)
     up = None if down is None else small(down.x)
-    if down is None or up is None or only_user(down.x) is not node or down.eps is not None or up.eps is None:
+    if down is None or up is None or only_user(down.x) is not node or down.eps is not None:
         return None
-    middle = up.x
+    rows, post = up.x, up.eps is None
+    norm = norm_at(rows) if post else Norm(rows, up.scale, up.shift, up.eps)  # type: ignore[arg-type]
     plain = down.mul is None and up.mul is None and up.add is None and down.activation == NONE
-    if not plain or down.add is not middle or set(middle.users) != {node, down.x}:
+    if norm is None or not plain or down.add is not rows or set(rows.users) != {node, down.x}:
         return None
+    middle = norm.x
     attended = attention_of(middle)
-    if attended is None:
+    if attended is None or (post and only_user(middle) is not rows):
         return None
     (q, k, v), (scale, gain, kind, causal), out = attended
-    bases = [base_of(operand) for operand in (q, k, v)]
+    x, bases = out.add, [base_of(operand) for operand in (q, k, v)]
     heads = [small(base) for base in bases]
-    x = out.add
-    for projected in heads:
-        if projected is None or projected.x is not x or projected.activation != NONE or projected.eps is None:
-            return None
-        if (*projected[3:5], projected.eps) != (None, None, up.eps) or projected[6:8] != heads[0][6:8]:  # type: ignore[index]
-            return None
+    if any(head is None or head[0] is not x or head[3:6] != (None, None, NONE) for head in heads):
+        return None
+    if any(head[6:] != heads[0][6:] or head.eps != (None if post else norm.eps) for head in heads):  # type: ignore
+        return None
     sizes = shape(middle)
     if len(sizes) != 3 or not all(map(static, sizes[1:])):
         return None
     steps, width = (int(size) for size in sizes[1:])
     count = int(shape(q)[2])
-    starts = [columns_of(operand, base, steps, width, count) for operand, base in zip((q, k, v), bases, strict=True)]  # type: ignore[arg-type]
+    starts = [columns_of(operand, base, steps, width, count) for operand, base in zip((q, k, v), bases, strict=True)]
     if any(start is None for start in starts):
         return None
     hidden = int(shape(down.x)[-1])
     form = Form(
-        value(middle).dtype, steps, width, count, hidden, scale, gain, kind, causal, up.activation, up.eps
+        value(middle).dtype, steps, width, count, hidden, scale, gain, kind, causal, up.activation, norm.eps, post
     )  # fmt: skip
-    layer = layer_of(graph, heads, starts, out, up, down, width) if form.able() else None  # type: ignore[arg-type]
-    readers = {*bases, middle}
-    return None if layer is None else Found(x, readers, node, form, layer)  # type: ignore[arg-type]
+    layer = layer_of(graph, heads, starts, out, norm, up, down) if form.able() else None  # type: ignore[arg-type]
+    return None if layer is None else Found(x, {*bases, middle}, node, form, layer)
 
 
 def attention_of(node: fx.Node) -> tuple[Any, Any, Small] | None:
@@ -152,6 +178,13 @@ def attention_of(node: fx.Node) -> tuple[Any, Any, Small] | None:
     return (q, k, v), (scale, gain, kind, causal), out
 
 
+def norm_at(node: Any) -> Norm | None:
+    """The layer norm that a node is, of its last dimension."""
+    if not is_op(node, aten.layer_norm) or list(node.args[1]) != [shape(node)[-1]]:
+        return None
+    return Norm(node.args[0], *(argument(node, name) for name in ("weight", "bias", "eps")))
+
+
 def base_of(node: Any) -> Any:
     while is_view(node):
         node = node.args[0]
@@ -170,31 +203,37 @@ def columns_of(operand: fx.Node, base: fx.Node, steps: int, width: int, heads: i
     return layout.offset if lies and layout.offset + width <= whole else None
 
 
+def parameters(graph: fx.GraphModule, norm: Norm, like: torch.Tensor) -> list[torch.Tensor] | None:
+    """Scale and shift of a norm, or None where one is no constant of the dtype of `like`."""
+    found = [vector(graph, node, like, fill) for node, fill in ((norm.scale, 1.0), (norm.shift, 0.0))]
+    return None if any(v is None or v.dtype != like.dtype for v in found) else found  # type: ignore[return-value]
+
+
+def vector(graph: fx.GraphModule, node: Any, like: torch.Tensor, fill: float) -> torch.Tensor | None:
+    """A constant for every row of `like`, filled where there is none, or None where it is no constant."""
+    return torch.full_like(like[:, 0], fill) if node is None else attribute(graph, node)
+
+
 def layer_of(
-    graph: fx.GraphModule, heads: list[Small], starts: list[int], out: Small, up: Small, down: Small, width: int
+    graph: fx.GraphModule, heads: list[Small], starts: list[int], out: Small, norm: Norm, up: Small, down: Small
 ) -> Layer | None:
     """The parameters of a layer, or None where one of them is no constant of one dtype."""
-
-    def constant(node: Any, like: torch.Tensor, fill: float) -> torch.Tensor | None:
-        """A vector of the columns of `like`, filled where there is none."""
-        return attribute(graph, node) if node is not None else torch.full_like(like[:, 0], fill)
-
-    weights = [attribute(graph, part.weight) for part in (*heads, out, up, down)]
-    if any(weight is None for weight in weights):
+    parts = [*heads, out, up, down]
+    weights = [attribute(graph, part.weight) for part in parts]
+    if any(weight is None or weight.dtype != value(out.add).dtype for weight in weights):
+        return None
+    biases = [vector(graph, part.bias, weight, 0.0) for part, weight in zip(parts, weights, strict=True)]  # type: ignore
+    if any(bias is None or bias.dtype != value(out.add).dtype for bias in biases):
         return None
     *wide, out_weight, up_weight, down_weight = weights
-    biases = [constant(part.bias, w, 0.0) for part, w in zip((*heads, out, up, down), weights, strict=True)]  # type: ignore[arg-type]
-    norms = [constant(n, out_weight, f) for part in (heads[0], up) for n, f in ((part.scale, 1.0), (part.shift, 0.0))]  # type: ignore[arg-type]
-    given = [*weights, *biases, *norms]
-    if any(tensor is None or tensor.dtype != out_weight.dtype for tensor in given):  # type: ignore[union-attr]
-        return None
-    cut = [slice(start, start + width) for start in starts]
-    shapes = [tuple(w[part].shape) for w, part in zip(wide, cut, strict=True)]  # type: ignore[index]
-    if shapes != [(width, width)] * 3 or tuple(out_weight.shape) != (width, width):  # type: ignore[union-attr]
-        return None
     *wide_bias, out_bias, up_bias, down_bias = biases
+    first = Norm(None, heads[0].scale, heads[0].shift, norm.eps)
+    norms = [parameters(graph, one, out_weight) for one in (first, norm)]  # type: ignore[arg-type]
+    width = out_weight.shape[0]  # type: ignore[union-attr]
+    cut = [slice(start, start + width) for start in starts]
+    taken, shifts = (tuple(t[part] for t, part in zip(all, cut, strict=True)) for all in (wide, wide_bias))  # type: ignore
+    if None in norms or any(tuple(t.shape) != (width, width) for t in (*taken, out_weight)):
+        return None
     return Layer(
-        norms[0], norms[1], tuple(w[part] for w, part in zip(wide, cut, strict=True)),  # type: ignore
-        tuple(b[part] for b, part in zip(wide_bias, cut, strict=True)),  # type: ignore
-        out_weight, out_bias, norms[2], norms[3], up_weight, up_bias, down_weight, down_bias,  # type: ignore
+        *norms[0], taken, shifts, out_weight, out_bias, *norms[1], up_weight, up_bias, down_weight, down_bias  # type: ignore
     )  # fmt: skip

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import math
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,7 @@ FORMS = [
     form(steps=16, heads=8, kind=SILU, gain=0.2, activation=GELU_TANH, dtype=torch.bfloat16),
     form(steps=1, heads=2, hidden=1024, activation=SILU_ACTIVATION),
     form(steps=9, width=512, heads=8, hidden=1024),
+    form(steps=12, hidden=512, activation=RELU, post=True),
 ]
 CASES = [
     pytest.param(f, cluster, id=f"{i}-{cluster}") for i, f in enumerate(FORMS) for cluster in sorted(set(f.clusters()))
@@ -99,6 +101,10 @@ CASES = [
 @pytest.mark.parametrize("f, cluster", CASES)
 def test_answers_and_bits_in_any_order_of_events(f: Form, cluster: int) -> None:
     layers = [layer(f, seed) for seed in range(3)]
+    if f.post:
+        layers[0] = replace(
+            layers[0], scale1=torch.ones_like(layers[0].scale1), shift1=torch.zeros_like(layers[0].shift1)
+        )
     x = (torch.randn(1, f.steps, f.width, generator=torch.Generator().manual_seed(9)) * 3 + 5).to(f.dtype)
     want = encoder.reference(x.double(), [widened(one) for one in layers], f)
     plain = encoder.reference(x, layers, f).double()

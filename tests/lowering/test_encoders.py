@@ -15,6 +15,7 @@ import grc
 from grc.compiler import optimise
 from grc.errors import InputError
 from grc.graph.capture import capture
+from grc.graph.match import aten, is_op
 from grc.graph.model_file import from_module
 from grc.lowering.encoders import called, takes_encoders, with_encoders
 from grc.lowering.epilogue import with_small_linears
@@ -86,17 +87,23 @@ def test_layers_whose_result_is_read_elsewhere_end_a_call() -> None:
     assert not any(called(node, "small_linear") for node in graph.graph.nodes)
 
 
-@pytest.mark.parametrize("module", [Model(norm_first=False), Model(width=128)])
-def test_other_layers_stay(module: nn.Module) -> None:
-    assert not calls(lowered(module, STEPS, 24))
+def test_post_norm_layers_are_a_call_too_but_for_the_last_norm() -> None:
+    graph = lowered(Model(norm_first=False, layers=3), STEPS, 24)
+    (call,) = calls(graph)
+    assert call.args[3] == 3 and [is_op(user, aten.layer_norm) for user in call.users] == [True]
+    assert sum(is_op(node, aten.layer_norm) for node in graph.graph.nodes) == 1
+
+
+def test_other_layers_stay() -> None:
+    assert not calls(lowered(Model(width=128), STEPS, 24))
 
 
 class Deep(nn.Module):
     """Layers whose rows have a mean far from zero, and large numbers, as the residual of a trained model may."""
 
-    def __init__(self, width: int, hidden: int, heads: int, activation: str):
+    def __init__(self, width: int, hidden: int, heads: int, activation: str, pre: bool):
         super().__init__()
-        one = nn.TransformerEncoderLayer(width, heads, hidden, activation=activation, batch_first=True, norm_first=True)
+        one = nn.TransformerEncoderLayer(width, heads, hidden, activation=activation, batch_first=True, norm_first=pre)
         self.encoder = nn.TransformerEncoder(one, 3, enable_nested_tensor=False)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
@@ -112,16 +119,17 @@ class Deep(nn.Module):
 @pytest.mark.gpu
 @pytest.mark.engine
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pre", [True, False], ids=["pre", "post"])
 @pytest.mark.parametrize(
     "steps, width, hidden, heads, activation",
     [(10, 512, 2048, 8, "gelu"), (16, 256, 512, 8, "relu"), (2, 256, 2048, 2, "gelu"), (3, 512, 4096, 16, "relu")],
 )
 @torch.no_grad()
 def test_answers_on_a_gpu(
-    steps: int, width: int, hidden: int, heads: int, activation: str, dtype: torch.dtype, tmp_path: Path
+    steps: int, width: int, hidden: int, heads: int, activation: str, pre: bool, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    model = Deep(width, hidden, heads, activation).eval().to(dtype)
+    model = Deep(width, hidden, heads, activation, pre).eval().to(dtype)
     oracle = copy.deepcopy(model).double()
 
     def inputs(batch: int) -> tuple[Tensor]:

@@ -1,4 +1,4 @@
-"""`grc_cuda::encoder`: pre-norm Transformer layers over users of a few steps, all in one launch of a kernel in CUDA C++.
+"""`grc_cuda::encoder`: Transformer layers over users of a few steps, all in one launch of a kernel in CUDA C++.
 
 The kernel is compiled for one form of layer, and its cubin goes into the package behind a C function. It reads weights that
 are packed in the order of its threads: a copy of them, in which the scales of both norms are folded.
@@ -33,7 +33,8 @@ WARPS, ACROSS, DOWN, TILE, CHUNK = 16, 4, 4, 8, 32
 
 @dataclass(frozen=True)
 class Form:
-    """What the kernel is compiled for. `kind` is the attention's, `activation` a place in ACTIVATIONS."""
+    """What the kernel is compiled for: `post` for layers whose norms come last. `kind` is the attention's, `activation` a place
+    in ACTIVATIONS."""
 
     dtype: torch.dtype
     steps: int
@@ -46,6 +47,7 @@ class Form:
     causal: bool
     activation: int
     eps: float
+    post: bool = False
 
     @property
     def slices(self) -> int:
@@ -68,6 +70,7 @@ class Form:
     def macros(self, cluster: int) -> dict[str, str]:
         numbers = {"SCALE": self.scale, "GAIN": self.gain, "EPS": self.eps}
         flags = {"SOFTMAX": self.kind != SILU, "CAUSAL": self.causal, "BF16": self.dtype is torch.bfloat16}
+        flags["POST"] = self.post
         sizes = {
             "WIDTH": self.width, "HEAD": self.width // self.heads, "HIDDEN": self.hidden, "STEPS": self.steps,
             "CLUSTER": cluster, "ACTIVATION": self.activation,
@@ -78,7 +81,11 @@ class Form:
 
 @dataclass(frozen=True)
 class Layer:
-    """The parameters of one layer: weights [columns, depth], biases and vectors of norms [columns]."""
+    """The parameters of one layer: weights [columns, depth], biases and vectors of norms [columns].
+
+    The norms are those that the heads and `up` read. In post-norm layers the first is the layer's before, and what the first
+    layer of all reads has none: ones and zeros.
+    """
 
     scale1: Tensor
     shift1: Tensor
@@ -95,23 +102,27 @@ class Layer:
 
 
 def reference(x: Tensor, layers: list[Layer], form: Form) -> Tensor:
-    """x + out(attention(norm1(x))), and that plus down(activation(up(norm2(it)))), for every layer: [users, steps, width].
+    """[users, steps, width]: x + out(attention(norm1(x))), and that plus down(activation(up(norm2(it)))), for every layer.
 
-    Pre-norm encoder layers (Xiong et al. 2020); attention as in `grc.kernels.attention.reference`, without masks.
+    Pre-norm encoder layers; in post-norm ones each sum begins with the norm, not with what it is of, and the norm of the answer
+    is left to the caller (both in Xiong et al. 2020). Attention as in `grc.kernels.attention.reference`, without masks.
     """
     activation = list(ACTIVATIONS.values())[form.activation]
-    for layer in layers:
-        rows = functional.layer_norm(x, [form.width], layer.scale1, layer.shift1, form.eps)
+
+    def norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return functional.layer_norm(x, [form.width], scale, shift, form.eps)
+
+    for number, layer in enumerate(layers):
+        rows = x if form.post and number == 0 else norm(x, layer.scale1, layer.shift1)
         q, k, v = (
             functional.linear(rows, weight, bias).unflatten(-1, (form.heads, -1))
             for weight, bias in zip(layer.heads, layer.heads_bias, strict=True)
         )
         mixed = attention(q, k, v, None, None, form.scale, form.gain, form.kind, form.causal)
-        x = x + functional.linear(mixed, layer.out, layer.out_bias)
-        rows = functional.layer_norm(x, [form.width], layer.scale2, layer.shift2, form.eps)
-        x = x + functional.linear(
-            activation(functional.linear(rows, layer.up, layer.up_bias)), layer.down, layer.down_bias
-        )
+        x = (rows if form.post else x) + functional.linear(mixed, layer.out, layer.out_bias)
+        rows = norm(x, layer.scale2, layer.shift2)
+        hidden = activation(functional.linear(rows, layer.up, layer.up_bias))
+        x = (rows if form.post else x) + functional.linear(hidden, layer.down, layer.down_bias)
     return x
 
 
@@ -152,6 +163,8 @@ def pack(layers: list[Layer], form: Form) -> tuple[Tensor, Tensor]:
         weights.append(torch.cat([piece.reshape(slices, -1, WARPS * 32, 8) for piece in pieces], 1))
         _, sums, biases = zip(*heads, strict=True)
         numbers = [*sums, *biases, layer.out_bias, layer.down_bias, up_sum, up_bias]
+        if form.post:
+            numbers += [layer.scale1, layer.scale2, layer.shift1, layer.shift2]
         vectors.append(torch.cat([vector.float().reshape(slices, -1) for vector in numbers], 1))
     return torch.stack(weights, 1), torch.stack(vectors, 1)
 

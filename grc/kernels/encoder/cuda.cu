@@ -1,4 +1,4 @@
-// Pre-norm Transformer layers over users of up to 16 steps: all layers in one launch, each user on a cluster of blocks.
+// Transformer layers over users of up to 16 steps: all layers in one launch, each user on a cluster of blocks.
 //
 // Few rows leave a GPU nothing but waits: for launches, for memory, for other blocks. Here the blocks of a cluster write into
 // each other's shared memory, and wait for what they need of each other and for nothing else; what a block needs of the
@@ -10,6 +10,8 @@
 //
 // Layer norm is (x - mean) / deviation * scale + shift. Scale and shift are in the weights and biases, so a product is of x
 // itself, and (product - mean * sum of the weights) / deviation is that of its norm: nothing waits for the mean but the end.
+// Layers are pre-norm, or post-norm (GRC_POST), whose residual is the norm too: what is kept is the sum that it is of, as the
+// last layer's, which is the answer. What the first layer begins with is no such sum.
 //
 // Built for one model: see the GRC_ macros.
 #include <hopper.h>
@@ -118,6 +120,9 @@ INLINE void meet_all() { meet<THREADS>(); }
 // What is added to the columns of a slice in one layer. Those of norms come with the sums of the weights of each column.
 struct alignas(16) Vectors {
   float heads_sum[3][PACKED], heads[3][PACKED], out[PACKED], down[PACKED], up_sum[PART / SUBS], up[PART / SUBS];
+#if GRC_POST
+  float norm_scale[2][PACKED], norm_shift[2][PACKED];  // of what attention begins with, and the hidden layer
+#endif
 };
 
 template <int COLUMNS_OF_ROW>
@@ -280,38 +285,53 @@ INLINE float of_lanes(float v) {
   return v;
 }
 
-// The mean and deviation of every row, of its slices' moments (Chan et al. 1979), each by a warp.
-INLINE void normalise(Shared& s) {
+// The mean and deviation of every row, of its slices' moments (Chan et al. 1979), each by a warp; or such that a norm by
+// them is no norm.
+INLINE void normalise(Shared& s, bool plain = false) {
   const int lane = threadIdx.x % 32, row = warp();
   if (row >= STEPS) return;
   const float2 part = lane < CLUSTER ? s.moments[lane][row] : make_float2(0.f, 0.f);
   const float mean = of_lanes<16>(part.x) * (1.f / CLUSTER);
   const float off = lane < CLUSTER ? part.x - mean : 0.f;
   const float squares = of_lanes<16>(part.y + SLICE * off * off);
-  if (lane == 0) s.normal[row] = make_float2(mean, one_over_root(squares * (1.f / WIDTH) + GRC_EPS));
+  const float2 found = make_float2(mean, one_over_root(squares * (1.f / WIDTH) + GRC_EPS));
+  if (lane == 0) s.normal[row] = plain ? make_float2(0.f, 1.f) : found;
 }
 
 INLINE float2 normed(const float2& normal, float a, float b, const float* sums, const float* biases) {
   return make_float2((a - normal.x * sums[0]) * normal.y + biases[0], (b - normal.x * sums[1]) * normal.y + biases[1]);
 }
 
-// Add to the residual: `more(row, column)` gives what to add to a pair. Then it goes to all blocks with its moments, or to y.
+// The residual of a pair of columns, of what is kept, before one of the halves of a layer.
+INLINE float2 residual(const State& s, const Vectors (&v)[SUBS], int half, int row, int column) {
+  const float2 kept = *reinterpret_cast<const float2*>(&s.kept[row][column]);
+#if GRC_POST
+  const float* scale = v[column / PACKED].norm_scale[half] + column % PACKED;
+  const float* shift = v[column / PACKED].norm_shift[half] + column % PACKED;
+  const float2 by = s.normal[row];
+  return make_float2((kept.x - by.x) * by.y * scale[0] + shift[0], (kept.y - by.x) * by.y * scale[1] + shift[1]);
+#else
+  return kept;
+#endif
+}
+
+// Add to the residual before a half of a layer: `more(row, column)` gives what to add to a pair. Then it goes to all blocks with
+// its moments, or to y.
 template <class To, class More>
-INLINE void settle(Shared& s, To& mail, int block, u32* y, More more) {
+INLINE void settle(Shared& s, const Vectors (&v)[SUBS], int half, To& mail, int block, u32* y, More more) {
   constexpr int LANES = SLICE / 2;  // of a row
 #pragma unroll 1
   for (int i = threadIdx.x; i < (STEPS * LANES + 31) / 32 * 32; i += THREADS) {
     const bool there = i < STEPS * LANES;
     const int row = there ? i / LANES : 0, at = i % LANES, column = at * 2;
-    float2& kept = *reinterpret_cast<float2*>(&s.kept[row][column]);
-    const float2 plus = more(row, column);
-    const float2 sum = make_float2(kept.x + plus.x, kept.y + plus.y);
+    const float2 before = residual(s, v, half, row, column), plus = more(row, column);
+    const float2 sum = make_float2(before.x + plus.x, before.y + plus.y);
     const u32 both = packed(sum.x, sum.y);
     if (y != nullptr) {
       if (there) y[(row * WIDTH + block * SLICE + column) / 2] = both;
       continue;
     }
-    if (there) kept = sum;
+    if (there) *reinterpret_cast<float2*>(&s.kept[row][column]) = sum;
     const float a = wide(static_cast<u16>(both)), b = wide(static_cast<u16>(both >> 16));
     const float mean = of_lanes<LANES>(a + b) * (1.f / SLICE);
     const float squares = of_lanes<LANES>((a - mean) * (a - mean) + (b - mean) * (b - mean));
@@ -417,7 +437,7 @@ KERNEL(grc::ENCODER_THREADS, CLUSTER) encoder(PARAMETERS EncoderParameters p) {
     s.vectors_full[l % 2].wait(l / 2);
     {
       Sums<3 * TILES> sums = {};
-      normalise(s);
+      normalise(s, GRC_POST && l == 0);
       multiply<HEADS>(s, sums, s.rows, quarter, unit);
       join<3 * TILES>(s, sums, [&](int tile, const float4& sum) {
         const int which = tile / TILES % 3, sub = tile % TILES, at = tile / (3 * TILES) * COLUMNS + 2 * quad();
@@ -456,7 +476,7 @@ KERNEL(grc::ENCODER_THREADS, CLUSTER) encoder(PARAMETERS EncoderParameters p) {
       }
     }
     meet_all();
-    settle(s, s.rows_mail, block, nullptr,
+    settle(s, v, 0, s.rows_mail, block, nullptr,
            [&](int row, int column) { return added(s.out_parts, row, column, v[column / PACKED].out + column % PACKED); });
 
     s.rows_mail.wait(l);
@@ -489,7 +509,7 @@ KERNEL(grc::ENCODER_THREADS, CLUSTER) encoder(PARAMETERS EncoderParameters p) {
 
     const bool ends = l + 1 == p.layers;
     s.received_mail.wait(l);
-    settle(s, s.next_mail, block, ends ? reinterpret_cast<u32*>(p.y + user * STEPS * WIDTH) : nullptr,
+    settle(s, v, 1, s.next_mail, block, ends ? reinterpret_cast<u32*>(p.y + user * STEPS * WIDTH) : nullptr,
            [&](int row, int column) { return added(s.received, row, column, v[column / PACKED].down + column % PACKED); });
     if (!ends) s.next_mail.wait(l);
   }

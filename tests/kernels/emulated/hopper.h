@@ -62,12 +62,20 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   int block, thread;
   bool ended = false;
+  const int* watched = nullptr;  // it waits until this is another number than `left`
+  int left = 0;
+};
+
+struct Sent {
+  int due;  // the round in which it arrives
+  std::function<void()> arrive;
 };
 
 struct Cluster {
   std::vector<Block> blocks;
   std::vector<Fiber> fibers;
-  std::vector<std::function<void()>> sent;
+  std::vector<Sent> sent;
+  int round = 0;
   std::mt19937 random;
   ucontext_t scheduler;
   std::function<void()> body;
@@ -82,9 +90,10 @@ inline Cluster* cluster = nullptr;
 
 inline void let_others() { swapcontext(&cluster->running->context, &cluster->scheduler); }
 
-template <class Done>
-void wait(Done done) {
-  while (!done()) let_others();
+inline void wait_for_change(const int& number, int left) {
+  cluster->running->watched = &number, cluster->running->left = left;
+  while (number == left) let_others();
+  cluster->running->watched = nullptr;
   cluster->moved = true;
 }
 
@@ -95,7 +104,7 @@ inline void meet(Meeting& meeting, int count) {
     meeting.here = 0;
     meeting.turn++;
   }
-  wait([&] { return meeting.turn != turn; });
+  wait_for_change(meeting.turn, turn);
 }
 
 inline Block& block() { return cluster->blocks[cluster->running->block]; }
@@ -148,12 +157,13 @@ inline void run(int index, int blocks, int threads, std::uint32_t seed, std::fun
   for (size_t i = 0; i < warps.size(); i++) warps[i] = i;
   bool quiet = false;  // nothing happened in the round before, and none stand still in this one
   for (bool any = true; any;) {
-    any = own.moved = false;
-    std::shuffle(own.sent.begin(), own.sent.end(), own.random);
-    for (size_t left = own.random() % (own.sent.size() + 1); own.sent.size() > left; own.sent.pop_back()) {
-      own.sent.back()();
-      own.moved = true;
-    }
+    any = false;
+    own.round++;
+    const auto arrived = std::partition(own.sent.begin(), own.sent.end(), [&](const Sent& s) { return s.due > own.round; });
+    std::shuffle(arrived, own.sent.end(), own.random);
+    own.moved = arrived != own.sent.end();
+    for (auto each = arrived; each != own.sent.end(); each++) each->arrive();
+    own.sent.erase(arrived, own.sent.end());
     std::shuffle(warps.begin(), warps.end(), own.random);
     if (quiet)
       std::fill(still.begin(), still.end(), 0);
@@ -164,7 +174,7 @@ inline void run(int index, int blocks, int threads, std::uint32_t seed, std::fun
       for (int lane = 0; lane < LANES; lane++) {
         Fiber& fiber = own.fibers[warp * LANES + lane];
         any = any || !fiber.ended;
-        if (fiber.ended || stands) continue;
+        if (fiber.ended || stands || (fiber.watched && *fiber.watched == fiber.left)) continue;
         own.running = &fiber;
         threadIdx.x = fiber.thread, blockIdx.x = own.first_block + fiber.block;
         swapcontext(&own.scheduler, &fiber.context);
@@ -280,7 +290,7 @@ struct Barrier {
   }
 
   void wait(int number) {  // as the instruction does, which sees no more than whether turns are odd
-    emulated::wait([&] { return turn % 2 != number % 2; });
+    while (turn % 2 == number % 2) emulated::wait_for_change(turn, turn);
   }
 
  private:
@@ -295,9 +305,15 @@ inline void barriers_opened() {}
 
 namespace emulated {
 
+// Most of what is sent arrives soon, and some of it late.
+inline void post(std::function<void()> arrive) {
+  const int rounds = cluster->random() % 256 ? cluster->random() % 4 : cluster->random() % 64;
+  cluster->sent.push_back({cluster->round + rounds, std::move(arrive)});
+}
+
 template <class T>
 void post(u32 to, u32 mail, T v) {
-  cluster->sent.push_back([=] {
+  post([=] {
     std::memcpy(at(to), &v, sizeof(v));
     reinterpret_cast<Barrier*>(at(mail))->received(sizeof(v));
   });
@@ -310,7 +326,7 @@ inline void send(u32 to, u32 mail, float a, float b) { emulated::post(to, mail, 
 
 inline void copy(void* to, const void* from, int bytes, const Barrier& there) {
   const u32 address = local(to), mail = there.at();
-  emulated::cluster->sent.push_back([=] {
+  emulated::post([=] {
     std::memcpy(emulated::at(address), from, bytes);
     reinterpret_cast<Barrier*>(emulated::at(mail))->received(bytes);
   });
