@@ -65,11 +65,10 @@ class Found(NamedTuple):
         if norm is None or norm.x not in ends or only_user(norm.x) is not self.x or norm.eps != self.form.eps:
             return None
         found = parameters(graph, norm, self.layer.out)
-        return (
-            None
-            if found is None
-            else (ends[norm.x], self._replace(layer=replace(self.layer, scale1=found[0], shift1=found[1])))
-        )
+        if found is None:
+            return None
+        scale, shift = found
+        return ends[norm.x], self._replace(layer=replace(self.layer, scale1=scale, shift1=shift))
 
 
 def takes_encoders(graph: fx.GraphModule) -> bool:

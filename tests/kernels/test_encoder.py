@@ -1,7 +1,9 @@
-"""The encoder's kernel, thread by thread on a CPU: its answers against float64, and the same bits in every order of events."""
+"""The encoder's kernel, thread by thread on a CPU: its answers against float64, and the same bits in every order of events,
+and a model that was lowered to it."""
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import math
@@ -11,13 +13,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
+from grc.compiler import optimise
+from grc.graph.capture import capture
+from grc.graph.model_file import from_module
 from grc.kernels import cpp, encoder, nvrtc
 from grc.kernels.attention import SILU, SOFTMAX
 from grc.kernels.encoder import Form, Layer
 from grc.kernels.packed_linear.activations import GELU, GELU_TANH, RELU
 from grc.kernels.packed_linear.activations import SILU as SILU_ACTIVATION
+from grc.lowering.encoders import called, with_encoders
+from grc.lowering.epilogue import with_small_linears
+from grc.lowering.twins import with_twins
+from grc.options import Options
+from grc.progress import Silent
 
 EMULATED = Path(__file__).parent / "emulated"
 
@@ -77,10 +88,15 @@ def emulated(f: Form, cluster: int) -> ctypes.CDLL:
 
 
 def encode(x: Tensor, layers: list[Layer], f: Form, cluster: int, seed: int) -> Tensor:
-    weights, vectors = (t.contiguous() for t in encoder.pack(layers, f))
-    y = torch.full_like(x, torch.nan)
+    return encode_packed(x, *(t.contiguous() for t in encoder.pack(layers, f)), len(layers), f, cluster, seed)
+
+
+def encode_packed(
+    x: Tensor, weights: Tensor, vectors: Tensor, layers: int, f: Form, cluster: int, seed: int = 0
+) -> Tensor:
+    x, y = x.contiguous(), torch.full_like(x, torch.nan)
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, y, weights, vectors)]
-    fault = emulated(f, cluster).encode(*pointers, len(layers), x.shape[0], seed)
+    fault = emulated(f, cluster).encode(*pointers, layers, x.shape[0], seed)
     assert fault is None, fault.decode()
     return y
 
@@ -121,6 +137,52 @@ def test_nan_stays_with_its_user() -> None:
     x[0, 1, 2] = torch.nan
     found = encode(x, layers, f, 8, 0)
     assert found[0].isnan().all() and torch.equal(found[1], clean[1])
+
+
+class Model(nn.Module):
+    """Torch's own layers, with another of their form whose queries, keys and values are layers of their own."""
+
+    def __init__(self, pre: bool, width: int = 256):
+        super().__init__()
+        one = nn.TransformerEncoderLayer(width, 4, 256, activation="gelu", batch_first=True, norm_first=pre)
+        self.encoder = nn.TransformerEncoder(one, 3, enable_nested_tensor=False)
+        self.parts = nn.ModuleList(nn.Linear(width, width) for _ in range(4))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.up, self.down = nn.Linear(width, 256), nn.Linear(256, width)
+        self.pre = pre
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                nn.init.normal_(parameter, mean=float("norm" in name and "weight" in name), std=0.2)
+            else:
+                nn.init.xavier_uniform_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.encoder(x)
+        rows = self.norms[0](x) if self.pre else x
+        q, k, v = (part(rows).unflatten(-1, (4, -1)).transpose(1, 2) for part in list(self.parts)[:3])
+        mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
+        x = x + self.parts[3](mixed)
+        rows = self.norms[1](x) if self.pre else (x := self.norms[0](x))
+        x = x + self.down(functional.gelu(self.up(rows)))
+        return x if self.pre else self.norms[1](x)
+
+
+@pytest.mark.parametrize("pre", [True, False])
+@torch.no_grad()
+def test_a_model_lowered_to_the_kernel_answers_as_before(pre: bool) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    model = Model(pre).eval()
+    source = capture(from_module(copy.deepcopy(model).half(), lambda batch: (torch.randn(batch, 5, 256).half(),)))
+    graph = with_twins(optimise(source, Options(), Silent()).graph, torch.device("cpu"), False)[0]
+    lowered, f = with_encoders(with_small_linears(graph))
+    (call,) = [node for node in lowered.graph.nodes if called(node, "encoder")]
+    assert call.args[3] == 4
+    call.target = functools.partial(encode_packed, f=f, cluster=f.slices)
+    call.target.__name__ = "encode"
+    lowered.recompile()
+    (x,) = source.inputs(2)
+    (found,), want, plain = lowered(x), model.double()(x.double()), source.graph(x)[0].double()
+    assert (found - want).abs().max() <= 2 * (plain - want).abs().max()
 
 
 @pytest.mark.skipif(nvrtc.missing() is not None, reason=f"{nvrtc.missing()}")
