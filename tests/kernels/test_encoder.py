@@ -88,14 +88,16 @@ def emulated(f: Form, cluster: int) -> ctypes.CDLL:
 
 
 def encode(x: Tensor, layers: list[Layer], f: Form, cluster: int, seed: int) -> Tensor:
-    return encode_packed(x, *(t.contiguous() for t in encoder.pack(layers, f)), len(layers), f, cluster, seed)
+    weights, vectors = encoder.pack(layers, f)
+    return encode_packed(x, weights, vectors, len(layers), f, cluster, seed)
 
 
 def encode_packed(
     x: Tensor, weights: Tensor, vectors: Tensor, layers: int, f: Form, cluster: int, seed: int = 0
 ) -> Tensor:
-    x, y = x.contiguous(), torch.full_like(x, torch.nan)
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, y, weights, vectors)]
+    y = torch.full(x.shape, torch.nan, dtype=x.dtype)
+    tensors = [t.contiguous() for t in (x, y, weights, vectors)]
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
     fault = emulated(f, cluster).encode(*pointers, layers, x.shape[0], seed)
     assert fault is None, fault.decode()
     return y
