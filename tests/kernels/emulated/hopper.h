@@ -40,6 +40,7 @@ namespace emulated {
 
 constexpr int LANES = 32, MEMORY = 1 << 20;  // bytes of a block's addresses, in which the next one's begin
 constexpr int STACK = 64 << 10;
+constexpr const char* LATE = "something was sent to a block that had ended";
 
 struct Meeting {
   int here = 0, turn = 0;
@@ -55,6 +56,7 @@ struct Block {
   unsigned char* memory = nullptr;
   std::vector<Warp> warps;
   Meeting meeting;
+  int running = 0;  // threads
 };
 
 struct Fiber {
@@ -128,6 +130,7 @@ inline void enter() {
     cluster->error = std::current_exception();
   }
   cluster->running->ended = true;
+  cluster->blocks[cluster->running->block].running--;
   let_others();
 }
 
@@ -142,6 +145,7 @@ inline void run(int index, int blocks, int threads, std::uint32_t seed, std::fun
     block.bytes.assign(MEMORY + 128, 0xff);  // NaN
     block.memory = reinterpret_cast<unsigned char*>((reinterpret_cast<std::uintptr_t>(block.bytes.data()) + 127) / 128 * 128);
     block.warps.resize(threads / LANES);
+    block.running = threads;
   }
   own.fibers.resize(blocks * threads);
   for (int i = 0; i < blocks * threads; i++) {
@@ -185,10 +189,14 @@ inline void run(int index, int blocks, int threads, std::uint32_t seed, std::fun
     if (any && quiet && !own.moved && own.sent.empty()) throw std::runtime_error("deadlock");
     quiet = !own.moved;
   }
-  if (!own.sent.empty()) throw std::runtime_error("something was sent to a block that had ended");
+  if (!own.sent.empty()) throw std::runtime_error(LATE);
 }
 
-inline unsigned char* at(u32 address) { return cluster->blocks[address / MEMORY].memory + address % MEMORY; }
+inline unsigned char* at(u32 address) {
+  Block& block = cluster->blocks[address / MEMORY];
+  if (block.running == 0) throw std::runtime_error(LATE);
+  return block.memory + address % MEMORY;
+}
 
 inline float half(u16 v) {
 #if GRC_BF16
