@@ -10,40 +10,17 @@ import torch
 from torch import fx
 
 from grc.errors import LoweringError
-from grc.graph.match import argument, aten, attribute, is_op, only_user, shape, static, value
+from grc.graph.match import attribute, only_user, shape, static, value
 from grc.graph.rewrite import Rewriter, copy_graph
 from grc.kernels import encoder
 from grc.kernels.attention.layout import is_view
 from grc.kernels.encoder import Form, Layer
 from grc.kernels.packed_linear.activations import NONE
-from grc.lowering.epilogue import with_small_linears
+from grc.lowering.epilogue import Linear, Norm, norm_at, with_small_linears
 from grc.lowering.in_place import layout_in
 from grc.lowering.twins import with_twins
 
 SMALL, ATTENTION, BOTH = "small_linear", "attention", "attention_linear"
-
-
-class Small(NamedTuple):
-    """The arguments of `small_linear`."""
-
-    x: Any
-    weight: Any
-    bias: Any
-    mul: Any
-    add: Any
-    activation: int
-    scale: Any = None
-    shift: Any = None
-    eps: float | None = None
-
-
-class Norm(NamedTuple):
-    """A layer norm of rows, with nodes of its parameters or None."""
-
-    x: Any
-    scale: Any
-    shift: Any
-    eps: float
 
 
 class Found(NamedTuple):
@@ -109,9 +86,9 @@ def packed(stack: list[Found], form: Form) -> list[tuple[str, torch.Tensor]]:
     return [("weights", weights.contiguous()), ("vectors", vectors.contiguous())]
 
 
-def small(node: Any) -> Small | None:
+def small(node: Any) -> Linear | None:
     """The arguments of a call of `small_linear`."""
-    return Small(*node.args) if called(node, SMALL) else None
+    return Linear(*node.args) if called(node, SMALL) else None
 
 
 def called(node: Any, name: str) -> bool:
@@ -158,12 +135,12 @@ def layer_at(graph: fx.GraphModule, node: fx.Node) -> Found | None:
     return None if layer is None else Found(x, {*bases, middle}, node, form, layer)
 
 
-def attention_of(node: fx.Node) -> tuple[Any, Any, Small] | None:
+def attention_of(node: fx.Node) -> tuple[Any, Any, Linear] | None:
     """Queries, keys and values, scale, gain, kind and direction of an attention without masks, and the layer that alone
     reads it and ends with this node."""
     if called(node, BOTH):
         q, k, v, scale, gain, kind, causal, weight, bias, add, activation = node.args
-        out = Small(None, weight, bias, None, add, activation)  # type: ignore[arg-type]
+        out = Linear(None, weight, bias, None, add, activation)  # type: ignore[arg-type]
     else:
         layer = small(node)
         if layer is None or not called(layer.x, ATTENTION) or only_user(layer.x) is not node or layer.eps is not None:
@@ -175,13 +152,6 @@ def attention_of(node: fx.Node) -> tuple[Any, Any, Small] | None:
     if out.mul is not None or out.add is None or out.activation != NONE:
         return None
     return (q, k, v), (scale, gain, kind, causal), out
-
-
-def norm_at(node: Any) -> Norm | None:
-    """The layer norm that a node is, of its last dimension."""
-    if not is_op(node, aten.layer_norm) or list(node.args[1]) != [shape(node)[-1]]:
-        return None
-    return Norm(node.args[0], *(argument(node, name) for name in ("weight", "bias", "eps")))
 
 
 def base_of(node: Any) -> Any:
@@ -214,7 +184,7 @@ def vector(graph: fx.GraphModule, node: Any, like: torch.Tensor, fill: float) ->
 
 
 def layer_of(
-    graph: fx.GraphModule, heads: list[Small], starts: list[int], out: Small, norm: Norm, up: Small, down: Small
+    graph: fx.GraphModule, heads: list[Linear], starts: list[int], out: Linear, norm: Norm, up: Linear, down: Linear
 ) -> Layer | None:
     """The parameters of a layer, or None where one of them is no constant of one dtype."""
     parts = [*heads, out, up, down]

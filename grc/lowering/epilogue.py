@@ -16,28 +16,39 @@ from grc.kernels.packed_linear.panels import NARROW
 SUMMED = (torch.float32, torch.float16, torch.bfloat16)  # in float32
 
 
-class Layer(NamedTuple):
-    """act(x @ weight.T + bias) * mul + add, up to the node that has this value."""
+class Norm(NamedTuple):
+    """Layer norm of the last dimension of x, with the nodes of its parameters or None."""
 
-    last: fx.Node
+    x: Any
+    scale: Any
+    shift: Any
+    eps: float
+
+
+class Linear(NamedTuple):
+    """act(norm(x) @ weight.T + bias) * mul + add, in the order of `small_linear`'s operands. Without eps there is no norm."""
+
     x: Any
     weight: Any
     bias: Any
     mul: Any
     add: Any
     activation: int
+    scale: Any = None
+    shift: Any = None
+    eps: float | None = None
 
 
-def layer_of(node: fx.Node) -> Layer | None:
-    """The layer that a node begins: a linear layer with what follows it, or a cross layer."""
+def layer_of(node: fx.Node) -> tuple[Linear, fx.Node] | None:
+    """The layer that a node begins, a linear layer with what follows it or a cross layer, and the node that ends it."""
     if node.target is CROSS.overload:
         x0, y, weight, bias, x = node.args
-        return Layer(node, y, weight, bias, x0, x, NONE)
+        return Linear(y, weight, bias, x0, x, NONE), node
     if not is_op(node, aten.linear):
         return None
     activation, last = activation_of(node)
     last, residual = residual_of(last) if activation == NONE else (last, None)
-    return Layer(last, node.args[0], node.args[1], argument(node, "bias"), None, residual, activation)
+    return Linear(node.args[0], node.args[1], argument(node, "bias"), None, residual, activation), last
 
 
 def activation_of(node: fx.Node) -> tuple[int, fx.Node]:
@@ -68,15 +79,19 @@ def takes_small_linears(graph: fx.GraphModule) -> bool:
     return any(small_layer_of(graph, node) is not None for node in graph.graph.nodes)
 
 
-def small_layer_of(graph: fx.GraphModule, node: fx.Node) -> Layer | None:
-    """The layer that a node begins, where `small_linear` can take it: one constant weight, one dtype throughout."""
-    layer = layer_of(node)
-    weight = None if layer is None else attribute(graph, layer.weight)
-    if layer is None or weight is None or weight.dim() != 2 or value(layer.x).dim() < 2 or weight.shape[0] <= NARROW:
+def small_layer_of(graph: fx.GraphModule, node: fx.Node) -> tuple[Linear, fx.Node] | None:
+    """The layer that a node begins, where `small_linear` can take it, one constant weight and one dtype throughout, and the
+    node that ends it."""
+    found = layer_of(node)
+    if found is None:
         return None
-    operands = (layer.x, layer.bias, layer.mul, layer.add, layer.last)
+    layer, last = found
+    weight = attribute(graph, layer.weight)
+    if weight is None or weight.dim() != 2 or value(layer.x).dim() < 2 or weight.shape[0] <= NARROW:
+        return None
+    operands = (layer.x, layer.bias, layer.mul, layer.add, last)
     same = all(value(operand).dtype is weight.dtype for operand in operands if operand is not None)
-    return layer if same and weight.dtype in SUMMED else None
+    return found if same and weight.dtype in SUMMED else None
 
 
 def with_small_linears(graph: fx.GraphModule) -> fx.GraphModule:
@@ -89,22 +104,23 @@ def with_small_linears(graph: fx.GraphModule) -> fx.GraphModule:
 
     copy = copy_graph(graph)
     for node in list(copy.graph.nodes):
-        layer = small_layer_of(copy, node)
-        if layer is None:
+        found = small_layer_of(copy, node)
+        if found is None:
             continue
+        layer, last = found
         attention = attention_of(layer)
-        with copy.graph.inserting_before(layer.last):
+        with copy.graph.inserting_before(last):
             if attention is not None:
                 given = (*attention, layer.weight, layer.bias, layer.add, layer.activation)
                 new = copy.graph.call_function(register_attention(), given)
             else:
                 x, *norm = norm_of(copy, layer.x)
-                new = copy.graph.call_function(register(), (x, *layer[2:], *norm))
-        put(layer.last, new)
+                new = copy.graph.call_function(register(), (x, *layer[1:6], *norm))
+        put(last, new)
     return cleaned(copy)
 
 
-def attention_of(layer: Layer) -> tuple[Any, ...] | None:
+def attention_of(layer: Linear) -> tuple[Any, ...] | None:
     """Queries, keys, values, scale, gain, kind and direction of an attention that only a layer reads, or None."""
     from grc.kernels.attention.triton import register
     from grc.kernels.small_linear.attention_linear import able
@@ -116,18 +132,23 @@ def attention_of(layer: Layer) -> tuple[Any, ...] | None:
     return (*node.args[:3], *node.args[5:]) if able(*operands) else None
 
 
+def norm_at(node: Any) -> Norm | None:
+    """The layer norm of its last dimension that a node is."""
+    if not is_op(node, aten.layer_norm) or list(node.args[1]) != [shape(node)[-1]]:
+        return None
+    return Norm(node.args[0], *(argument(node, name) for name in ("weight", "bias", "eps")))
+
+
 def norm_of(graph: fx.GraphModule, node: fx.Node) -> tuple[Any, ...]:
     """The rows, scale, shift and epsilon of a layer norm that only layers read, which can make it themselves; else `node`."""
     from grc.kernels.small_linear.triton import DEPTH
 
-    width = int(shape(node)[-1])
-    if not is_op(node, aten.layer_norm) or list(node.args[1]) != [width] or width > DEPTH:  # type: ignore[arg-type]
+    norm = norm_at(node)
+    if norm is None or int(shape(node)[-1]) > DEPTH:
         return (node,)
-    given = [argument(node, name) for name in ("weight", "bias")]
-    constant = all(g is None or attribute(graph, g) is not None for g in given)
-    if not constant or not all(small_layer_of(graph, user) is not None for user in node.users):
-        return (node,)
-    return node.args[0], *given, argument(node, "eps")
+    constant = all(g is None or attribute(graph, g) is not None for g in (norm.scale, norm.shift))
+    alone = all(small_layer_of(graph, user) is not None for user in node.users)
+    return norm if constant and alone else (node,)
 
 
 def with_relu_in_products(graph: fx.GraphModule) -> fx.GraphModule:

@@ -13,7 +13,7 @@ from grc.graph.rewrite import Rewriter, copy_graph
 from grc.kernels import PACKED_LINEAR, PACKED_SCORE_TOPK, QUANTISED_LINEAR, SCORE_TOPK
 from grc.kernels.packed_linear import pack
 from grc.kernels.quantised_linear import quantise
-from grc.lowering.epilogue import Layer, layer_of
+from grc.lowering.epilogue import Linear, layer_of
 
 DTYPES = {"int8": torch.int8, "bf16": torch.bfloat16}
 
@@ -26,9 +26,9 @@ def pack_linears(graph: fx.GraphModule, isa: str, formats: Mapping[str, str] = M
     packed = copy_graph(graph)
     edit = Packer(packed, isa, formats)
     for node in list(packed.graph.nodes):
-        layer = layer_of(node)
-        if layer is not None:
-            pack_layer(edit, layer)
+        found = layer_of(node)
+        if found is not None:
+            pack_layer(edit, *found)
         elif node.target is SCORE_TOPK.overload:
             pack_score_topk(edit, node)
     edit.finish()
@@ -57,22 +57,17 @@ class Packer(Rewriter):
         return self.packed[path]
 
 
-def pack_layer(edit: Packer, layer: Layer) -> None:
+def pack_layer(edit: Packer, layer: Linear, last: fx.Node) -> None:
     """Packs what computes in float32; the layer's other operands and its weight's kinds are any."""
     tensor = attribute(edit.module, layer.weight)
-    if (
-        tensor is None
-        or tensor.dim() != 2
-        or value(layer.last).dtype is not torch.float32
-        or value(layer.last).dim() < 2
-    ):
+    if tensor is None or tensor.dim() != 2 or value(last).dtype is not torch.float32 or value(last).dim() < 2:
         return
     operands = edit.operands(layer.weight, tensor)
     op = PACKED_LINEAR if len(operands) == 1 else QUANTISED_LINEAR
     epilogue = (layer.bias, layer.mul, layer.add, int(tensor.shape[0]), layer.activation)
-    with edit.at(layer.last):
+    with edit.at(last):
         new = edit.call(op.overload, layer.x, *operands, *epilogue)
-    edit.replace(layer.last, new)
+    edit.replace(last, new)
 
 
 def pack_score_topk(edit: Packer, node: fx.Node) -> None:

@@ -28,7 +28,7 @@ constexpr int ROWS = 16, COLUMNS = 8;  // of a product of the tensor cores
 constexpr int CHUNK = 32;              // numbers of a row that four threads read at once, 16 bytes each
 constexpr int SLICE = WIDTH / CLUSTER, PART = HIDDEN / CLUSTER;  // columns of a block
 constexpr int PACKED = 32, SUBS = SLICE / PACKED;                // columns of a packed slice, of which a block has some
-constexpr int GROUP = HEAD > SLICE ? HEAD : SLICE;              // columns of all heads that a block has a part in
+constexpr int GROUP = HEAD > SLICE ? HEAD : SLICE;               // columns of all heads that a block has a part in
 constexpr int PEERS = GROUP / SLICE;                             // blocks that have a part in them
 
 // Warps share the columns of a product in four, and its depth too; of the last product each has a few columns of all depth.
@@ -137,9 +137,9 @@ struct State {
   Matrix<apart(GROUP)> queries, keys;  // of all peers
   u16 values[SLICE][ROWS];             // step by step within a column
   Matrix<apart(PART)> hidden;
-  float kept[ROWS][SLICE];           // the residual
-  float2 moments[CLUSTER][ROWS];     // of all blocks: the mean of a row's slice, and the sum of squares around it
-  float2 normal[ROWS];               // the mean of a row, and one over its deviation
+  float kept[ROWS][SLICE];        // the residual
+  float2 moments[CLUSTER][ROWS];  // of all blocks: the mean of a row's slice, and the sum of squares around it
+  float2 normal[ROWS];            // the mean of a row, and one over its deviation
   union {  // of a product, by the depth that they are of
     float4 parts[DOWN][ACROSS * most(HIDDEN_TILES, 3 * TILES)][32];
     float out_parts[DOWN][ROWS][SLICE];
