@@ -117,7 +117,7 @@ def build(ops: Sequence[FusedOp], isa: str) -> Path:
         objects = list(pool.map(lambda source: compile_object(source, flags), sources))
     if len(objects) == 1:
         return objects[0]
-    return _make(
+    return make(
         cached(".o", *[o.name for o in objects]), lambda out: [cxx, "-r", "-nostdlib", *map(str, objects), "-o", out]
     )
 
@@ -232,14 +232,14 @@ def compile_object(source: Path, flags: Sequence[str]) -> Path:
     cxx, flags = compiler(), [*FLAGS, *flags]
     headers = [h.read_bytes() for folder in (INCLUDE / "grc", source.parent) for h in sorted(folder.glob("*.h"))]
     target = cached(".o", source.read_bytes(), *headers, *flags, torch.__version__, _version(cxx))
-    return _make(target, lambda out: [cxx, *flags, *_includes(), "-c", str(source), "-o", out])
+    return make(target, lambda out: [cxx, *flags, *_includes(), "-c", str(source), "-o", out])
 
 
 def _includes() -> list[str]:
     return [f"-I{INCLUDE}", f"-I{Path(torch.__file__).parent / 'include'}"]
 
 
-def _make(target: Path, command: Any, text: str = "") -> Path:
+def make(target: Path, command: Any, text: str = "") -> Path:
     """Make a file by a command that writes it, given its name and on standard input a text."""
     if target.exists():
         return target
@@ -265,7 +265,7 @@ def _library(op: FusedOp, isa: str) -> ctypes.CDLL:
     )
     link = ["-shared", f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
     command = [cxx, *FLAGS, *_includes(), "-x", "c++", "-", "-x", "none", str(kernel), *link, "-o"]
-    file = _make(cached(".so", kernel.name, text), lambda out: [*command, out], text)
+    file = make(cached(".so", kernel.name, text), lambda out: [*command, out], text)
     library = ctypes.CDLL(str(file))
     library.grc_last_error.restype = ctypes.c_char_p
     return library

@@ -7,7 +7,6 @@ import copy
 import ctypes
 import functools
 import math
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,20 +67,18 @@ def emulated(f: Form, cluster: int) -> ctypes.CDLL:
     macros = [f"-D{name}={text}" for name, text in f.macros(cluster).items()]
     sources = [EMULATED / "encoder.cpp", EMULATED / "hopper.h", encoder.HERE / "cuda.cu", encoder.HERE / "parameters.h"]
     library = cpp.cached(".so", *(source.read_bytes() for source in sources), *macros)
-    if not library.exists():
-        flags = [
-            "-O2",
-            "-std=c++20",
-            "-shared",
-            "-fPIC",
-            "-fno-strict-aliasing",
-            "-Wall",
-            "-Werror",
-            "-Wno-unknown-pragmas",
-        ]
-        folders = [f"-I{EMULATED}", f"-I{encoder.HERE}"]
-        command = [cpp.compiler(), *flags, *macros, *folders, str(sources[0]), "-o", str(library)]
-        subprocess.run(command, check=True)
+    flags = [
+        "-O2",
+        "-std=c++20",
+        "-shared",
+        "-fPIC",
+        "-fno-strict-aliasing",
+        "-Wall",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+    ]
+    command = [cpp.compiler(), *flags, *macros, f"-I{EMULATED}", f"-I{encoder.HERE}", str(sources[0])]
+    cpp.make(library, lambda out: [*command, "-o", out])
     found = ctypes.CDLL(str(library))
     found.encode.restype = ctypes.c_char_p
     return found
