@@ -80,7 +80,7 @@ def takes_small_linears(graph: fx.GraphModule) -> bool:
 
 
 def small_layer_of(graph: fx.GraphModule, node: fx.Node) -> tuple[Linear, fx.Node] | None:
-    """The layer that a node begins, where `small_linear` can take it, one constant weight and one dtype throughout, and the
+    """The layer that a node begins, where `small_linear` can take it, constant parameters and one dtype throughout, and the
     node that ends it."""
     found = layer_of(node)
     if found is None:
@@ -89,9 +89,18 @@ def small_layer_of(graph: fx.GraphModule, node: fx.Node) -> tuple[Linear, fx.Nod
     weight = attribute(graph, layer.weight)
     if weight is None or weight.dim() != 2 or value(layer.x).dim() < 2 or weight.shape[0] <= NARROW:
         return None
+    if not all_settled(graph, layer.weight, layer.bias):
+        return None
     operands = (layer.x, layer.bias, layer.mul, layer.add, last)
     same = all(value(operand).dtype is weight.dtype for operand in operands if operand is not None)
     return found if same and weight.dtype in SUMMED else None
+
+
+def all_settled(graph: fx.GraphModule, *parameters: Any) -> bool:
+    """Whether these, where they are given, lie in memory as they are read: the kernel reads them before it waits for what
+    other kernels make."""
+    tensors = [attribute(graph, parameter) for parameter in parameters if parameter is not None]
+    return all(tensor is not None and tensor.is_contiguous() for tensor in tensors)
 
 
 def with_small_linears(graph: fx.GraphModule) -> fx.GraphModule:
@@ -146,7 +155,7 @@ def norm_of(graph: fx.GraphModule, node: fx.Node) -> tuple[Any, ...]:
     norm = norm_at(node)
     if norm is None or int(shape(node)[-1]) > DEPTH:
         return (node,)
-    constant = all(g is None or attribute(graph, g) is not None for g in (norm.scale, norm.shift))
+    constant = all_settled(graph, norm.scale, norm.shift)
     alone = all(small_layer_of(graph, user) is not None for user in node.users)
     return norm if constant and alone else (node,)
 

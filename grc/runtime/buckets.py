@@ -18,6 +18,7 @@ import torch
 from grc.errors import ArtifactError, first_line
 from grc.runtime.answers import Answers, hold_nan
 from grc.runtime.bucket import Bucket, Recorded, narrowed
+from grc.runtime.edges import instantiate
 from grc.runtime.mapped import BY_KERNEL, copy_by_kernel, find_strange, mapped, telling
 from grc.runtime.plan import Plan, layout, views
 
@@ -160,7 +161,7 @@ class Lane:
         if found is not None:
             return found
         self.stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
         used = layout(self.plan.inputs, bucket.batch)[1]
         tells = told and bucket.tells(given)
         with self.recording(graph, bucket.batch):
@@ -174,6 +175,7 @@ class Lane:
             if given:
                 out = [i for i in range(len(kept)) if i not in bucket.apart]
                 copy_by_kernel([mapped(bucket.answers[i]) for i in out], [kept[i] for i in out])
+        instantiate(graph)
         found = bucket.graphs[taken, given, told] = Recorded(graph, kept, tells)
         return found
 

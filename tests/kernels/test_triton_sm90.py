@@ -28,6 +28,7 @@ from grc.kernels.scaled_linear import triton as scaled_linear  # noqa: E402
 from grc.kernels.score_topk import triton as score_topk  # noqa: E402
 from grc.kernels.small_linear import attention_linear  # noqa: E402
 from grc.kernels.small_linear import triton as small_linear  # noqa: E402
+from grc.runtime import edges  # noqa: E402
 from tests.kernels.bags import DEVICE, LOOKUPS, NO_PADDING, Bags, make, packed  # noqa: E402
 
 GPU = torch.cuda.is_available()
@@ -82,7 +83,22 @@ def compiled(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
             if value % 16 == 0:
                 attributes[(at,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    text = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    check_that_it_waits(kernel.fn.__name__, text)
+    return text
+
+
+# They read weights, or where tables lie, before they wait for what other kernels write.
+EARLY = ("grc_small_linear", "grc_tile_linear", "grc_attention_linear", "grc_bag_dot", "grc_byte_dot", "grc_bag_fm")
+
+
+def check_that_it_waits(name: str, text: str) -> None:
+    """The runtime lets kernels begin early by their names."""
+    assert name.encode().startswith(edges.PREFIX)
+    ahead, waits, _ = text.partition("griddepcontrol.wait")
+    assert waits and "griddepcontrol.launch_dependents" in ahead
+    assert not re.search(r"st\.global|atom\.global|red\.global", ahead)
+    assert name in EARLY or not re.search(r"ld\.global|cp\.async", ahead)
 
 
 def topk_case(items: int, k: int) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from grc.runtime import buckets
 class Tape(TorchDispatchMode):
     """Stands in for torch.cuda.CUDAGraph. What a capture runs is not run again by Python, as on a GPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep_graph: bool = False) -> None:
         super().__init__()
         self.calls: list[tuple[Any, Any, Any, Any]] = []
 
@@ -54,6 +54,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(buckets, "pinned", lambda count: torch.empty(count, dtype=torch.uint8))
     monkeypatch.setattr(buckets, "mapped", lambda host: host)
     monkeypatch.setattr(buckets, "on", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(buckets, "instantiate", lambda graph: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
     monkeypatch.setattr(torch.cuda, "graph", capturing)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)

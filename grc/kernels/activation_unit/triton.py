@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch.library import wrap_triton
 
+from grc.kernels.dependent import ready
 from grc.kernels.gpu_op import registering
 from grc.kernels.packed_linear.activations import DICE, PRELU
-from grc.kernels.rows import tl, triton
+from grc.kernels.rows import sigmoid, tl, triton
 from grc.kernels.small_linear.triton import activate
 from grc.kernels.tiles import lanes
 
@@ -31,22 +32,22 @@ def gated(  # type: ignore[no-untyped-def]
         alpha = tl.load(gate + column, mask=here, other=0.0).to(tl.float32)[None, :]
         scale = tl.load(gate + N + column, mask=here, other=0.0).to(tl.float32)[None, :]
         shift = tl.load(gate + 2 * N + column, mask=here, other=0.0).to(tl.float32)[None, :]
-        y = y * (alpha + (1.0 - alpha) * tl.sigmoid(scale * y + shift))
+        y = y * (alpha + (1.0 - alpha) * sigmoid(scale * y + shift))
     else:
         y = activate(y, ACTIVATION)
     return y
 
 
 @triton.jit
-def unit_kernel(  # type: ignore[no-untyped-def]
+def grc_activation_unit(  # type: ignore[no-untyped-def]
     query, keys, row, first, first_gate, second, second_bias, second_gate, head, head_bias, out,
     S, query_row, key_user, key_step, row_row,
     D: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, PD: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     BS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, DEEP: tl.constexpr, PRELU: tl.constexpr, DICE: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(S, BS)
-    user = (tl.program_id(0) // blocks).to(tl.int64)
-    step = (tl.program_id(0) % blocks) * BS + tl.arange(0, BS)
+    program, blocks = ready(tl.program_id(0)), tl.cdiv(S, BS)
+    user = (program // blocks).to(tl.int64)
+    step = (program % blocks) * BS + tl.arange(0, BS)
     d, n, m = tl.arange(0, PD), tl.arange(0, P1), tl.arange(0, P2)
     taken = (step < S)[:, None] & (d < D)[None, :]
     k = tl.load(keys + user * key_user + step.to(tl.int64)[:, None] * key_step + d[None, :], mask=taken, other=0.0)
@@ -98,7 +99,7 @@ def activation_unit(
     n2 = n1 if second is None else second.shape[1]
     query, keys, row = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, keys, row))
     out = keys.new_empty(users, steps)
-    wrap_triton(unit_kernel)[(users * triton.cdiv(steps, STEPS),)](
+    wrap_triton(grc_activation_unit)[(users * triton.cdiv(steps, STEPS),)](
         query, keys, row, first, head if first_gate is None else first_gate,
         head if second is None else second, head if second_bias is None else second_bias,
         head if second_gate is None else second_gate, head, head_bias, out,

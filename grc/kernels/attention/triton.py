@@ -2,35 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.library import wrap_triton
 
+from grc.kernels.dependent import ready
 from grc.kernels.gpu_op import registering
-from grc.kernels.rows import tl, triton
+from grc.kernels.rows import sigmoid, tl, triton
 from grc.kernels.tiles import lanes
 
 DTYPES = (torch.float16, torch.bfloat16)
 WIDEST = 128  # of a head: keys and values of a block lie in shared memory as a whole
-# On an H200, of 16 to 128: the fastest for histories of 50 and 200 steps at batch 1, and as fast as any at 128.
-QUERIES, KEYS = 16, 64
 STRICT_SOFTMAX, SILU = 1, 2
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+class Config(NamedTuple):
+    """Queries and keys of a block, and warps of a program, which takes one block of queries."""
+
+    queries: int
+    keys: int
+    warps: int
+
+
+# The fastest on an H200 for histories of 10 to 1024 steps: where there are few programs, where there are many, and where
+# there are many and each query has a bias or factor of its own for every key.
+FEW, MANY, MANY_WITH_MASKS = Config(16, 64, 2), Config(64, 64, 4), Config(16, 32, 1)
+FULL = 256  # programs of 64 queries from which on there are many: about two for each multiprocessor
 
 
 @triton.jit
-def block_of(mask, query, key, row, step, N, M, OF_KEYS: tl.constexpr):  # type: ignore[no-untyped-def]
+def block_of(mask, query, key, row, step, OF_KEYS: tl.constexpr):  # type: ignore[no-untyped-def]
     """A block of a bias or factor [N, M]: one row for all queries where it is of keys alone."""
     if OF_KEYS:
-        block = tl.load(mask + key * step, mask=key < M, other=0)[None, :]
+        block = tl.load(mask + key * step)[None, :]
     else:
-        place = (mask + query.to(tl.int64) * row)[:, None] + (key * step)[None, :]
-        block = tl.load(place, mask=(query < N)[:, None] & (key < M)[None, :], other=0)
+        block = tl.load((mask + query.to(tl.int64) * row)[:, None] + (key * step)[None, :])
     return block
 
 
 @triton.jit
-def attention_kernel(  # type: ignore[no-untyped-def]
+def grc_attention(  # type: ignore[no-untyped-def]
     q, k, v, bias, factor, out, H, N, M,
     qb, qn, qh, qd, kb, km, kh, kd, vb, vm, vh, vd, bb, bh, bn, bm, fb, fh, fn, fm,
     SCALE: tl.constexpr, GAIN: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
@@ -38,53 +51,59 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     BIAS_OF_KEYS: tl.constexpr, FACTOR_OF_KEYS: tl.constexpr,
     PD: tl.constexpr, PV: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    pair = tl.program_id(0)
+    # A product that begins at the bias, which is divided for that by what the product is multiplied with, keeps the layout
+    # of products; a sum takes on the layout that the bias is read in. The least bfloat16, a common mask, would overflow.
+    FIRST: tl.constexpr = BIAS == 1 and (SCALE == 1.0 or (bias.dtype.element_ty == tl.float16 and SCALE > 1e-30))
+    pair = ready(tl.program_id(0))
     user, head = (pair // H).to(tl.int64), pair % H
-    query = tl.program_id(1) * BN + tl.arange(0, BN)
+    top = tl.program_id(1) * BN
+    row = top + tl.arange(0, BN)
+    # Queries and keys beyond the last are the last once more, and neither seen nor stored: no load needs a mask.
+    query = tl.minimum(row, N - 1)
+    last = tl.minimum(query, M - 1)
     d, w = tl.arange(0, PD), tl.arange(0, PV)
-    asked = query < N
     mine = tl.load(
-        q + user * qb + head * qh + query[:, None] * qn + d[None, :] * qd,
-        mask=asked[:, None] & (d < D)[None, :], other=0.0,
+        q + user * qb + head * qh + query[:, None] * qn + d[None, :] * qd, mask=(d < D)[None, :], other=0.0
     )  # fmt: skip
     total = tl.zeros([BN, PV], tl.float32)
     largest = tl.full([BN], float("-inf"), tl.float32)
     weight = tl.zeros([BN], tl.float32)
-    end = tl.minimum(M, (tl.program_id(1) + 1) * BN) if CAUSAL else M
+    end = tl.minimum(M, top + BN) if CAUSAL else M
+    k += user * kb + head * kh
+    v += user * vb + head * vh
     bias += user * bb + head * bh
     factor += user * fb + head * fh
     for at in tl.range(0, end, BM, num_stages=STAGES):
-        key = at + tl.arange(0, BM)
-        there = key < M
-        keys = tl.load(
-            k + user * kb + head * kh + key[:, None] * km + d[None, :] * kd,
-            mask=there[:, None] & (d < D)[None, :], other=0.0,
-        )  # fmt: skip
-        values = tl.load(
-            v + user * vb + head * vh + key[:, None] * vm + w[None, :] * vd,
-            mask=there[:, None] & (w < V)[None, :], other=0.0,
-        )  # fmt: skip
-        score = tl.dot(mine, tl.trans(keys)) * SCALE
-        inside = asked[:, None] & there[None, :]
-        seen = inside & (key[None, :] <= query[:, None]) if CAUSAL else inside
-        if BIAS > 0:
-            held = block_of(bias, query, key, bn, bm, N, M, BIAS_OF_KEYS)
-            if BIAS == 2:
-                seen = seen & (held != 0)
-            else:
-                score += held.to(tl.float32)
-        score = tl.where(seen, score, float("-inf"))
+        column = at + tl.arange(0, BM)
+        key = tl.minimum(column, M - 1)
+        keys = tl.load(k + key[:, None] * km + d[None, :] * kd, mask=(d < D)[None, :], other=0.0)
+        values = tl.load(v + key[:, None] * vm + w[None, :] * vd, mask=(w < V)[None, :], other=0.0)
+        seen = column[None, :] <= last[:, None] if CAUSAL else (column < M)[None, :]
+        if FIRST:
+            begin = block_of(bias, query, key, bn, bm, BIAS_OF_KEYS).to(tl.float32) * (1 / SCALE)
+            score = tl.dot(mine, tl.trans(keys), tl.broadcast_to(begin, (BN, BM)))
+        else:
+            score = tl.dot(mine, tl.trans(keys))
+        if SCALE != 1.0:
+            score *= SCALE
+        if BIAS == 1 and not FIRST:
+            score += block_of(bias, query, key, bn, bm, BIAS_OF_KEYS).to(tl.float32)
+        elif BIAS == 2:
+            seen = seen & (block_of(bias, query, key, bn, bm, BIAS_OF_KEYS) != 0)
         if KIND == 2:
-            part = tl.where(score == float("-inf"), 0.0, score / (1.0 + tl.exp(-score)))
+            if BIAS == 1:
+                seen = seen & (score != float("-inf"))
+            part = tl.where(seen, score * sigmoid(score), 0.0)
             if FACTOR:
-                part *= block_of(factor, query, key, fn, fm, N, M, FACTOR_OF_KEYS).to(tl.float32)
+                part *= block_of(factor, query, key, fn, fm, FACTOR_OF_KEYS).to(tl.float32)
             total = tl.dot(part.to(values.dtype), values, total)
         else:
+            score = tl.where(seen, score, float("-inf"))
             higher = tl.maximum(largest, tl.max(score, 1))
             # Where no key was seen yet all scores are -inf, and -inf - -inf would be NaN.
-            level = tl.where(higher == float("-inf"), 0.0, higher)
-            part = tl.exp(score - level[:, None])
-            fade = tl.exp(largest - level)
+            level = tl.where(higher == float("-inf"), 0.0, higher) * LOG2E
+            part = tl.exp2(score * LOG2E - level[:, None])
+            fade = tl.exp2(largest * LOG2E - level)
             weight = weight * fade + tl.sum(part, 1)
             total = tl.dot(part.to(values.dtype), values, total * fade[:, None])
             largest = higher
@@ -92,8 +111,8 @@ def attention_kernel(  # type: ignore[no-untyped-def]
         total = total / tl.where(weight == 0.0, 1.0, weight)[:, None]
     elif KIND == 1:
         total = total / weight[:, None]  # 0 / 0 where no key is seen: NaN, as aten.softmax gives
-    place = out + ((user * N + query[:, None]) * H + head) * V + w[None, :]
-    tl.store(place, (total * GAIN).to(out.dtype.element_ty), mask=asked[:, None] & (w < V)[None, :])
+    place = out + ((user * N + row[:, None]) * H + head) * V + w[None, :]
+    tl.store(place, (total * GAIN).to(out.dtype.element_ty), mask=(row < N)[:, None] & (w < V)[None, :])
 
 
 def able(q: Any, k: Any, v: Any, bias: Any, factor: Any, *rest: Any) -> bool:
@@ -111,9 +130,26 @@ def of_keys(mask: torch.Tensor | None) -> bool:
     return mask is not None and mask.dim() > 1 and isinstance(mask.shape[-2], int) and mask.shape[-2] == 1
 
 
-def block(steps: Any, most: int) -> int:
-    """Queries or keys of a block: a number of steps that varies takes the largest."""
-    return min(most, lanes(steps)) if isinstance(steps, int) else most
+def configs(queries: Any, keys: Any, heads: Any, masks: bool) -> list[tuple[Config, Any]]:
+    """How to launch for so many heads of all users, each way with 1 or 0: of two, where they are unknown, a run takes one.
+
+    `masks` says that queries have biases or factors of their own.
+    """
+    few, many = (fitted(c, queries, keys) for c in (FEW, MANY_WITH_MASKS if masks else MANY))
+    programs = heads * triton.cdiv(queries, MANY.queries)
+    if few == many or isinstance(programs, int):
+        return [(many if few == many or programs >= FULL else few, 1)]
+    asked = torch.sym_min(programs // FULL, 1)
+    return [(few, 1 - asked), (many, asked)]
+
+
+def fitted(config: Config, queries: Any, keys: Any) -> Config:
+    """A config with blocks no larger than there are queries and keys, where those are known, and warps for as much."""
+    height, width = (
+        min(most, lanes(steps)) if isinstance(steps, int) else most
+        for most, steps in ((config.queries, queries), (config.keys, keys))
+    )
+    return Config(height, width, max(1, config.warps * height * width // (config.queries * config.keys)))
 
 
 def attention(
@@ -136,17 +172,17 @@ def attention(
     keys, values = k.shape[1], v.shape[3]
     shape = (batch, heads, queries, keys)
     out = q.new_empty(batch, queries, heads * values)
-    bn, bm = block(queries, QUERIES), block(keys, KEYS)
     mode = 0 if bias is None else 2 if bias.dtype == torch.bool else 1
-    wrap_triton(attention_kernel)[(batch * heads, triton.cdiv(queries, bn))](
-        q, k, v, q if bias is None else bias, q if factor is None else factor, out, heads, queries, keys,
-        *q.stride(), *k.stride(), *v.stride(), *spread(bias, shape), *spread(factor, shape),
-        SCALE=scale, GAIN=gain,  # as arguments they would be float64 in a package, and with them all scores
-        D=width, V=values, KIND=kind, CAUSAL=causal, BIAS=mode, FACTOR=factor is not None,
-        BIAS_OF_KEYS=of_keys(bias), FACTOR_OF_KEYS=of_keys(factor),
-        PD=lanes(width), PV=lanes(values), BN=bn, BM=bm,
-        STAGES=2, num_warps=4 if bn * bm > 1024 else 2,
-    )  # fmt: skip
+    masks = any(mask is not None and not of_keys(mask) for mask in (bias, factor))
+    for choice, asked in configs(queries, keys, batch * heads, masks):
+        wrap_triton(grc_attention)[(batch * heads * asked, triton.cdiv(queries, choice.queries))](
+            q, k, v, q if bias is None else bias, q if factor is None else factor, out, heads, queries, keys,
+            *q.stride(), *k.stride(), *v.stride(), *spread(bias, shape), *spread(factor, shape),
+            SCALE=scale, GAIN=gain,  # as arguments they would be float64 in a package, and with them all scores
+            D=width, V=values, KIND=kind, CAUSAL=causal, BIAS=mode, FACTOR=factor is not None,
+            BIAS_OF_KEYS=of_keys(bias), FACTOR_OF_KEYS=of_keys(factor),
+            PD=lanes(width), PV=lanes(values), BN=choice.queries, BM=choice.keys, STAGES=2, num_warps=choice.warps,
+        )  # fmt: skip
     return out
 
 

@@ -11,6 +11,7 @@ unpacked: float32 begins after the sums.
 from __future__ import annotations
 
 from grc.kernels.bag_dot.triangle import triangle, write
+from grc.kernels.dependent import ready
 from grc.kernels.rows import INTERPRETED, tell, tl, triton
 
 # Four bytes at a time: q - 128 of 8 bits, and 16 * (q - 8) of the lower and upper 4 bits.
@@ -51,7 +52,7 @@ def pieces(dense, row, step, live, D: tl.constexpr, K: tl.constexpr):  # type: i
 
 
 @triton.jit
-def byte_dot_kernel(  # type: ignore[no-untyped-def]
+def grc_byte_dot(  # type: ignore[no-untyped-def]
     arena, ids, dense, tables, out, told, B, id_row, id_step, dense_row, dense_step,
     F: tl.constexpr, D: tl.constexpr, PITCH: tl.constexpr, SCALE: tl.constexpr, ALIGN: tl.constexpr, FORM: tl.constexpr,
     PAIRS: tl.constexpr, WIDTH: tl.constexpr,
@@ -66,7 +67,7 @@ def byte_dot_kernel(  # type: ignore[no-untyped-def]
     BEYOND: tl.constexpr = (BLOCKS * K - W) * SHARED
     # Sums of at most 2**22 become float32 with what they begin at.
     SMALL: tl.constexpr = D <= 256
-    # As in bag_dot_kernel: torch can't tell what a kernel writes to that loads these in a function of several answers.
+    # As in grc_bag_dot: torch can't tell what a kernel writes to that loads these in a function of several answers.
     n = tl.arange(0, P)
     feature = n - DENSE
     known = (feature >= 0) & (feature < F)
@@ -77,7 +78,7 @@ def byte_dot_kernel(  # type: ignore[no-untyped-def]
     j = n[None, :]
     pair, chosen = triangle(n, F + DENSE, UPPER, DIAGONAL)
     bad = tl.zeros([P], tl.int32)
-    first = tl.program_id(0)
+    first = ready(tl.program_id(0))
     programs = tl.num_programs(0)
     if DENSE:
         head = pieces(dense, first.to(tl.int64) * dense_row, dense_step, True, D, K * SHARED)

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch.library import wrap_triton
 
-from grc.kernels.bag_dot.integers import LARGEST, byte_dot_kernel
+from grc.kernels.bag_dot.integers import LARGEST, grc_byte_dot
 from grc.kernels.bag_dot.triangle import triangle, write
+from grc.kernels.dependent import ready
 from grc.kernels.gpu_op import registering
 from grc.kernels.rows import (
     ARENA,
@@ -91,7 +92,7 @@ def config(batch: int | torch.SymInt, features: int, dim: int, dtype: torch.dtyp
 
 
 @triton.jit
-def bag_dot_kernel(  # type: ignore[no-untyped-def]
+def grc_bag_dot(  # type: ignore[no-untyped-def]
     arena, ids, offsets, weights, dense, tables, out, told, B, V,
     id_row, id_step, weight_row, weight_step, dense_row, dense_step,
     F: tl.constexpr, D: tl.constexpr, PITCH: tl.constexpr, SCALE: tl.constexpr, ALIGN: tl.constexpr, FORM: tl.constexpr,
@@ -113,7 +114,7 @@ def bag_dot_kernel(  # type: ignore[no-untyped-def]
     i = n[:, None]
     pair, chosen = triangle(n, N, UPPER, DIAGONAL)
     bad = tl.zeros([P], tl.int32)
-    for at in tl.range(tl.program_id(0), B, tl.num_programs(0), num_stages=STAGES):
+    for at in tl.range(ready(tl.program_id(0)), B, tl.num_programs(0), num_stages=STAGES):
         sample = tl.full([], 0, tl.int64) + at
         line = out + sample * WIDTH
         if ONE:
@@ -250,7 +251,7 @@ def bag_dot(
     padded = any(p != NO_PADDING for p in padding)
     block = min(choice.block, triton.next_power_of_2(dim // (2 if form == INT4 else 1)))
     if integers:
-        wrap_triton(byte_dot_kernel)[grid](
+        wrap_triton(grc_byte_dot)[grid](
             arena, ids, arena if dense is None else dense, tables, out, tables if told is None else told, batch,
             id_row, id_step, dense_row, dense_step,
             F=count, D=dim, PITCH=pitch[0], SCALE=scale[0], ALIGN=align, FORM=form, PAIRS=pairs, WIDTH=width,
@@ -259,7 +260,7 @@ def bag_dot(
             num_warps=max(choice.warps, size // 32),
         )  # fmt: skip
         return out
-    wrap_triton(bag_dot_kernel)[grid](
+    wrap_triton(grc_bag_dot)[grid](
         arena, ids, ids if offsets is None else offsets.contiguous(), arena if weights is None else weights,
         arena if dense is None else dense, tables, out, tables if told is None else told, batch, ids.shape[0],
         id_row, id_step, weight_row, weight_step, dense_row, dense_step,

@@ -9,6 +9,7 @@ import torch
 from torch.library import wrap_triton
 
 from grc.errors import LoweringError
+from grc.kernels.dependent import ready
 from grc.kernels.gpu_op import registering
 from grc.kernels.rows import NO_PADDING, answer_dtype, check, fetch, layout, strides, table, tell, tl, triton
 
@@ -34,7 +35,7 @@ def config(batch: int | torch.SymInt, features: int, dim: int, dtype: torch.dtyp
 
 
 @triton.jit
-def bag_fm_kernel(  # type: ignore[no-untyped-def]
+def grc_bag_fm(  # type: ignore[no-untyped-def]
     arena, linear, ids, tables, rows_out, fm_out, told, B, id_row, id_step,
     F: tl.constexpr, D: tl.constexpr, PITCH: tl.constexpr, SCALE: tl.constexpr, FORM: tl.constexpr, ALIGN: tl.constexpr,
     LINEAR_PITCH: tl.constexpr,
@@ -46,8 +47,9 @@ def bag_fm_kernel(  # type: ignore[no-untyped-def]
     start = tl.load(tables + feature, mask=known, other=0)
     rows = tl.load(tables + F + feature, mask=known, other=0)
     bad = tl.zeros([P], tl.int32)
+    program = ready(tl.program_id(0)).to(tl.int64)
     for s in tl.static_range(SAMPLES):
-        sample = tl.program_id(0).to(tl.int64) * SAMPLES + s
+        sample = program * SAMPLES + s
         live = known & (sample < B)
         index = tl.load(ids + sample * id_row + feature * id_step, mask=live, other=0).to(tl.int64)
         wanted = live
@@ -120,7 +122,7 @@ def bag_fm(
     id_row, id_step = strides(ids)
     if tables is None:
         tables = table(lists(arena, bases, rows, dim, padding, packing), arena.device)
-    wrap_triton(bag_fm_kernel)[(triton.cdiv(batch, choice.samples),)](
+    wrap_triton(grc_bag_fm)[(triton.cdiv(batch, choice.samples),)](
         arena, arena if linear is None else linear, ids, tables, flat, fm,
         tables if told is None else told, batch, id_row, id_step,
         F=count, D=dim, PITCH=pitch[0], SCALE=scale[0], FORM=form,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.library import wrap_triton
 
+from grc.kernels.dependent import ready
 from grc.kernels.gpu_op import registering
 from grc.kernels.rows import tl, triton
 from grc.kernels.tiles import PROGRAMS, Tile, constants
@@ -50,7 +51,7 @@ def tile_of(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def cross_kernel(  # type: ignore[no-untyped-def]
+def grc_cross(  # type: ignore[no-untyped-def]
     x0, y, weight, bias, x, out, M, N, K, x0_row, y_row, weight_row, x_row,
     BIASED: tl.constexpr, FEW_ROWS: tl.constexpr, SOME_ROWS: tl.constexpr,
     FM: tl.constexpr, FN: tl.constexpr, FK: tl.constexpr, FS: tl.constexpr,
@@ -58,7 +59,7 @@ def cross_kernel(  # type: ignore[no-untyped-def]
     MM: tl.constexpr, MN: tl.constexpr, MK: tl.constexpr, MS: tl.constexpr,
 ):  # fmt: skip
     """One kernel for every batch size: it is compiled once, for a batch that is not known then."""
-    program, programs = tl.program_id(0), tl.num_programs(0)
+    program, programs = ready(tl.program_id(0)), tl.num_programs(0)
     if M <= FEW_ROWS:
         for tile in tl.range(program, tl.cdiv(M, FM) * tl.cdiv(N, FN), programs):
             tile_of(
@@ -93,7 +94,7 @@ def cross(
     batch, width = x0.shape
     out = x0.new_empty(batch, width)
     tiles = triton.cdiv(batch, FEW.rows) * triton.cdiv(width, FEW.columns)
-    wrap_triton(cross_kernel)[(torch.sym_min(tiles, PROGRAMS),)](
+    wrap_triton(grc_cross)[(torch.sym_min(tiles, PROGRAMS),)](
         x0, y, weight, x0 if bias is None else bias, x, out, batch, width, y.shape[1],
         x0.stride(0), y.stride(0), weight.stride(0), x.stride(0),
         BIASED=bias is not None, FEW_ROWS=FEW_ROWS, SOME_ROWS=SOME_ROWS,

@@ -414,7 +414,7 @@ INLINE void begin(Shared& s, const u16* x, int block) {
   if (lane < CLUSTER) s.moments[lane][row] = make_float2(mean, squares * (1.f / CLUSTER));
 }
 
-KERNEL(grc::ENCODER_THREADS, CLUSTER) encoder(PARAMETERS EncoderParameters p) {
+KERNEL(grc::ENCODER_THREADS, CLUSTER) grc_encoder(PARAMETERS EncoderParameters p) {
   Shared& s = *reinterpret_cast<Shared*>(block_memory());
   const int block = rank(), quarter = down() * QUARTER;
   const long long user = blockIdx.x / CLUSTER;
@@ -424,12 +424,14 @@ KERNEL(grc::ENCODER_THREADS, CLUSTER) encoder(PARAMETERS EncoderParameters p) {
     s.heads_mail.open(), s.mixed_mail.open(), s.rows_mail.open(), s.next_mail.open(), s.received_mail.open();
     barriers_opened();
   }
-  if (warp() < WARPS) begin(s, p.x + user * STEPS * WIDTH, block);
   meet_cluster();
   if (warp() == WARPS) {
     if (threadIdx.x % 32 == 0) stream(s, p, block);
     return;
   }
+  ready();
+  begin(s, p.x + user * STEPS * WIDTH, block);
+  meet_all();
   int unit = 0;
 #pragma unroll 1
   for (int l = 0; l < p.layers; l++) {

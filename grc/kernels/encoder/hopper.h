@@ -76,6 +76,9 @@ INLINE void meet_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// The next kernel may begin, and all kernels before this one have ended: see grc/kernels/dependent.py.
+INLINE void ready() { asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory"); }
+
 INLINE u32 local(const void* shared) { return static_cast<u32>(__cvta_generic_to_shared(shared)); }
 
 // The same place in another block's memory.

@@ -43,7 +43,7 @@ struct Kernel {
 
   Kernel(const unsigned char* cubin, unsigned cluster) : blocks(cluster) {
     check(cuModuleLoadData(&module, cubin), "it can't be loaded");
-    check(cuModuleGetFunction(&function, module, "encoder"), "it is not in its module");
+    check(cuModuleGetFunction(&function, module, "grc_encoder"), "it is not in its module");
     check(cuFuncSetAttribute(function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, grc::ENCODER_MEMORY),
           "this GPU has too little shared memory");
     check(cuFuncSetAttribute(function, CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1),

@@ -13,6 +13,7 @@ import torch
 from torch.library import wrap_triton
 
 from grc.kernels import layer_chain as kinds
+from grc.kernels.dependent import ready
 from grc.kernels.gpu_op import registering
 from grc.kernels.layer_chain import decode, outputs
 from grc.kernels.rows import tl, triton
@@ -148,12 +149,12 @@ def put_product(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def chain_kernel(  # type: ignore[no-untyped-def]
+def grc_layer_chain(  # type: ignore[no-untyped-def]
     x0, x1, x2, x3, x4, x5, y0, y1, y2, y3, y4, y5, weights, vectors, R, p0, p1, p2, p3, p4, p5,
     CODE: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
     inputs, outputs, pitches = (x0, x1, x2, x3, x4, x5), (y0, y1, y2, y3, y4, y5), (p0, p1, p2, p3, p4, p5)
-    row = (tl.program_id(0) // SHARES).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = (ready(tl.program_id(0)) // SHARES).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < R
     values = ()
     for at in tl.static_range(STEPS):
@@ -187,7 +188,7 @@ def layer_chain(
     dtypes = weights.dtype, torch.float32
     made = [weights.new_empty(count, width, dtype=dtypes[wide]) for width, wide in outputs(steps)]
     for choice, asked in configs(steps, count):
-        wrap_triton(chain_kernel)[(triton.cdiv(count, choice.rows) * choice.shares * asked,)](
+        wrap_triton(grc_layer_chain)[(triton.cdiv(count, choice.rows) * choice.shares * asked,)](
             *given, *made, *[weights] * (kinds.OUTPUTS - len(made)), weights, vectors, count, *pitches,
             CODE=steps, STEPS=len(steps), ROWS=choice.rows, SHARES=choice.shares, num_warps=4,
         )  # fmt: skip

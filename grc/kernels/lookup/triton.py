@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch.library import wrap_triton
 
+from grc.kernels.dependent import ready
 from grc.kernels.gpu_op import registering
 from grc.kernels.rows import (
     ARENA,
@@ -67,14 +68,14 @@ def config(batch: int | torch.SymInt, features: int, dim: int, dtype: torch.dtyp
 
 
 @triton.jit
-def lookup_kernel(  # type: ignore[no-untyped-def]
+def grc_lookup(  # type: ignore[no-untyped-def]
     arena, ids, offsets, weights, tables, out, told, B, V,
     id_row, id_step, weight_row, weight_step,
     F: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PITCH: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr,
     ONE: tl.constexpr, JAGGED: tl.constexpr, WEIGHTED: tl.constexpr, PADDED: tl.constexpr,
     POOLING: tl.constexpr, UNROLL: tl.constexpr, CHUNKS: tl.constexpr, FORM: tl.constexpr, TOLD: tl.constexpr,
 ):  # fmt: skip
-    begin = tl.program_id(0).to(tl.int64) * CHUNKS
+    begin = ready(tl.program_id(0)).to(tl.int64) * CHUNKS
     # 64-bit division once a program; the chunks divide small numbers by a constant.
     origin = begin // WIDTH
     local = (begin - origin * WIDTH).to(tl.int32) + tl.arange(0, CHUNKS)
@@ -173,7 +174,7 @@ def lookup(
     out = arena.new_empty(batch, total * vec, dtype=dtype)
     id_row, id_step = strides(ids)
     weight_row, weight_step = (0, 0) if weights is None else strides(weights)
-    wrap_triton(lookup_kernel)[(triton.cdiv(batch * total, choice.chunks),)](
+    wrap_triton(grc_lookup)[(triton.cdiv(batch * total, choice.chunks),)](
         arena, ids, ids if offsets is None else offsets.contiguous(), arena if weights is None else weights,
         tables, out, tables if told is None else told, batch, ids.shape[0], id_row, id_step, weight_row, weight_step,
         F=count, WIDTH=total, COLUMNS=widths[0] if uniform else 0, PITCH=pitch[0] if len(set(pitch)) == 1 else 0,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch.library import wrap_triton
 
+from grc.kernels.dependent import ready
 from grc.kernels.gpu_op import registering
 from grc.kernels.rows import tl, triton
 from grc.kernels.tiles import PROGRAMS, Tile, constants
@@ -54,7 +55,7 @@ def tile_of(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def scaled_linear_kernel(  # type: ignore[no-untyped-def]
+def grc_scaled_linear(  # type: ignore[no-untyped-def]
     x, size, shift, weight, scale, sums, bias, out, M, N, K, x_row,
     WHOLE: tl.constexpr, BIASED: tl.constexpr, FEW_ROWS: tl.constexpr, SOME_ROWS: tl.constexpr,
     FM: tl.constexpr, FN: tl.constexpr, FK: tl.constexpr, FS: tl.constexpr,
@@ -62,7 +63,7 @@ def scaled_linear_kernel(  # type: ignore[no-untyped-def]
     MM: tl.constexpr, MN: tl.constexpr, MK: tl.constexpr, MS: tl.constexpr,
 ):  # fmt: skip
     """One kernel for every number of rows: it is compiled once, for a batch that is not known then."""
-    program, programs = tl.program_id(0), tl.num_programs(0)
+    program, programs = ready(tl.program_id(0)), tl.num_programs(0)
     if M <= FEW_ROWS:
         for tile in tl.range(program, tl.cdiv(M, FM) * tl.cdiv(N, FN), programs):
             tile_of(x, size, shift, weight, scale, sums, bias, out, tile, M, N, K, x_row, WHOLE, BIASED, FM, FN, FK, FS)
@@ -95,7 +96,7 @@ def scaled_linear(
     count = rows.shape[0]
     out = size.new_empty(count, out_features, dtype=torch.float16)
     tiles = triton.cdiv(count, FEW.rows) * triton.cdiv(out_features, FEW.columns)
-    wrap_triton(scaled_linear_kernel)[(torch.sym_min(tiles, PROGRAMS),)](
+    wrap_triton(grc_scaled_linear)[(torch.sym_min(tiles, PROGRAMS),)](
         rows, size.reshape(-1), scale if shift is None else shift.reshape(-1), weight, scale,
         scale if sums is None else sums, scale if bias is None else bias, out, count, out_features, depth, rows.stride(0),
         WHOLE=shift is not None, BIASED=bias is not None, FEW_ROWS=FEW_ROWS, SOME_ROWS=SOME_ROWS,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.library import wrap_triton
 
+from grc.kernels.dependent import ready
 from grc.kernels.gpu_op import registering
 from grc.kernels.rows import tl, triton
 from grc.kernels.tiles import lanes
@@ -25,13 +26,14 @@ MOST = 1 << 15  # groups, or items of the groups that are picked: the second ker
 
 
 @triton.jit
-def key_kernel(  # type: ignore[no-untyped-def]
+def grc_score_keys(  # type: ignore[no-untyped-def]
     x, weight, bias, keys, best, R, N, GROUPS, x_row, weight_row,
     D: tl.constexpr, PD: tl.constexpr, BIASED: tl.constexpr,
     BR: tl.constexpr, SPAN: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    item = tl.program_id(0) * BN + tl.arange(0, BN)
-    group = tl.program_id(0) * (BN // GROUP) + tl.arange(0, BN // GROUP)
+    tile = ready(tl.program_id(0))
+    item = tile * BN + tl.arange(0, BN)
+    group = tile * (BN // GROUP) + tl.arange(0, BN // GROUP)
     d = tl.arange(0, PD)
     place = weight + item.to(tl.int64)[:, None] * weight_row + d[None, :]
     items = tl.trans(tl.load(place, mask=(item < N)[:, None] & (d < D)[None, :], other=0.0))
@@ -85,12 +87,12 @@ def largest(key, K: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def select_kernel(  # type: ignore[no-untyped-def]
+def grc_select_topk(  # type: ignore[no-untyped-def]
     keys, best, picked, found, values, items, N, GROUPS,
     K: tl.constexpr, GROUP: tl.constexpr, PG: tl.constexpr, PC: tl.constexpr, ROOM: tl.constexpr,
     RANKED: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    row = ready(tl.program_id(0)).to(tl.int64)
     group = tl.arange(0, PG)
     tops = tl.load(best + row * GROUPS + group, mask=group < GROUPS, other=0).to(tl.int32)
     place, least = largest(tl.where(group < GROUPS, tops, -0x8001), K)
@@ -161,7 +163,7 @@ def score_topk(
     rows, group = flat.shape[0], group_of(items, k)
     groups = triton.cdiv(items, group)
     keys, best = (flat.new_empty(rows, count, dtype=torch.int16) for count in (items, groups))
-    wrap_triton(key_kernel)[(triton.cdiv(items, ITEMS), triton.cdiv(rows, SPAN))](
+    wrap_triton(grc_score_keys)[(triton.cdiv(items, ITEMS), triton.cdiv(rows, SPAN))](
         flat, weight, flat if bias is None else bias.contiguous(), keys, best, rows, items, groups,
         flat.stride(0), weight.stride(0), D=width, PD=lanes(width), BIASED=bias is not None,
         BR=ROWS, SPAN=SPAN, BN=ITEMS, GROUP=group, num_warps=4,
@@ -170,7 +172,7 @@ def score_topk(
     picked, found = flat.new_empty(rows, k, dtype=torch.int32), flat.new_empty(rows, room, dtype=torch.int64)
     values, indices = flat.new_empty(rows, k), flat.new_empty(rows, k, dtype=torch.int64)
     most = max(lanes(groups), lanes(k * group))
-    wrap_triton(select_kernel)[(rows,)](
+    wrap_triton(grc_select_topk)[(rows,)](
         keys, best, picked, found, values, indices, items, groups, K=k, GROUP=group, PG=lanes(groups),
         PC=lanes(k * group), ROOM=room, RANKED=0 if room > RANKED else min(room, RANKED // 2),
         num_warps=min(max(most // 512, 4), 16),

@@ -12,8 +12,9 @@ import torch
 from torch.library import wrap_triton
 
 from grc.kernels.attention.triton import able as attention_able
+from grc.kernels.dependent import ready
 from grc.kernels.gpu_op import registering
-from grc.kernels.rows import tl, triton
+from grc.kernels.rows import sigmoid, tl, triton
 from grc.kernels.small_linear.triton import TILE, activate
 from grc.kernels.tiles import lanes
 
@@ -33,7 +34,7 @@ def heads(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def attention_linear_kernel(  # type: ignore[no-untyped-def]
+def grc_attention_linear(  # type: ignore[no-untyped-def]
     q, k, v, weight, bias, add, out, N, M, COLUMNS, add_row,
     qb, qn, qh, qd, kb, km, kh, kd, vb, vm, vh, vd,
     SCALE: tl.constexpr, GAIN: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr,
@@ -41,12 +42,12 @@ def attention_linear_kernel(  # type: ignore[no-untyped-def]
     BIASED: tl.constexpr, ACTIVATION: tl.constexpr, ADD: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(COLUMNS, BN)
-    user = (tl.program_id(0) // across).to(tl.int64)
     column = (tl.program_id(0) % across) * BN + tl.arange(0, BN)
     head, step, d, w = tl.arange(0, PH), tl.arange(0, BS), tl.arange(0, PD), tl.arange(0, PV)
     wide, deep = column < COLUMNS, (head < H)[:, None] & (w < V)[None, :]
     place = column[None, None, :] * (H * V) + (head[:, None] * V + w[None, :])[:, :, None]
     right = tl.load(weight + place, mask=deep[:, :, None] & wide[None, None, :], other=0.0)
+    user = (ready(tl.program_id(0)) // across).to(tl.int64)
     queries = heads(q, user, step, head, d, qb, qn, qh, qd, N, H, D)
     keys = heads(k, user, step, head, d, kb, km, kh, kd, M, H, D)
     values = heads(v, user, step, head, w, vb, vm, vh, vd, M, H, V)
@@ -60,7 +61,7 @@ def attention_linear_kernel(  # type: ignore[no-untyped-def]
     if CAUSAL:
         seen = seen & (step[None, None, :] <= step[None, :, None])
     if KIND == 2:
-        part = tl.where(seen, score / (1.0 + tl.exp(-score)), 0.0)
+        part = tl.where(seen, score * sigmoid(score), 0.0)
     else:
         score = tl.where(seen, score, float("-inf"))
         part = tl.exp(score - tl.max(score, 2)[:, :, None])
@@ -107,7 +108,7 @@ def attention_linear(
     last = last if last.stride(-1) == 1 else last.contiguous()
     out = q.new_empty(batch, queries, columns)
     programs = triton.cdiv(columns, TILE)
-    wrap_triton(attention_linear_kernel)[(batch * programs,)](
+    wrap_triton(grc_attention_linear)[(batch * programs,)](
         q, k, v, weight, q if bias is None else bias, last, out,
         queries, k.shape[1], columns, last.stride(0), *q.stride(), *k.stride(), *v.stride(),
         SCALE=scale, GAIN=gain,  # as arguments they would be float64 in a package

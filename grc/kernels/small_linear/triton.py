@@ -16,8 +16,9 @@ import torch
 from torch.library import wrap_triton
 
 from grc.errors import LoweringError
+from grc.kernels.dependent import ready
 from grc.kernels.gpu_op import registering
-from grc.kernels.rows import tl, triton
+from grc.kernels.rows import sigmoid, tl, triton
 
 # The fastest on an H200 for layers of 400 to 2048 columns: of one row, and of 10 to 40.
 COLUMNS = 2  # of a program with one row
@@ -35,13 +36,13 @@ def activate(v, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
     elif ACTIVATION == 2:
         v = 0.5 * v * (1 + tl.erf(v * 0.7071067811865476))
     elif ACTIVATION == 3:
-        v = v * tl.sigmoid(1.5957691216057308 * (v + 0.044715 * v * v * v))
+        v = v * sigmoid(1.5957691216057308 * (v + 0.044715 * v * v * v))
     elif ACTIVATION == 4:
-        v = v * tl.sigmoid(v)
+        v = v * sigmoid(v)
     elif ACTIVATION == 5:
-        v = tl.sigmoid(v)
+        v = sigmoid(v)
     elif ACTIVATION == 6:
-        v = 2 * tl.sigmoid(2 * v) - 1
+        v = 2 * sigmoid(2 * v) - 1
     return v
 
 
@@ -51,17 +52,18 @@ def row_of(x, at, step, seen):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def small_linear_kernel(  # type: ignore[no-untyped-def]
+def grc_small_linear(  # type: ignore[no-untyped-def]
     x, weight, bias, mul, add, scale, shift, out, R, N, K, x_row, mul_row, add_row,
     BIASED: tl.constexpr, ACTIVATION: tl.constexpr, MUL: tl.constexpr, ADD: tl.constexpr,
     NORM: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr, EPS: tl.constexpr,
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(N, BN)
-    first = (tl.program_id(0) // across).to(tl.int64) * ROWS
     column, k = (tl.program_id(0) % across) * BN + tl.arange(0, BN), tl.arange(0, BK)
     wide = column < N
     rights = weight + column[:, None] * K + k[None, :]
+    held = tl.load(rights, mask=wide[:, None] & (k < K)[None, :], other=0.0)
+    first = (ready(tl.program_id(0)) // across).to(tl.int64) * ROWS
     start = tl.zeros([BN], tl.float32)
     if BIASED:
         start += tl.load(bias + column, mask=wide, other=0.0).to(tl.float32)
@@ -76,7 +78,9 @@ def small_linear_kernel(  # type: ignore[no-untyped-def]
     for block in tl.static_range(BLOCKS):
         at = block * BK
         deep = k < K - at
-        right = tl.load(rights + at, mask=wide[:, None] & deep[None, :], other=0.0).to(tl.float32)
+        if block > 0:
+            held = tl.load(rights + at, mask=wide[:, None] & deep[None, :], other=0.0)
+        right = held.to(tl.float32)
         if SHIFTED:
             shifts = tl.load(shift + k, mask=deep, other=0.0).to(tl.float32)
         if SCALED:
@@ -113,7 +117,7 @@ def small_linear_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def tile_linear_kernel(  # type: ignore[no-untyped-def]
+def grc_tile_linear(  # type: ignore[no-untyped-def]
     x, weight, bias, mul, add, scale, shift, out, R, N, K, x_row, mul_row, add_row,
     BIASED: tl.constexpr, ACTIVATION: tl.constexpr, MUL: tl.constexpr, ADD: tl.constexpr,
     NORM: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr, EPS: tl.constexpr,
@@ -121,19 +125,17 @@ def tile_linear_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """The same on the tensor cores: each warp takes a part of the depth."""
     across = tl.cdiv(N, BN)
-    row = (tl.program_id(0) // across).to(tl.int64) * BM + tl.arange(0, BM)
     column = (tl.program_id(0) % across) * BN + tl.arange(0, BN)
     k = tl.arange(0, PARTS)[:, None] * BK + tl.arange(0, BK)[None, :]
     deep = k < K
     # Rows and columns beyond the last are the last once more, and not stored.
-    near, close = tl.minimum(row, R - 1), tl.minimum(column, N - 1)
+    close = tl.minimum(column, N - 1)
     rights = weight + close[None, None, :] * K + k[:, :, None]
+    right = tl.load(rights) if WHOLE else tl.load(rights, mask=deep[:, :, None], other=0.0)
+    row = (ready(tl.program_id(0)) // across).to(tl.int64) * BM + tl.arange(0, BM)
+    near = tl.minimum(row, R - 1)
     lefts = x + near[None, :, None] * x_row + k[:, None, :]
-    if WHOLE:
-        right, left = tl.load(rights), tl.load(lefts)
-    else:
-        right = tl.load(rights, mask=deep[:, :, None], other=0.0)
-        left = tl.load(lefts, mask=deep[:, None, :], other=0.0)
+    left = tl.load(lefts) if WHOLE else tl.load(lefts, mask=deep[:, None, :], other=0.0)
     if SCALED:
         scales = tl.load(scale + k, mask=deep, other=0.0)
     if SHIFTED:
@@ -208,10 +210,10 @@ def small_linear(
     steps, block = steps_of(x.shape[:-1]), triton.next_power_of_2(depth)
     if steps > 1 and x.dtype != torch.float32 and on_tensor_cores(depth, eps is not None):
         parts, across = (4, TILE) if depth <= NORMALISED else (8, TILE // 2)
-        kernel, high, block = tile_linear_kernel, TILE, max(block // parts, 16)
+        kernel, high, block = grc_tile_linear, TILE, max(block // parts, 16)
         sizes = dict(BM=TILE, BN=across, PARTS=parts, BK=block, WHOLE=depth == parts * block, num_warps=parts)
     else:
-        kernel, high, across = small_linear_kernel, at_once(steps), COLUMNS if steps == 1 else STEP_COLUMNS
+        kernel, high, across = grc_small_linear, at_once(steps), COLUMNS if steps == 1 else STEP_COLUMNS
         block = min(DEPTH, block)
         sizes = dict(ROWS=high, BN=across, BK=block, BLOCKS=triton.cdiv(depth, block))
         sizes["num_warps"] = 1 if depth <= ONE_WARP else 4 if steps == 1 else 2

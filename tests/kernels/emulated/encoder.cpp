@@ -8,7 +8,7 @@ extern "C" const char* encode(const void* x, void* y, const void* weights, const
                             static_cast<const float*>(vectors), layers};
   try {
     for (int user = 0; user < users; user++)
-      emulated::run(user, CLUSTER, grc::ENCODER_THREADS, seed + user, [&] { encoder(p); });
+      emulated::run(user, CLUSTER, grc::ENCODER_THREADS, seed + user, [&] { grc_encoder(p); });
   } catch (const std::exception& error) {
     message = error.what();
     return message.c_str();

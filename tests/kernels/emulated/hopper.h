@@ -267,6 +267,7 @@ void meet() {
 inline unsigned char* block_memory() { return emulated::block().memory; }
 inline int rank() { return emulated::cluster->running->block; }
 inline void meet_cluster() { emulated::meet(emulated::cluster->meeting, static_cast<int>(emulated::cluster->fibers.size())); }
+inline void ready() {}
 
 inline u32 local(const void* shared) {
   const auto offset = static_cast<const unsigned char*>(shared) - block_memory();
