@@ -6,6 +6,7 @@ import os
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -385,8 +386,8 @@ def test_a_chain_of_layers_takes_the_tensor_cores(rows: int, monkeypatch: pytest
 
 
 @pytest.mark.usefixtures("hopper")
-def test_a_chain_of_layers_is_launched_for_few_or_many_rows() -> None:
-    """AOTInductor's view of an unknown batch: two launches, of which one has no programs, and nothing is copied for them."""
+def test_a_chain_of_layers_is_launched_for_few_some_or_many_rows() -> None:
+    """AOTInductor's view of an unknown batch: three launches, of which two have no programs, and nothing is copied for them."""
     from torch._functorch.aot_autograd import aot_export_module
 
     layer_chain.register()
@@ -404,12 +405,30 @@ def test_a_chain_of_layers_is_launched_for_few_or_many_rows() -> None:
     program = torch.export.export(Model(), inputs, dynamic_shapes=({0: batch},) * 3, strict=False)
     traced, _ = aot_export_module(program.module(), inputs, trace_joint=False)
     launches = [node for node in traced.graph.nodes if "triton_kernel_wrapper_functional" in str(node.target)]
-    assert [node.kwargs["tensors_to_clone"] for node in launches] == [["y0", "y1"]] * 2
+    assert [node.kwargs["tensors_to_clone"] for node in launches] == [["y0", "y1"]] * 3
     assert not [node for node in traced.graph.nodes if "copy" in str(node.target) or "clone" in str(node.target)]
 
 
-@pytest.mark.parametrize("rows", [0, 1, layer_chain.FEW, layer_chain.FEW + 1, 10**6])
-def test_one_of_both_launches_is_asked_for(rows: int) -> None:
-    (chosen, asked), *others = layer_chain.configs([(steps.WIDE, 0, 0, 64, 500, 512, -1, 4, 1, 0)], rows)
-    assert asked == 1 and not others
-    assert (chosen.rows, chosen.shares) == ((16, 4) if rows <= layer_chain.FEW else (64, 1))
+FEW, SOME = layer_chain.FEW, layer_chain.SOME
+
+
+@pytest.mark.parametrize("rows", [0, 1, FEW, FEW + 1, SOME, SOME + 1, 10**6])
+@pytest.mark.parametrize("known", [True, False])
+def test_one_launch_is_asked_for(rows: int, known: bool) -> None:
+    """Of as many as there are for an unknown number of rows."""
+    count = rows if known else np.int64(rows)  # as a size that torch does not know, it is no int
+    wide = [(steps.WIDE, 0, 0, 64, 500, 512, -1, 4, 1, 0)]
+    chosen = [config for config, asked in layer_chain.configs(wide, count) if asked]
+    assert chosen == [(16, 4) if rows <= FEW else (64, 4) if rows <= SOME else (64, 1)]
+
+
+@pytest.mark.parametrize("steps_of_a_user", [10, 50, 200])
+@pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize("heads", [1, 8, 255, 256, 10**5])
+def test_attention_is_launched_once(heads: int, masks: bool, steps_of_a_user: int) -> None:
+    for known in (heads, np.int64(heads)):
+        chosen = [c for c, asked in attention.configs(steps_of_a_user, steps_of_a_user, known, masks) if asked]
+        many = heads * -(-steps_of_a_user // 64) >= attention.FULL
+        assert len(chosen) == 1 and chosen[0].queries <= max(16, 2 * steps_of_a_user)
+        if steps_of_a_user == 200:
+            assert chosen[0] == (attention.FEW if not many else attention.MANY_WITH_MASKS if masks else attention.MANY)

@@ -19,7 +19,10 @@ from grc.kernels.layer_chain import decode, outputs
 from grc.kernels.rows import tl, triton
 from grc.kernels.small_linear.triton import activate
 
-FEW = 3072  # rows, up to which many small programs are faster
+# The fastest on an H200 for 200 to 25,600 rows. A wide layer at the end is shared by several programs, as long as that many
+# fit on the device at once.
+FEW, SOME = 1024, 4800  # rows up to which programs have 16 of them, and up to which those of 64 share a wide layer
+NARROW = 4096  # rows up to which programs have 16 of them where no layer is wide
 BLOCK = tl.constexpr(128)  # columns of a wide layer at a time
 
 INPUT = tl.constexpr(kinds.INPUT)
@@ -196,17 +199,22 @@ def layer_chain(
 
 
 def configs(steps: Sequence[kinds.Step], count: Any) -> list[tuple[Config, Any]]:
-    """How to launch for a number of rows, each way with 1 or 0: of two, where it is unknown, a run takes one.
+    """How to launch for a number of rows, each way with 1 or 0: of several, where it is unknown, a run takes one.
 
     Few rows lie in many small programs, which share the columns of wide layers; of many rows a program takes more, since
     every one of them reads the weights.
     """
-    wide = max((step[5] for step in steps if step[0] == kinds.WIDE), default=BLOCK.value)
-    few, many = Config(16, int(wide) // BLOCK.value), Config(64, 1)
+    wide = max((int(step[5]) // BLOCK.value for step in steps if step[0] == kinds.WIDE), default=1)
+    smaller = [(Config(16, wide), FEW), (Config(64, min(wide, 4)), SOME)] if wide > 1 else [(Config(16, 1), NARROW)]
+    most = Config(64, 1)
     if isinstance(count, int):
-        return [(few if count <= FEW else many, 1)]
-    asked = torch.sym_min(FEW // torch.sym_max(count, 1), 1)
-    return [(few, asked), (many, 1 - asked)]
+        return [(next((config for config, limit in smaller if count <= limit), most), 1)]
+    found, fewer = [], 0
+    for config, limit in smaller:
+        asked = torch.sym_min(limit // torch.sym_max(count, 1), 1)
+        found.append((config, asked - fewer))
+        fewer = asked
+    return [*found, (most, 1 - fewer)]
 
 
 register = registering(layer_chain)
