@@ -22,6 +22,7 @@ from grc.kernels.rows import sigmoid, tl, triton
 
 # The fastest on an H200 for layers of 400 to 2048 columns: of one row, and of 10 to 40.
 COLUMNS = 2  # of a program with one row
+FEW = 4  # rows of single steps up to which every program takes one
 STEPS, STEP_COLUMNS = 5, 4  # of a program with several rows, at most
 DEPTH = 2048  # numbers of a column that are read at once
 ONE_WARP = 1024  # numbers up to which one warp is enough for that
@@ -207,19 +208,29 @@ def small_linear(
         BIASED=bias is not None, ACTIVATION=activation, MUL=mul is not None, ADD=add is not None
     )
     given |= dict(NORM=eps is not None, SCALED=scale is not None, SHIFTED=shift is not None, EPS=eps or 0.0)
-    steps, block = steps_of(x.shape[:-1]), triton.next_power_of_2(depth)
-    if steps > 1 and x.dtype != torch.float32 and on_tensor_cores(depth, eps is not None):
-        parts, across = (4, TILE) if depth <= NORMALISED else (8, TILE // 2)
-        kernel, high, block = grc_tile_linear, TILE, max(block // parts, 16)
-        sizes = dict(BM=TILE, BN=across, PARTS=parts, BK=block, WHOLE=depth == parts * block, num_warps=parts)
-    else:
-        kernel, high, across = grc_small_linear, at_once(steps), COLUMNS if steps == 1 else STEP_COLUMNS
-        block = min(DEPTH, block)
-        sizes = dict(ROWS=high, BN=across, BK=block, BLOCKS=triton.cdiv(depth, block))
-        sizes["num_warps"] = 1 if depth <= ONE_WARP else 4 if steps == 1 else 2
-    grid = (triton.cdiv(count, high) * triton.cdiv(columns, across),)
-    wrap_triton(kernel)[grid](*operands, **given, **sizes)
+    for kernel, high, across, sizes, asked in ways(x, count, depth, eps is not None):
+        grid = (triton.cdiv(count, high) * triton.cdiv(columns, across) * asked,)
+        wrap_triton(kernel)[grid](*operands, **given, **sizes)
     return out.reshape(*x.shape[:-1], columns)
+
+
+def ways(x: torch.Tensor, count: Any, depth: int, norm: bool) -> list[tuple[Any, int, int, dict[str, int], Any]]:
+    """How to launch: the kernel, its rows and columns, its sizes, and 1 or 0: of two, for rows whose number is unknown, a run
+    takes one."""
+    steps, wide, half = steps_of(x.shape[:-1]), triton.next_power_of_2(depth), x.dtype != torch.float32
+    high, across, block = at_once(steps), COLUMNS if steps == 1 else STEP_COLUMNS, min(DEPTH, wide)
+    warps = 1 if depth <= ONE_WARP else 4 if steps == 1 else 2
+    plain = dict(ROWS=high, BN=across, BK=block, BLOCKS=triton.cdiv(depth, block), num_warps=warps)
+    parts, beside = (4, TILE) if depth <= NORMALISED else (8, TILE // 2)
+    block = max(wide // parts, 16)
+    tiled = dict(BM=TILE, BN=beside, PARTS=parts, BK=block, WHOLE=depth == parts * block, num_warps=parts)
+    few, many = (grc_small_linear, high, across, plain), (grc_tile_linear, TILE, beside, tiled)
+    if steps > 1 or not half or depth > DEPTH:
+        return [(*(many if steps > 1 and half and on_tensor_cores(depth, norm) else few), 1)]
+    if isinstance(count, int):
+        return [(*(few if count <= FEW else many), 1)]
+    asked = torch.sym_min(FEW // torch.sym_max(count, 1), 1)
+    return [(*few, asked), (*many, 1 - asked)]
 
 
 def steps_of(sizes: Sequence[Any]) -> int:
