@@ -25,6 +25,7 @@ class Recorded:
     graph: torch.cuda.CUDAGraph
     answers: Sequence[torch.Tensor]
     tells: bool  # whether it tells the host of numbers that are not finite
+    early: int  # kernels of it that begin before those that they follow have ended
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Bucket:
     host: Tensors
     device: Tensors
     answers: Tensors
+    early: bool = True  # whether its graphs let kernels begin early, where any can
     graphs: dict[tuple[bool, bool, bool], Recorded] = field(default_factory=dict)
     cuts: dict[tuple[int, bool], Cut] = field(default_factory=dict)
     lent: list[StorageWeakRef] = field(default_factory=list)

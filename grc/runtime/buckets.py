@@ -18,7 +18,7 @@ import torch
 from grc.errors import ArtifactError, first_line
 from grc.runtime.answers import Answers, hold_nan
 from grc.runtime.bucket import Bucket, Recorded, narrowed
-from grc.runtime.edges import instantiate
+from grc.runtime.edges import faster, instantiate
 from grc.runtime.mapped import BY_KERNEL, copy_by_kernel, find_strange, mapped, telling
 from grc.runtime.plan import Plan, layout, views
 
@@ -139,27 +139,39 @@ class Lane:
         if plan.buckets:
             largest = plan.buckets[-1]
             taken, given = (layout(specs, largest)[1] for specs in (plan.inputs, plan.outputs))
-            self.host_in, self.host_out = pinned(taken), pinned(given)
+            self.host_in, self.host_out = pinned(taken).zero_(), pinned(given)  # zeros are ids of every table
             self.device_in = torch.zeros(taken, dtype=torch.uint8, device=self.device)
             # The largest first: the smaller ones then fit into the memory that its capture left in the pool.
             for batch in reversed(plan.buckets):
                 host, answers = views(self.host_in, plan.inputs, batch), views(self.host_out, plan.outputs, batch)
                 bucket = Bucket(batch, host, views(self.device_in, plan.inputs, batch), answers)
                 self.warm_up(bucket.device, batch)
-                self.recorded(bucket, True, True)
+                self.settle(bucket)
                 self.buckets[batch] = bucket
+
+    def settle(self, bucket: Bucket) -> None:
+        """Record the graph that most requests need, with kernels that begin early where that is faster."""
+        found = self.record(bucket, True, True, True)
+        if found.early:
+            bucket.early = False
+            plain = self.record(bucket, True, True, True)
+            with torch.cuda.stream(self.stream):
+                bucket.early = faster(found.graph, plain.graph)
+            found = found if bucket.early else plain
+        bucket.graphs[True, True, True] = found
 
     def recorded(self, bucket: Bucket, taken: bool, given: bool, told: bool = True) -> Recorded:
         """The bucket's graph: whether it copies the request from pinned memory, small answers to it, and whether it tells of
-        NaN.
+        NaN. Captured when a request first needs it."""
+        key = taken, given, told
+        return bucket.graphs.get(key) or bucket.graphs.setdefault(key, self.record(bucket, *key))
 
-        Captured when a request first needs it. Requests are one copy, since they lie in one arena; a kernel makes it by
-        reading the host's memory itself: between the copy engine and the multiprocessors a graph waits longer than that
-        takes. The same goes for answers.
+    def record(self, bucket: Bucket, taken: bool, given: bool, told: bool) -> Recorded:
+        """Capture a graph of a bucket.
+
+        Requests are one copy, since they lie in one arena; a kernel makes it by reading the host's memory itself: between
+        the copy engine and the multiprocessors a graph waits longer than that takes. The same goes for answers.
         """
-        found = bucket.graphs.get((taken, given, told))
-        if found is not None:
-            return found
         self.stream.synchronize()
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         used = layout(self.plan.inputs, bucket.batch)[1]
@@ -175,9 +187,7 @@ class Lane:
             if given:
                 out = [i for i in range(len(kept)) if i not in bucket.apart]
                 copy_by_kernel([mapped(bucket.answers[i]) for i in out], [kept[i] for i in out])
-        instantiate(graph)
-        found = bucket.graphs[taken, given, told] = Recorded(graph, kept, tells)
-        return found
+        return Recorded(graph, kept, tells, instantiate(graph, bucket.early))
 
     def warm_up(self, device: Tensors, batch: int) -> None:
         with torch.cuda.stream(self.stream):

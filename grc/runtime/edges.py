@@ -2,19 +2,22 @@
 
 Kernels of grc wait where they first touch what others write (`grc.kernels.dependent`), and their names begin with PREFIX.
 AOTInductor launches kernels one after another's end, so a capture orders them so; here the edges into such kernels become
-programmatic (CUDA driver API, CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC), which saves about a third of a launch.
+programmatic (CUDA driver API, CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC). That saves about a third of a small kernel's time, and
+can cost more where large ones stand in each other's way: each bucket is measured both ways.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import statistics
 
 import torch
 
 from grc.errors import ArtifactError
 
 PREFIX = b"grc_"
+TURNS = 15  # of the replays that decide
 KERNEL, PROGRAMMATIC = 0, 1  # of CUgraphNodeType; of CUgraphDependencyType, and the port of a kernel with its name
 
 
@@ -51,14 +54,29 @@ def call(name: str, *arguments: object) -> None:
         raise ArtifactError(f"a captured graph can't be edited: {name} answers {result}", "update the GPU's driver")
 
 
-def instantiate(graph: torch.cuda.CUDAGraph) -> int:
+def instantiate(graph: torch.cuda.CUDAGraph, early: bool) -> int:
     """Make a captured graph, one that was kept, ready to be replayed. Answers with how many of its kernels begin early.
 
     Raises ArtifactError when the driver refuses to edit it.
     """
-    early = begin_early(graph.raw_cuda_graph()) if driver() else 0
+    count = begin_early(graph.raw_cuda_graph()) if early and driver() else 0
     graph.instantiate()
-    return early
+    return count
+
+
+def faster(one: torch.cuda.CUDAGraph, other: torch.cuda.CUDAGraph) -> bool:
+    """Whether one graph is the faster of two, replayed in turns on the current stream."""
+    times: list[list[float]] = [[], []]
+    for turn in range(TURNS + 2):
+        for graph, measured in zip((one, other), times, strict=True):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if turn >= 2:
+                measured.append(begin.elapsed_time(end))
+    return statistics.median(times[0]) < statistics.median(times[1])
 
 
 def begin_early(graph: int) -> int:

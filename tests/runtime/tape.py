@@ -54,7 +54,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(buckets, "pinned", lambda count: torch.empty(count, dtype=torch.uint8))
     monkeypatch.setattr(buckets, "mapped", lambda host: host)
     monkeypatch.setattr(buckets, "on", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(buckets, "instantiate", lambda graph: None)
+    monkeypatch.setattr(buckets, "instantiate", lambda graph, early: 0)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
     monkeypatch.setattr(torch.cuda, "graph", capturing)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)

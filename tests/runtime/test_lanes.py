@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from grc.errors import ArtifactError
-from grc.runtime import bucket
+from grc.runtime import bucket, buckets
 from grc.runtime.buckets import Buckets, Lane
 from grc.runtime.plan import Plan
 from tests.runtime.tape import install
@@ -75,6 +75,27 @@ def test_replays_answer_every_size_and_run_the_model_no_more() -> None:
         found = run(inputs)
         assert all(map(torch.equal, found, expected(inputs))) and len(found) == 2
     assert len(calls) == 12
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_the_faster_of_both_graphs_is_kept(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With kernels that begin early, and without; a bucket's other graphs are as the one that was kept."""
+    begun: list[bool] = []
+
+    def instantiate(graph: Any, early: bool) -> int:
+        begun.append(early)
+        return 2 if early else 0
+
+    monkeypatch.setattr(buckets, "instantiate", instantiate)
+    monkeypatch.setattr(buckets, "faster", lambda early, plain: faster)
+    run = Buckets(lambda told: model([], told), plan((1, 4)), counts=True)
+    lane = lane_of(run)
+    assert begun == [True, False] * 2
+    for one in lane.buckets.values():
+        assert one.early == faster
+        assert {lane.recorded(one, taken, True).early for taken in (True, False)} == {2 if faster else 0}
+    inputs = request(3)
+    assert all(map(torch.equal, run(inputs), expected(inputs)))
 
 
 def test_answers_stay_when_other_requests_follow() -> None:
