@@ -13,6 +13,7 @@ from torch import fx
 from grc.graph.cost import bytes_of
 from grc.graph.match import argument, aten, attribute, constant_list, is_op, same_shape, same_size, shape, static, value
 from grc.graph.rewrite import Rewriter, is_impure
+from grc.passes.aliases import composite, one_name
 from grc.passes.batch_norms import norm_after_linear, norm_before_linear
 from grc.passes.manager import Change, Pass
 from grc.passes.pairs import pairs_of_cats, pairs_of_loop, sum_of_loop
@@ -338,6 +339,8 @@ def negative_possible(ids: fx.Node) -> bool:
 
 RULES: tuple[Rule, ...] = (
     drop_alias,
+    one_name,
+    composite,
     fold_constant,
     view_of_constant,
     canonical_reshape,
