@@ -17,7 +17,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.export import Dim
 
-from grc.errors import CaptureError, ModelFileError
+from grc.errors import CaptureError, ModelFileError, first_line
 from grc.graph.faults import explain, find_fault, hint_for
 from grc.graph.flat import flat_graph, followed_data, model_lines, quiet_export, without_fast_path
 from grc.graph.model_file import Model, user_line
@@ -120,6 +120,8 @@ def capture(model: Model) -> Source:
         source = describe(model, graph, names, sizes, structure, smallest, mode)
         fault = find_fault(source)
         if fault is None:
+            if pinned(source):
+                unpin(source)
             if written := [name.removeprefix("model.") for name in graph.meta.pop("written")]:
                 source.notes.append(
                     f"forward changes {', '.join(written)}: an artifact keeps it as it was when compiled"
@@ -129,6 +131,33 @@ def capture(model: Model) -> Source:
     mode, reason, cause = failures[0]
     line = (user_line(cause, model.file) if cause else None) or (str(model.file) if model.file else model.name)
     raise CaptureError(f"{line}: {reason}", hint_for(reason)) from cause
+
+
+def pinned(source: Source) -> bool:
+    """Whether the trace recorded one batch size, as it does where forward compares sizes in Python."""
+    recorded = [node.meta["val"].shape for node in source.graph.graph.nodes if node.op == "placeholder"]
+    return any(
+        not size.constant and (isinstance(have, int) or have.node.expr.is_number)
+        for shape, sizes in zip(recorded, source.sizes, strict=True)
+        for have, size in zip(shape, sizes, strict=True)
+    )
+
+
+def unpin(source: Source) -> None:
+    """Export the flat graph once more: what forward does in Python is no longer in it, and passes read the sizes it records."""
+    first, inputs = source.graph, source.inputs(EXPORT_BATCH)
+    shapes = collection(inputs, source.sizes, named_dims(source.sizes))
+    try:
+        with torch.no_grad(), quiet_export():
+            again = torch.export.export(first, tuple(inputs), dynamic_shapes=shapes, strict=False)
+        source.graph = flat_graph(again)
+        source.graph.meta = dict(first.meta)
+        fault = find_fault(source)
+    except Exception as error:  # torch.export raises anything
+        fault = first_line(error)
+    if fault is not None:
+        source.graph = first
+        source.notes.append(f"the trace holds for one batch size, and passes that read sizes may be left out: {fault}")
 
 
 def input_names(model: Model, structure: Json) -> list[str]:

@@ -289,6 +289,23 @@ class TestSizes:
 
 
 class TestSharedMemory:
+    def test_sizes_that_are_compared_in_python(self) -> None:
+        """The exporter records one batch size then, and passes would take it for a constant."""
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            if int(x.shape[0]) != int(y.shape[0]):
+                raise ValueError("rows differ")
+            self.norm.num_batches_tracked += 1
+            return torch.cat([torch.einsum("ij,jk->ijk", x, self.layer.weight), self.table(y)], 1)
+
+        parts = {"table": nn.Embedding(10, 4), "layer": nn.Linear(4, 3), "norm": nn.BatchNorm1d(4)}
+        source = captured(Forward(forward, **parts), lambda b: (rows(b, 3), ids(b, 2)))
+        nodes = [node for node in source.graph.graph.nodes if node.op in ("placeholder", "call_function")]
+        recorded = [node.meta["val"].shape[0] for node in nodes]
+        batch = recorded[0].node.expr
+        assert batch.is_symbol and all(size.node.expr == batch for size in recorded if not isinstance(size, int))
+        assert [note.partition(" ")[0] for note in source.notes] == ["forward"]
+
     def test_one_tensor_given_twice_is_two_inputs(self) -> None:
         def inputs(b):
             x = rows(b, 3)
