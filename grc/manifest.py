@@ -49,7 +49,7 @@ def describe(
     parts = [part_entry(candidate, store, target) for candidate in choice.parts]
     cut = [stage_entry(stage, source, store, target) for stage in stages]
     store.write(folder / "weights.safetensors")
-    write_golden(source, choice, folder)
+    write_golden(source, options.max_batch, folder)
     if lowered is not None:
         lowered.write(folder / "calibration.safetensors")
     (folder / "graph.txt").write_text(show(graph))
@@ -165,9 +165,11 @@ def parameter_names(module: nn.Module, structure: Any) -> list[str]:
 
 
 @torch.no_grad()
-def write_golden(source: Source, choice: Choice, folder: Path) -> None:
-    """Requests with the model's own answers: what every copy of the artifact must repeat."""
-    batches = sorted({max(source.min_batch, b) for b in (1, 2, 5, 16)})[:GOLDEN] if source.dynamic else [1]
+def write_golden(source: Source, largest: int, folder: Path) -> None:
+    """Requests with the model's own answers: what every copy of the artifact must repeat. None is larger than the largest
+    batch."""
+    wanted = {min(largest, max(source.min_batch, b)) for b in (1, 2, 5, 16)}
+    batches = sorted(wanted)[:GOLDEN] if source.dynamic else [1]
     tensors: dict[str, torch.Tensor] = {}
     for index, batch in enumerate(batches):
         for i, tensor in enumerate(source.inputs(batch)):

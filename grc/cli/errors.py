@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from grc.cli import ending
 from grc.errors import GrcError
 
 FAILED = 1
@@ -36,6 +37,8 @@ class Failing:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is not None and isinstance(ending.asked, SystemExit):
+            raise ending.asked
         if isinstance(error, KeyboardInterrupt):
             say("interrupted; nothing was written")
             raise typer.Exit(INTERRUPTED) from error

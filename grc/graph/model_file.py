@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from grc.errors import ModelFileError
+from grc.runtime.structure import fresh
 
 MACHINERY = (Path(torch.__file__).parent, Path(__file__).parents[1])  # torch's code, and grc's
 
@@ -59,6 +60,9 @@ def load_model(spec: str | Path) -> Model:
     return declared(module, path, name)
 
 
+RAISED = (Exception, SystemExit)  # a file that ends Python would end the compiler, and look like success
+
+
 def split_spec(spec: str) -> tuple[Path, str | None]:
     head, colon, name = spec.rpartition(":")
     if colon and head.endswith(".py"):
@@ -85,7 +89,7 @@ def run_file(path: Path) -> Any:
     except ImportError as error:
         hint = f"pip install {error.name.partition('.')[0]}" if error.name else "check the model file's imports"
         raise ModelFileError(f"{path} can't be imported: {error}", hint) from error
-    except Exception as error:
+    except RAISED as error:
         line = user_line(error, path) or str(path)
         raise ModelFileError(
             f"{line}: {type(error).__name__}: {error}", f"the file must run by itself: python {path}"
@@ -107,7 +111,7 @@ def declared(module: Any, path: Path, name: str | None) -> Model:
         raise ModelFileError(f"{path} has no get_inputs(batch)", "define get_inputs(batch) -> tuple or dict of tensors")
     try:
         model = factory()
-    except Exception as error:
+    except RAISED as error:
         line = user_line(error, path) or str(path)
         raise ModelFileError(f"{line}: {factory.__name__}() raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
@@ -206,13 +210,13 @@ def calling(
         try:
             with seeded(batch):
                 value = get_inputs(batch)
-        except Exception as error:
+        except RAISED as error:
             line = (user_line(error, path) if path else None) or "get_inputs"
             raise ModelFileError(
                 f"{line}: get_inputs({batch}) raised {type(error).__name__}: {error}",
                 "get_inputs(batch) must work for every batch size from 1 up",
             ) from error
-        return as_call(model, value)
+        return as_call(model, fresh(value))
 
     return inputs
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from grc.errors import InputError
-from grc.runtime.structure import flatten
+from grc.runtime.structure import flatten, leaf_names
 
 
 class Signature:
@@ -36,10 +36,17 @@ class Signature:
         structure = flatten((args, self.ordered(kwargs)), leaves)
         if not same_structure(structure, self.structure):
             raise InputError(
-                f"{self.name} takes inputs structured as in the model's get_inputs: {', '.join(self.inputs)}",
-                "see grc inspect",
+                f"{self.name} takes {', '.join(self.inputs)}; the request holds {', '.join(self.names(structure))}",
+                "nest it as the model's get_inputs does: see grc inspect",
             )
         return leaves
+
+    def names(self, structure: Any) -> list[str]:
+        """The tensors of a request, by their places in it."""
+        args, kwargs = structure["tuple"]
+        named = [(self.parameters[i] if i < len(self.parameters) else f"input{i}") for i in range(len(args["tuple"]))]
+        parts = [*zip(named, args["tuple"], strict=True), *kwargs["dict"].items()]
+        return [name for prefix, part in parts for name in leaf_names(part, prefix)] or ["no tensor"]
 
     def ordered(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         return {key: kwargs[key] for key in self.keywords if key in kwargs} | kwargs

@@ -89,8 +89,37 @@ def flatten_registered(value: Any, leaves: list[torch.Tensor]) -> Json:
         items = {k: flatten(v, leaves) for k, v in value.items()}
         return {"record": type_name(value), "items": items}
     flat, spec = pytree.tree_flatten(value)
-    parts = [flatten(v, leaves) for v in flat]
+    parts = [flatten(v, leaves) for v in (by_lengths(flat) if is_jagged(value) else flat)]
     return {"registered": type_name(value), "spec": pytree.treespec_dumps(spec), "items": parts}
+
+
+JAGGED = ("KeyedJaggedTensor", "JaggedTensor")
+JAGGED_FIELDS = ("values", "weights", "lengths", "offsets")
+
+
+def is_jagged(value: object) -> bool:
+    """True for TorchRec's jagged tensors, which hold the lengths of their bags, or their offsets, or both."""
+    return type(value).__name__ in JAGGED and type(value) in pytree.SUPPORTED_NODES
+
+
+def by_lengths(parts: list[Any]) -> list[Any]:
+    """A jagged tensor's parts with lengths alone: they remember offsets once anybody asks for those."""
+    values, weights, lengths, offsets, *rest = parts
+    if offsets is not None and lengths is None:
+        lengths = offsets.diff()
+    return [values, weights, lengths, None, *rest]
+
+
+def fresh(value: Any) -> Any:
+    """The same inputs with jagged tensors of their own, which hold lengths alone: a model makes others remember offsets."""
+    if not any(map(is_jagged, pytree.tree_leaves(value, is_leaf=is_jagged))):
+        return value
+
+    def own(part: Any) -> Any:
+        flat, spec = pytree.tree_flatten(part)
+        return pytree.tree_unflatten(by_lengths(flat), spec)
+
+    return pytree.tree_map(lambda part: own(part) if is_jagged(part) else part, value, is_leaf=is_jagged)
 
 
 def unflatten(structure: Json, leaves: Sequence[torch.Tensor]) -> Any:
@@ -162,11 +191,10 @@ def leaf_names(structure: Json, prefix: str = "") -> list[str]:
         parts = structure.get("dict") or structure["items"]
         return [n for key, s in parts.items() for n in leaf_names(s, f"{prefix}.{key}" if prefix else key)]
     items = structure.get("items", ())
-    fields = structure.get("fields") or (
-        ["values", "weights", "lengths", "offsets"] if "KeyedJaggedTensor" in structure.get("registered", "") else None
-    )
-    if fields is None or len(fields) < len(items):
-        fields = [str(i) for i in range(len(items))]
+    fields = list(structure.get("fields", ()))
+    if structure.get("registered", "").endswith(tuple(f":{name}" for name in JAGGED)):
+        fields = list(JAGGED_FIELDS)
+    fields += [str(i) for i in range(len(fields), len(items))]
     return [
         n for key, s in zip(fields, items, strict=False) for n in leaf_names(s, f"{prefix}.{key}" if prefix else key)
     ]

@@ -385,7 +385,7 @@ class TestDataclasses:
             assert type(answer) is Answer and type(answer.visit) is Visit and answer.visit.weight is None
             torch.testing.assert_close(answer.score, want.score)
             torch.testing.assert_close(answer.visit.seen, want.visit.seen)
-        with pytest.raises(grc.GrcError, match="structured as in the model's get_inputs"):
+        with pytest.raises(grc.GrcError, match="the request holds"):
             program({**as_dict, "scale": 3.0}, x)
 
 

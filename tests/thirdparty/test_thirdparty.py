@@ -186,3 +186,37 @@ def test_explain_names_the_fusions(name: str, tmp_path: Path) -> None:
 
 
 TORCHS_OWN = ("linear.py", "sparse.py", "container.py", "functional.py", "activation.py", "normalization.py")
+
+
+def test_a_jagged_tensor_is_known_by_lengths_or_offsets(tmp_path: Path) -> None:
+    """TorchRec's remember either once they were asked for, and get_inputs may hand out the same ones again."""
+    jagged = pytest.importorskip("torchrec.sparse.jagged_tensor")
+    kept: dict[int, Any] = {}
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.EmbeddingBag(50, 8, mode="sum", include_last_offset=True)
+
+        def forward(self, features: Any) -> torch.Tensor:
+            return self.table(features.values(), features.offsets()).unflatten(0, (2, -1)).sum(0)
+
+    def inputs(batch: int) -> tuple[Any, ...]:
+        if batch not in kept:
+            lengths = torch.arange(2 * batch) % 3
+            values = torch.arange(int(lengths.sum())) % 50
+            kept[batch] = jagged.KeyedJaggedTensor(keys=["a", "b"], values=values, lengths=lengths)
+        return (kept[batch],)
+
+    model = Pooled().eval()
+    grc.compile(model, inputs, Options(output=tmp_path / "a.grc", engine="eager"))
+    program = grc.load(tmp_path / "a.grc")
+    (given,) = inputs(5)
+    expected = model(given)  # offsets are remembered now
+    by_offsets = jagged.KeyedJaggedTensor.from_offsets_sync(["a", "b"], given.values(), given.offsets())
+    for request in (given, by_offsets):
+        assert torch.allclose(program(request), expected)
+    with pytest.raises(
+        grc.GrcError, match=r"takes features\.values, features\.lengths; the request holds features\[0\]"
+    ):
+        program((given.values(), given.lengths()))
