@@ -94,6 +94,8 @@ def show_closing(summary: dict[str, Any], path: str, count: int) -> None:
     how = f"{', '.join(times)} at batch {speed['batch']}" if times else "not measured"
     put()
     put(f"  {path}   {size(count)}   {how}   largest error {summary['error']:.1e}")
+    for note in summary["notes"]:
+        say(f"note: {note}")
     put(f"  try: grc run {path} --example")
     for step in summary["next"]:
         put(f"       {step}")

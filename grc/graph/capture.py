@@ -256,7 +256,27 @@ def describe(
         out_dtypes=[t.dtype for t in outputs[2][0]],
         min_batch=smallest,
         mode=mode,
+        notes=nan_notes({batch: leaves for batch, (leaves, _) in outputs.items()}),
     )
+
+
+def nan_notes(outputs: dict[int, list[torch.Tensor]]) -> list[str]:
+    """What is NaN in the model's own answers, which nothing can be compared with.
+
+    Raises CaptureError for an output that holds nothing else.
+    """
+    notes = []
+    for i in range(len(next(iter(outputs.values())))):
+        found = {batch: leaves[i].isnan() for batch, leaves in outputs.items() if leaves[i].is_floating_point()}
+        held = [batch for batch, nan in found.items() if nan.any()]
+        if held and all(nan.all() for nan in found.values()):
+            raise CaptureError(
+                f"output {i} of the model is NaN throughout, at get_inputs({held[0]}) and every other batch size",
+                "mend the model or its get_inputs: no answer can be held against NaN",
+            )
+        if held:
+            notes.append(f"output {i} of the model holds NaN at get_inputs({held[0]}), which was compared with nothing")
+    return notes
 
 
 def drop_constant_placeholders(graph: fx.GraphModule, model: Model) -> None:

@@ -15,6 +15,7 @@ def summarise(manifest: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": manifest["name"],
         "stages": manifest.get("stages", []),
+        "notes": manifest["capture"]["notes"],
         "fused": fused,
         "missed": missed,
         "rolled_back": rolled_back(manifest),

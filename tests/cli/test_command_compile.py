@@ -54,6 +54,13 @@ def test_json_is_the_summary_and_nothing_else(grc: Grc, model: Path, artifact_pa
     assert 0 <= summary["error"] < 1e-5
 
 
+@pytest.mark.parametrize("largest", [1, 3])
+def test_golden_requests_fit_the_largest_batch(grc: Grc, model: Path, artifact_path: Path, largest: int):
+    flags = ("--engine", "eager", "--batches", "1", "--max-batch", str(largest))
+    assert grc("compile", model, "-o", artifact_path, *flags).code == 0
+    assert grc("check", artifact_path).code == 0
+
+
 def test_a_disabled_pass_leaves_the_tables_apart(grc: Grc, model: Path, artifact_path: Path):
     ran = grc("compile", model, "-o", artifact_path, *QUICK, "--disable", "merge-tables", "--json")
     assert json.loads(ran.out)["fused"] == []

@@ -41,6 +41,7 @@ CASES = {
         "pip install no_such_package",
     ),
     "raises": ("x = 1\ny = {}['a']\n", "{file}:2: KeyError: 'a'", "the file must run by itself: python {file}"),
+    "ends Python": ("raise SystemExit(0)\n", "{file}:1: SystemExit: 0", "the file must run by itself: python {file}"),
     "no get_model": ("x = 1\n", "{file} has no get_model()", "define get_model() -> nn.Module"),
     "no get_inputs": (
         "def get_model(): ...\n",

@@ -61,6 +61,18 @@ def test_classes_counted_in_values(tmp_path: Path) -> None:
     assert f"{path}:11: one_hot counts its classes" in error.message and "num_classes" in str(error.hint)
 
 
+def test_answers_that_are_not_a_number() -> None:
+    layer = nn.Linear(4, 4)
+
+    def some(self: Forward, x: Tensor) -> Tensor:
+        return self.layer(x.masked_fill(x > 1e9, 1.0)).sigmoid().where(torch.arange(4) > 0, float("nan"))
+
+    source = captured(Forward(some, layer=layer), lambda b: (rows(b, 4),))
+    assert source.notes == ["output 0 of the model holds NaN at get_inputs(2), which was compared with nothing"]
+    with pytest.raises(CaptureError, match="output 0 of the model is NaN throughout, at get_inputs"):
+        captured(Forward(lambda self, x: torch.log(-1 - self.layer(x).sigmoid()), layer=layer), lambda b: (rows(b, 4),))
+
+
 def test_numpy_in_forward() -> None:
     def forward(self: Forward, x: Tensor) -> Tensor:
         found = np.stack([np.unique(row, return_inverse=True)[1] for row in x.cpu().numpy()])
