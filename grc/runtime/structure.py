@@ -78,10 +78,12 @@ def flatten(value: Any, leaves: list[torch.Tensor]) -> Json:
         return {"record": type_name(value), "items": {k: flatten(v, leaves) for k, v in fields_of(value).items()}}
     if type(value) in pytree.SUPPORTED_NODES:
         return flatten_registered(value, leaves)
-    raise InputError(
-        f"a {type(value).__name__} is neither a tensor nor a known container",
-        "use tensors in tuples, lists, dicts, named tuples or dataclasses, or register the class with torch.utils._pytree",
-    )
+    name, hint = type(value).__name__, "use tensors in tuples, lists, dicts, named tuples or dataclasses, or register the class"
+    if name.endswith("Cache"):
+        hint = "keep no cache of keys and values: model.config.use_cache = False"
+    elif type(value).__module__ == "numpy":
+        name, hint = f"numpy {name}", "return torch tensors: numpy's can't be followed"
+    raise InputError(f"a {name} is neither a tensor nor a known container", hint)
 
 
 def flatten_registered(value: Any, leaves: list[torch.Tensor]) -> Json:
