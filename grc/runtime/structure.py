@@ -78,7 +78,10 @@ def flatten(value: Any, leaves: list[torch.Tensor]) -> Json:
         return {"record": type_name(value), "items": {k: flatten(v, leaves) for k, v in fields_of(value).items()}}
     if type(value) in pytree.SUPPORTED_NODES:
         return flatten_registered(value, leaves)
-    name, hint = type(value).__name__, "use tensors in tuples, lists, dicts, named tuples or dataclasses, or register the class"
+    name, hint = (
+        type(value).__name__,
+        "use tensors in tuples, lists, dicts, named tuples or dataclasses, or register the class",
+    )
     if name.endswith("Cache"):
         hint = "keep no cache of keys and values: model.config.use_cache = False"
     elif type(value).__module__ == "numpy":
