@@ -138,6 +138,8 @@ def drop_alias(edit: Rewriter, node: fx.Node) -> fx.Node | None:
         return None
     if is_op(node, aten.alias, aten.detach, aten.lift_fresh_copy, aten.contiguous, aten.clone):
         return node.args[0]  # type: ignore[return-value]
+    if is_op(node, aten.permute) and [d % len(node.args[1]) for d in node.args[1]] == list(range(len(node.args[1]))):  # type: ignore[arg-type, union-attr]
+        return node.args[0]  # type: ignore[return-value]
     if is_op(node, aten.dropout, aten.native_dropout, aten.feature_dropout) and argument(node, "train") is False:
         return node.args[0]  # type: ignore[return-value]
     if is_op(node, aten.slice):

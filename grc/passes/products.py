@@ -51,15 +51,22 @@ def one_product(edit: Rewriter, node: fx.Node) -> fx.Node | None:
 
 def linear_of(edit: Rewriter, x: Any, weight: Any, bias: Any) -> fx.Node | None:
     """x @ W as a linear layer where W is a constant: an nn.Linear holds W transposed."""
-    if is_op(weight, aten.t, aten.transpose, aten.permute) and value(weight).dim() == 2:
-        inner = weight.args[0]
-        if attribute(edit.module, inner) is not None:
-            return edit.call(aten.linear.default, x, inner, bias)
+    if swaps(weight) and attribute(edit.module, weight.args[0]) is not None:
+        return edit.call(aten.linear.default, x, weight.args[0], bias)
     tensor = attribute(edit.module, weight)
     if tensor is None or tensor.dim() != 2:
         return None
     transposed = edit.parameter(f"{weight.name}_t", tensor.detach().t().contiguous())
     return edit.call(aten.linear.default, x, transposed, bias)
+
+
+def swaps(node: Any) -> bool:
+    """Whether a matrix is another one with rows and columns swapped."""
+    if not is_op(node, aten.t, aten.transpose, aten.permute) or value(node).dim() != 2:
+        return False
+    if is_op(node, aten.permute):
+        return [d % 2 for d in node.args[1]] == [1, 0]
+    return is_op(node, aten.t) or (argument(node, "dim0") - argument(node, "dim1")) % 2 == 1
 
 
 def column_product(edit: Rewriter, weight: Any, x: Any) -> fx.Node | None:

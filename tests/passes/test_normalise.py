@@ -53,6 +53,13 @@ def test_one_form_of_a_linear_layer(layer):
     check(graph, "CHECK: aten.linear(%{{.*}}, %layer_weight\nCHECK-NOT: aten.")
 
 
+@pytest.mark.parametrize("same", [lambda w: w.permute(0, 1), lambda w: w.transpose(1, -1), lambda w: w.permute(-2, -1)])
+def test_a_matrix_in_its_own_order_is_not_transposed(same):
+    inputs, layer = (rows(4, 3),), nn.Linear(3, 3)
+    graph = normalised(lambda self, x: x @ same(self.layer.weight), *inputs, layer=layer)
+    assert torch.allclose(graph(*inputs)[0], inputs[0] @ layer.weight)
+
+
 @pytest.mark.parametrize(
     "layer",
     [
