@@ -134,6 +134,37 @@ def test_a_model_may_not_take_the_name_of_a_stage(grc: Grc, artifact: Path, tmp_
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (("--name", "../victim"), "../victim"),
+        (("--name", "a/b"), "a/b"),
+        (("--name", "ü"), "ü"),
+        (("--name", "a b"), "a b"),
+        (("--prefix", "../"), "../dlrm"),
+        (("--prefix", "_", "--layout", "stages"), "_preprocess_py"),
+    ],
+)
+def test_a_name_that_triton_can_not_take_writes_nothing(
+    grc: Grc, dlrm: Path, tmp_path: Path, words: tuple[str, ...], name: str
+) -> None:
+    (tmp_path / "victim/1").mkdir(parents=True)
+    (tmp_path / "victim/1/model.py").write_text("precious")
+    refused(
+        grc("export-triton", dlrm, "-o", tmp_path / "repo", *words),
+        f"error: {name!r} can't be a model's name",
+        "hint: let --prefix and --name make letters and digits of ASCII, '.', '_' and '-', the first a letter or a digit",
+    )
+    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.py")] == ["victim/1/model.py"]
+    assert (tmp_path / "victim/1/model.py").read_text() == "precious"
+
+
+def test_the_artifacts_own_name_becomes_one_that_triton_takes(grc: Grc, artifact: Path, tmp_path: Path) -> None:
+    edit_manifest(artifact, lambda manifest: manifest.update(name="für alle"))
+    told = json.loads(grc("export-triton", artifact, "-o", tmp_path / "repo", "--json").out)
+    assert told["entry"] == "f_r_alle"
+
+
 def test_requests_that_are_no_json_are_refused(grc: Grc, artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "requests.json").write_text("[1, 2")
     refused(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from grc.errors import ArtifactError
 from grc.runtime.artifact import MANIFEST, read_manifest
+from grc.runtime.names import NAME
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 Stamp = tuple[int, int, int]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from grc.errors import ArtifactError
 from grc.runtime.artifact import Artifact, writing
 from grc.runtime.golden import read_golden
+from grc.runtime.names import NAME, RULE
 from grc.runtime.program import load
 from grc.runtime.triton_repository import config, deploy, onnx_model, slices
 from grc.runtime.triton_repository.repository import (
@@ -46,15 +47,34 @@ def export(
     """Write a repository; `changes` are fields of Settings: `export("model.grc", "repo", layout="stages")`.
 
     `before_done` sees the finished folder under its temporary name; what it raises leaves nothing behind. Raises
-    ArtifactError where `output` exists, the artifact is damaged or of another target, or carries no stages.
+    ArtifactError where `output` exists, the artifact is damaged or of another target, or carries no stages, or where a
+    model can't be called what `settings` say.
     """
     config.messages()
     artifact = Artifact.open(artifact_path)
+    settings = replace(settings or Settings(), **changes)
+    check_names(artifact.manifest, settings)
     with writing(Path(output), force, MARKER, "Triton repository") as folder:
-        made = Exporter(artifact, folder, replace(settings or Settings(), **changes)).run()
+        made = Exporter(artifact, folder, settings).run()
         if before_done:
             before_done(made)
     return Repository.open(output)
+
+
+def check_names(manifest: dict[str, Any], settings: Settings) -> None:
+    """Raises ArtifactError for a name that would be no folder of the repository, or that is taken by a stage."""
+    fused = [fused_role(manifest, settings)] if settings.layout == "fused" else []
+    for role in (*fused, *RESERVED):
+        name = f"{settings.prefix}{role}"
+        if not NAME.fullmatch(name):
+            raise ArtifactError(f"{name!r} can't be a model's name", f"let --prefix and --name make {RULE}")
+        if role in RESERVED and role in fused:
+            raise ArtifactError(f"the fused model can't be called {name}", "name it with --name")
+
+
+def fused_role(manifest: dict[str, Any], settings: Settings) -> str:
+    """The fused model's name without the prefix: the one that was given, or the artifact's as far as Triton takes it."""
+    return settings.name or re.sub(r"[^A-Za-z0-9._-]", "_", manifest["name"])
 
 
 class Exporter:
@@ -117,9 +137,7 @@ class Exporter:
 
     def fused(self) -> None:
         manifest = self.artifact.manifest
-        name = self.named(self.settings.name or re.sub(r"[^\w.-]", "_", manifest["name"]))
-        if name in map(self.named, RESERVED):
-            raise ArtifactError(f"the fused model can't be called {name}", "name it with --name")
+        name = self.named(fused_role(manifest, self.settings))
         if self.backend == "onnxruntime":
             self.onnx(name)
             return
