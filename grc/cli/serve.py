@@ -86,10 +86,11 @@ def command(
 
     given = {"--engine": engine, "--feature-cache": feature_cache, "--answer-cache": answer_cache}
     chosen, why = choose(server, [flag for flag, value in given.items() if value])
+    if chosen == "own":
+        sleeping_threads()
     say(f"server: {chosen}, {why}")
     if chosen == "triton":
         run(artifacts, host, port, grpc_port if grpc else None, drain)
-    sleeping_threads()
     serving = serving_part()
     settings = serving.Settings(
         host=host,
@@ -136,14 +137,13 @@ def serving_part() -> Any:
 def sleeping_threads() -> None:
     """Start over with OpenMP's threads told to sleep when they wait, unless the environment says something else.
 
-    They spin otherwise, on the cores that the event loop and the clients need. OpenMP reads this when it is loaded.
+    They spin otherwise, on the cores that the event loop and the clients need. OpenMP reads this when it is loaded. The words
+    are those that Python was started with: others, such as -m, would look for modules in other folders.
     """
     if "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
-        os.execve(
-            sys.executable, [sys.executable, "-m", "grc", *sys.argv[1:]], {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-        )
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
 
 
 def tell_loaded(version: Any) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 
@@ -117,11 +118,28 @@ def test_triton_that_can_not_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) 
     assert caught.value.message == "this grc can't export a repository for tritonserver"
 
 
+SCRIPT = ("-P", "-c", "from grc.cli import main; main()")  # as the `grc` on PATH starts: not in the current directory
+
+
+def test_nothing_is_imported_from_the_current_directory(tmp_path: Path) -> None:
+    needs_extra()
+    for name in ("random", "uvloop", "grc"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the current directory')")
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    }
+    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
+    words = [sys.executable, *SCRIPT, "serve", "no.grc", "--server", "own"]
+    ran = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert (ran.returncode, ran.stderr.splitlines()[:2]) == (
+        1,
+        ["server: own, as asked", "error: no.grc is neither an artifact nor a folder of versions"],
+    )
+
+
 def test_without_its_packages_it_says_what_to_install(
     grc: Grc, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sys
-
     for name in [name for name in sys.modules if name.startswith("grc.runtime.server")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "uvloop", None)
