@@ -70,6 +70,17 @@ def limits(texts: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(part.strip() for text in texts or () for part in text.split(",") if part.strip())
 
 
+def given(ctx: typer.Context) -> dict[str, str]:
+    """The flags that the command line has, as it has them, by the names of their parameters."""
+    found = {}
+    for parameter in ctx.command.params:
+        source = ctx.get_parameter_source(parameter.name or "")
+        if parameter.name and source is not None and source.name == "COMMANDLINE":
+            off = parameter.secondary_opts if ctx.params[parameter.name] is False else []
+            found[parameter.name] = max(off or parameter.opts, key=len)
+    return found
+
+
 def check_passes(names: Sequence[str], known: Sequence[str]) -> None:
     """Refuse a pass that does not exist before any work is done."""
     from grc.errors import GrcError

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from grc.cli import parameters as p
 from grc.cli.errors import Traceback, say
 
 NAME = "serve"
@@ -21,6 +22,7 @@ KB, MB = 1 << 10, 1 << 20
 
 
 def command(
+    ctx: typer.Context,
     artifacts: Annotated[
         list[str], typer.Argument(metavar="[NAME=]PATH…", help="Artifacts, or folders of versions named 1, 2, ….")
     ],
@@ -82,15 +84,18 @@ def command(
     Each artifact's checksums and golden requests are checked before it takes traffic, and a new version that appears on
     disk replaces the one before it in the same way, with no request lost. SIGTERM ends the server when all are answered.
     """
-    from grc.cli.triton_server import choose, run
+    from grc.cli import triton_server
 
-    given = {"--engine": engine, "--feature-cache": feature_cache, "--answer-cache": answer_cache}
-    chosen, why = choose(server, [flag for flag, value in given.items() if value])
+    given = p.given(ctx)
+    chosen, why = triton_server.choose(server, triton_server.unknown(given), artifacts)
     if chosen == "own":
         sleeping_threads()
     say(f"server: {chosen}, {why}")
     if chosen == "triton":
-        run(artifacts, host, port, grpc_port if grpc else None, drain)
+        settings_of_triton = triton_server.settings({name: ctx.params[name] for name in given})
+        raise typer.Exit(
+            triton_server.run(artifacts, host, port, grpc_port if grpc else None, drain, settings_of_triton)
+        )
     serving = serving_part()
     settings = serving.Settings(
         host=host,

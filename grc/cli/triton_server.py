@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
 import shutil
+import signal
+import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,10 @@ from grc.errors import GrcError
 IMAGE = Path("/opt/tritonserver/bin/tritonserver")  # where the tritonserver image has it
 EXPORT = "grc.runtime.triton_repository"
 HINT = "run grc serve inside of a tritonserver image, or with --server own"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+# Parameters of grc serve that are fields of an export's settings, and those that tritonserver itself is told.
+EXPORTED = {"workers": "instances", "max_rows": "max_batch", "max_queue": "max_queue", "timeout": "timeout_us"}
+TOLD = ("artifacts", "host", "port", "grpc", "grpc_port", "server", "drain", "traceback")
 
 
 def system_server() -> Path | None:
@@ -27,15 +34,30 @@ def can_export() -> bool:
     return importlib.util.find_spec(EXPORT) is not None
 
 
-def choose(wanted: str, own_only: Sequence[str] = ()) -> tuple[str, str]:
+def unknown(given: Mapping[str, str]) -> list[str]:
+    """Those of the flags that only grc's own server knows."""
+    return [flag for name, flag in given.items() if name not in EXPORTED and name not in TOLD]
+
+
+def settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an export's settings that parameters stand for. Triton has defaults of its own for what is not given."""
+    found = {field: given[name] for name, field in EXPORTED.items() if name in given}
+    if "timeout_us" in found:
+        found["timeout_us"] = round(found["timeout_us"] * 1e6)
+    return found
+
+
+def choose(wanted: str, own_only: Sequence[str] = (), artifacts: Sequence[str] = ()) -> tuple[str, str]:
     """`own` or `triton`, and the reason in words. `own_only` are flags that were given and only grc's own server knows.
 
-    Raises GrcError where triton was asked for and can't be had.
+    Raises GrcError where triton was asked for and can't be had, ArtifactError where the choice needs an artifact that is not
+    there.
     """
+    flags = " and no ".join(own_only)
     if wanted == "own":
         return "own", "as asked"
     if wanted == "triton" and own_only:
-        raise GrcError(f"tritonserver knows no {own_only[0]}", "leave it out, or choose --server own")
+        raise GrcError(f"tritonserver knows no {flags}", "leave it out, or choose --server own")
     if wanted == "triton":
         if not can_export():
             raise GrcError("this grc can't export a repository for tritonserver", "choose --server own")
@@ -49,25 +71,59 @@ def choose(wanted: str, own_only: Sequence[str] = ()) -> tuple[str, str]:
     if not can_export():
         return "own", f"because this grc can't export a repository for {found}"
     if own_only:
-        return "own", f"because {found} knows no {own_only[0]}"
+        return "own", f"because {found} knows no {flags}"
+    spoken = speaking(artifacts)
+    if spoken:
+        return "own", f"because {found} has no /recommend, which {' and '.join(spoken)} can answer"
     return "triton", f"because {found} is there"
 
 
-def run(artifacts: list[str], host: str, port: int, grpc_port: int | None, drain: float) -> None:
-    """Export every artifact into a repository of its own, and become tritonserver on all of them.
+def speaking(artifacts: Sequence[str]) -> list[str]:
+    """The names of those that answer requests in their users' words."""
+    from grc.runtime.artifact import read_manifest
+    from grc.runtime.server.source import sources
 
-    Raises GrcError before that, where a port is in use or an artifact can't be exported.
+    newest = {source.name: source.newest() for source in sources(list(artifacts))}
+    return [name for name, found in newest.items() if found and read_manifest(found.path)["processing"]]
+
+
+def run(
+    artifacts: list[str],
+    host: str,
+    port: int,
+    grpc_port: int | None,
+    drain: float,
+    chosen: Mapping[str, Any],
+) -> int:
+    """Export every artifact into a repository of its own, run tritonserver on all of them, and leave nothing behind.
+
+    `chosen` are fields of the export's settings. The exit code is the server's. Raises GrcError before it starts, where a
+    port is in use or an artifact can't be exported.
     """
+    launcher: Any = importlib.import_module(f"{EXPORT}.launcher")
+    found = launcher.find()
+    with tempfile.TemporaryDirectory(prefix="grc-triton-") as work:
+        words = command_line(found, Path(work), artifacts, host, port, grpc_port, drain, chosen)
+        return obeying(words, launcher.environment(found, None))
+
+
+def command_line(
+    found: Any,
+    work: Path,
+    artifacts: list[str],
+    host: str,
+    port: int,
+    grpc_port: int | None,
+    drain: float,
+    chosen: Mapping[str, Any],
+) -> list[str]:
     from grc.runtime.server.ports import free_port
     from grc.runtime.server.source import sources
 
     launcher: Any = importlib.import_module(f"{EXPORT}.launcher")
     export: Any = importlib.import_module(f"{EXPORT}.export").export
-    settings: Any = importlib.import_module(f"{EXPORT}.settings").Settings
-    found = launcher.find()
     http = free_port(host, port, "--port")
     grpc = None if grpc_port is None else free_port(host, grpc_port, "--grpc-port")
-    work = Path(tempfile.mkdtemp(prefix="grc-triton-"))
     repositories = []
     served = list(sources(artifacts))
     for source in served:
@@ -75,9 +131,10 @@ def run(artifacts: list[str], host: str, port: int, grpc_port: int | None, drain
         assert newest is not None  # sources() has just seen it
         # Models of one server share their names: with several artifacts each repository's begin with its own.
         prefix = f"{source.name}_" if len(served) > 1 else ""
-        export(newest.path, work / source.name, settings(name=source.name, prefix=prefix))
-        repositories.append(work / source.name)
-    words = [
+        repository = work / "repositories" / source.name
+        export(newest.path, repository, name=source.name, prefix=prefix, **chosen)
+        repositories.append(repository)
+    return [
         str(found.binary),
         *(f"--model-repository={repository}" for repository in repositories),
         f"--backend-directory={launcher.backends(found, work)}",
@@ -90,4 +147,23 @@ def run(artifacts: list[str], host: str, port: int, grpc_port: int | None, drain
         f"--metrics-port={free_port(host, 0, '--port')}",
         f"--exit-timeout-secs={round(drain)}",
     ]
-    os.execve(found.binary, words, launcher.environment(found, None))
+
+
+def obeying(words: Sequence[str], env: Mapping[str, str]) -> int:
+    """Run a program until it ends, and pass signals on to it. Its exit code, or 128 + N where signal N ended it.
+
+    It has a session of its own: Ctrl-C at a terminal would reach it twice otherwise.
+    """
+    early: list[int] = []
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    for number in heard:
+        signal.signal(number, lambda got, frame: early.append(got))
+    process = subprocess.Popen(words, env=env, start_new_session=True)
+    for number in heard:
+        signal.signal(number, lambda got, frame: process.send_signal(got))
+    for got in early:
+        process.send_signal(got)
+    code = process.wait()
+    with contextlib.suppress(ProcessLookupError):  # the stubs of a server that crashed outlive it
+        os.killpg(process.pid, signal.SIGKILL)
+    return code if code >= 0 else 128 - code

@@ -15,7 +15,7 @@ import pytest
 
 from grc.cli import triton_server
 from grc.errors import GrcError
-from tests.cli.session import Grc, Ran, refused
+from tests.cli.session import Grc, Ran, edit_manifest, refused
 from tests.server.running import command, needs_extra, until
 
 EXPORTED = importlib.util.find_spec(triton_server.EXPORT) is not None
@@ -106,6 +106,78 @@ def test_auto_takes_the_systems_server_where_grc_can_export(on_path: Path, monke
     assert triton_server.choose("auto", ["--answer-cache"]) == ("own", f"because {on_path} knows no --answer-cache")
     monkeypatch.setattr(triton_server, "can_export", lambda: False)
     assert triton_server.choose("auto") == ("own", f"because this grc can't export a repository for {on_path}")
+
+
+def test_auto_takes_its_own_server_for_requests_in_the_users_words(
+    on_path: Path, compiled: tuple[Path, Ran], artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_server, "can_export", lambda: True)
+    edit_manifest(artifact, lambda manifest: manifest.update(processing={"preprocess": {}}))
+    assert triton_server.choose("auto", [], [str(compiled[0])]) == ("triton", f"because {on_path} is there")
+    assert triton_server.choose("auto", [], [f"a={compiled[0]}", f"films={artifact}"]) == (
+        "own",
+        f"because {on_path} has no /recommend, which films can answer",
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "flags"),
+    [
+        (("--threads", 2), "--threads"),
+        (("--max-body", 64), "--max-body"),
+        (("--watch", 2, "--access-log"), "--watch and no --access-log"),
+        (("--engine", "eager"), "--engine"),
+    ],
+)
+def test_triton_is_refused_flags_that_it_does_not_know(
+    grc: Grc, compiled: tuple[Path, Ran], words: tuple[object, ...], flags: str
+) -> None:
+    refused(
+        grc("serve", compiled[0], "--server", "triton", *words),
+        f"error: tritonserver knows no {flags}",
+        "hint: leave it out, or choose --server own",
+    )
+
+
+FAKE = """\
+#!{python}
+import shutil, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+(repository,) = [word.partition("=")[2] for word in sys.argv if word.startswith("--model-repository=")]
+shutil.copy(repository + "/tiny/config.pbtxt", "{config}")
+print("ready", flush=True)
+while True:
+    signal.pause()
+"""
+
+
+def test_triton_is_a_child_that_gets_settings_and_signals(compiled: tuple[Path, Ran], tmp_path: Path) -> None:
+    needs_extra()
+    pytest.importorskip("tritonclient.grpc")
+    from grc.runtime.triton_repository import config
+
+    binary, made = tmp_path / "triton/bin/tritonserver", tmp_path / "config.pbtxt"
+    binary.parent.mkdir(parents=True)
+    binary.write_text(FAKE.format(python=sys.executable, config=made))
+    binary.chmod(0o755)
+    (tmp_path / "tmp").mkdir()
+    environment = {**os.environ, "TRITONSERVER": str(binary), "TMPDIR": str(tmp_path / "tmp")}
+    flags = ("--timeout", 0.5, "--max-queue", 9, "--max-rows", 16, "--workers", 2, "--port", 0, "--grpc-port", 0)
+    words = command(compiled[0], "--server", "triton", *flags)
+    log = tmp_path / "triton.log"
+    with log.open("w") as said:
+        process = subprocess.Popen(words, stdout=said, stderr=said, env=environment)
+    for _ in until("the server"):
+        assert process.poll() is None, log.read_text()
+        if log.read_text().endswith("ready\n"):
+            break
+    process.terminate()
+    assert process.wait(60) == 7
+    assert not list((tmp_path / "tmp").glob("grc-triton-*"))
+    found = config.read(made)
+    queue = found.dynamic_batching.default_queue_policy
+    assert (found.max_batch_size, found.instance_group[0].count) == (16, 2)
+    assert (queue.max_queue_size, queue.default_timeout_microseconds) == (9, 500_000)
 
 
 def test_triton_that_can_not_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
