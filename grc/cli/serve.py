@@ -86,6 +86,7 @@ def command(
     """
     from grc.cli import triton_server
 
+    check_ports(port, grpc_port if grpc else None)
     given = p.given(ctx)
     chosen, why = triton_server.choose(server, triton_server.unknown(given), artifacts)
     if chosen == "own":
@@ -122,6 +123,14 @@ def command(
         access_log=access_log,
     )
     serving.serve(serving.sources(artifacts), settings, tell_loaded, tell_listening)
+
+
+def check_ports(port: int, grpc_port: int | None) -> None:
+    """Refuse one port for both protocols before any work is done; 0 takes two free ones."""
+    from grc.errors import GrcError
+
+    if port and port == grpc_port:
+        raise GrcError(f"--port and --grpc-port are both {port}", "choose another for one of them, or --no-grpc")
 
 
 def serving_part() -> Any:

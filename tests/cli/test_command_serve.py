@@ -139,6 +139,15 @@ def test_triton_is_refused_flags_that_it_does_not_know(
     )
 
 
+def test_one_port_for_both_protocols_is_refused_at_once(grc: Grc) -> None:
+    refused(
+        grc("serve", "no.grc", "--port", 8020, "--grpc-port", 8020),
+        "error: --port and --grpc-port are both 8020",
+        "hint: choose another for one of them, or --no-grpc",
+    )
+    assert "8020" not in grc("serve", "no.grc", "--port", 8020, "--grpc-port", 8020, "--no-grpc", "--server", "own").err
+
+
 FAKE = """\
 #!{python}
 import shutil, signal, sys
