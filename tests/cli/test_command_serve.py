@@ -79,6 +79,21 @@ def test_what_is_no_artifact(
     assert (ran.out, ran.code) == ("", 1)
 
 
+def test_a_path_may_have_an_equals_sign(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_extra()
+    from grc.runtime.server.source import Source
+
+    (tmp_path / "run=1").mkdir()
+    placed = artifact.rename(tmp_path / "run=1/m.grc")
+    monkeypatch.chdir(tmp_path)
+    assert Source.of(str(placed)) == Source("tiny", placed, versions=False)
+    assert Source.of("run=1/m.grc") == Source("tiny", Path("run=1/m.grc"), versions=False)
+    assert Source.of("ctr=run=1/m.grc") == Source("ctr", Path("run=1/m.grc"), versions=False)
+    with pytest.raises(GrcError) as caught:
+        Source.of("/data/run=1/no.grc")
+    assert caught.value.message == "/data/run=1/no.grc is neither an artifact nor a folder of versions"
+
+
 @pytest.fixture
 def on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file named tritonserver on PATH: enough to be found."""

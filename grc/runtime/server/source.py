@@ -36,13 +36,12 @@ class Source:
 
         Raises ArtifactError where there is neither an artifact nor a version.
         """
-        given, equals, rest = text.partition("=")
-        path = Path(rest if equals else text)
+        given, path = split(text)
         if (path / MANIFEST).is_file():
-            name = given if equals else read_manifest(path)["name"]
-            source = cls(name, path, versions=False)
+            source = cls(read_manifest(path)["name"] if given is None else given, path, versions=False)
         elif numbers(path):
-            source = cls(given if equals else path.resolve().name.removesuffix(".grc"), path, versions=True)
+            folder = path.resolve().name.removesuffix(".grc")
+            source = cls(folder if given is None else given, path, versions=True)
         else:
             raise ArtifactError(
                 f"{path} is neither an artifact nor a folder of versions",
@@ -63,6 +62,14 @@ class Source:
         except OSError:
             return None
         return Found(path, (stat.st_ino, stat.st_mtime_ns, stat.st_size), number)
+
+
+def split(text: str) -> tuple[str | None, Path]:
+    """The name before the first `=`, and the path. What is there as a whole, or has no name before the `=`, is a path."""
+    given, equals, rest = text.partition("=")
+    if not equals or Path(text).exists() or not (NAME.fullmatch(given) or Path(rest).exists()):
+        return None, Path(text)
+    return given, Path(rest)
 
 
 def numbers(path: Path) -> list[int]:
