@@ -164,19 +164,14 @@ def writing(output: Path, force: bool, marker: str = MANIFEST, what: str = "grc 
     Only a folder that holds `marker` is ever replaced. Raises ArtifactError when `output` exists and `force` is False, or
     can't be written.
     """
-    if output.exists():
-        if not force:
-            raise ArtifactError(f"{output} exists", "choose another -o, or replace it with --force")
-        if not (output / marker).exists():
-            raise ArtifactError(
-                f"{output} exists and is no {what}", f"choose another -o; --force replaces a {what} only"
-            )
+    check_free(output, force, marker, what)
     partial = output.parent / f".{output.name}.{os.getpid()}.partial"
     try:
         make(partial, output)
         yield partial
         old = output.parent / f".{output.name}.{os.getpid()}.old"
-        if output.exists():
+        check_free(output, force, marker, what)  # another process may have been sooner
+        if force and output.exists():
             output.rename(old)
         partial.rename(output)
         shutil.rmtree(old, ignore_errors=True)
@@ -186,6 +181,16 @@ def writing(output: Path, force: bool, marker: str = MANIFEST, what: str = "grc 
         ) from error
     finally:  # also of a signal that comes as soon as the folder is there
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_free(output: Path, force: bool, marker: str, what: str) -> None:
+    """Raises ArtifactError where there is something that may not be replaced."""
+    if not output.exists():
+        return
+    if not force:
+        raise ArtifactError(f"{output} exists", "choose another -o, or replace it with --force")
+    if not (output / marker).exists():
+        raise ArtifactError(f"{output} exists and is no {what}", f"choose another -o; --force replaces a {what} only")
 
 
 def make(partial: Path, output: Path) -> None:

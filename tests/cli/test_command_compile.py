@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from grc import Artifact, Program
+from grc.errors import ArtifactError
 from grc.passes.pipeline import NAMES
+from grc.runtime.artifact import writing
 from grc.runtime.triton_repository.slices import write_stage
 from tests.cli.session import Grc, Ran, refused
 
@@ -122,6 +124,25 @@ def test_an_output_that_exists_is_replaced_only_with_force(grc: Grc, model: Path
     assert (artifact / "manifest.json").read_bytes() == before
     assert grc("compile", model, "-o", artifact, *QUICK, "--force", "--max-batch", "9").code == 0
     assert json.loads((artifact / "manifest.json").read_text())["batch"]["max"] == 9
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_an_output_that_appears_meanwhile_is_replaced_only_with_force(artifact: Path, tmp_path: Path, force: bool):
+    output = tmp_path / "x.grc"
+
+    def build() -> None:
+        with writing(output, force) as folder:
+            (folder / "manifest.json").write_text("second")
+            artifact.rename(output)
+
+    before = (artifact / "manifest.json").read_text()
+    if force:
+        build()
+    else:
+        with pytest.raises(ArtifactError, match=r"x\.grc exists$"):
+            build()
+    assert (output / "manifest.json").read_text() == ("second" if force else before)
+    assert list(tmp_path.iterdir()) == [output]
 
 
 def test_force_never_replaces_what_is_no_artifact(grc: Grc, model: Path, tmp_path: Path):
