@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,9 +21,12 @@ EXAMPLES = (
     "grc compile model.py --precision int8 --budget max-error=0.01,topk-overlap@100=0.99",
     "grc compile model.py --on-bad-id zero --force --json",
 )
+PRECISION = ("budget", "calibration")  # parameters that nothing uses in fp32
+GPU = ("buckets", "traffic", "streams", "static_buckets")  # and those that nothing uses on a CPU
 
 
 def command(
+    ctx: typer.Context,
     model: p.Model,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="PATH", help="The artifact's folder; NAME.grc by default.")
@@ -74,6 +78,7 @@ def command(
     The model file defines get_model(), which returns a torch.nn.Module in eval mode, and get_inputs(batch), which
     returns the tuple or dict of tensors to call it with.
     """
+    refuse_unused(p.given(ctx), device, precision)
     sizes = p.batch_sizes(batches)
     from grc import Options
     from grc.compiler import compile
@@ -115,3 +120,16 @@ def command(
     show_changes(summary)
     show_precision(summary)
     show_closing(summary, str(artifact.path), artifact.bytes)
+
+
+def refuse_unused(given: Mapping[str, str], device: str, precision: str) -> None:
+    """Raises GrcError for flags that this device or this precision would leave unused."""
+    from grc import GrcError
+
+    for names, used, what, value, hint in (
+        (GPU, device == "cuda", "--device", device, "--device cuda"),
+        (PRECISION, precision != "fp32", "--precision", precision, "another --precision, such as int8"),
+    ):
+        unused = [given[name] for name in names if name in given]
+        if unused and not used:
+            raise GrcError(f"{what} {value} makes no use of {' and '.join(unused)}", f"leave it out, or choose {hint}")

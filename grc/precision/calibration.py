@@ -19,6 +19,7 @@ from grc.runtime.weights import raw_chunks
 ROWS = 256  # rows that a search looks at: a trial of a 6-layer Transformer over them takes about a second
 BATCH = 64
 LABEL = "label"
+HINT = "give rows of every input: .npz, .jsonl, .json or .parquet"
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ def from_function(source: Source) -> Calibration:
 def from_file(source: Source, file: Path) -> Calibration:
     """Rows of every input by name in npz, jsonl, json or parquet, with `label` for labels."""
     if not file.is_file():
-        raise GrcError(f"no calibration file at {file}", "give rows of every input: .npz, .jsonl or .parquet")
-    columns = decode_columns(file.read_bytes(), format_of(file.name, None))
+        raise GrcError(f"no calibration file at {file}", HINT)
+    columns = decode_columns(file.read_bytes(), format_of(file.name, None, HINT))
     label = torch.as_tensor(columns.pop(LABEL)) if LABEL in columns else None
     specs = [{"name": name, "dtype": str(dtype)[6:]} for name, dtype in zip(source.names, source.dtypes, strict=True)]
     leaves = tensors_of(columns, specs)

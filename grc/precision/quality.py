@@ -65,16 +65,17 @@ def limit(text: str) -> Limit:
     found = FORM.match(text)
     metric = found["metric"] if found else ""
     ranked = metric in (OVERLAP, NDCG)
+    k = int(found["k"]) if found and found["k"] else None
     try:
         bound = float(found["bound"]) if found else math.nan
     except ValueError:
         bound = math.nan
-    if not found or metric not in METRICS or ranked != (found["k"] is not None) or not 0 <= bound <= 1:
+    if not found or metric not in METRICS or ranked != (found["k"] is not None) or not 0 <= bound <= 1 or k == 0:
         raise GrcError(
             f"{text!r} is no limit of quality",
             "write --budget max-error=0.02, topk-overlap@100=0.99, auc-drop=0.001 or ndcg-drop@10=0.005",
         )
-    return Limit(metric, int(found["k"]) if ranked else None, bound)
+    return Limit(metric, k, bound)
 
 
 @dataclass(frozen=True)

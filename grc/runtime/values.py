@@ -16,11 +16,11 @@ FORMATS = ("json", "jsonl", "npz", "parquet")
 BINARY = ("npz", "parquet")
 
 
-def format_of(name: str, given: str | None) -> str:
+def format_of(name: str, given: str | None, hint: str = f"name it with --format: {', '.join(FORMATS)}") -> str:
     """The format of a file, by its extension where none was given; JSON on a pipe. Raises InputError for another."""
     found = given or ("json" if name == "-" else name.rpartition(".")[2].lower())
     if found not in FORMATS:
-        raise InputError(f"{name} has no known format", f"name it with --format: {', '.join(FORMATS)}")
+        raise InputError(f"{name} has no known format", hint)
     return found
 
 

@@ -195,6 +195,27 @@ def test_engines_of_a_gpu_are_known(grc: Grc, model: Path, artifact_path: Path):
     assert ran.code == 1 and ran.told[0] == "error: there is no engine inductor-small"
 
 
+CPU, FP32 = "leave it out, or choose --device cuda", "leave it out, or choose another --precision, such as int8"
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "hint"),
+    [
+        (("--buckets", "1,8"), "--device cpu makes no use of --buckets", CPU),
+        (("--streams", "4", "--static-buckets"), "--device cpu makes no use of --streams and --static-buckets", CPU),
+        (("--traffic", "/nonexistent"), "--device cpu makes no use of --traffic", CPU),
+        (("--budget", "max-error=0.01"), "--precision fp32 makes no use of --budget", FP32),
+        (("--calibration", "/nonexistent.npz"), "--precision fp32 makes no use of --calibration", FP32),
+    ],
+)
+def test_a_flag_without_use_is_refused_at_once(
+    grc: Grc, model: Path, artifact_path: Path, flags: tuple[str, ...], error: str, hint: str
+):
+    ran = grc("compile", model, "-o", artifact_path, *QUICK, *flags)
+    refused(ran, f"error: {error}", f"hint: {hint}")
+    assert "capture" not in ran.err
+
+
 @pytest.mark.parametrize("flag", ["--disable", "--print-after"])
 def test_an_unknown_pass_is_refused_at_once(grc: Grc, model: Path, artifact_path: Path, flag: str):
     ran = grc("compile", model, "-o", artifact_path, flag, "polish")

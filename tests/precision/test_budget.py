@@ -24,7 +24,7 @@ def test_budgets_are_read_as_they_are_written() -> None:
 
 NO_LIMITS = (
     *("", "max-error", "max-error=", "max-error=x", "max-error=-1", "max-error=2", "max-error=nan", "max-error@5=0.1"),
-    *("topk-overlap=0.9", "auc-drop@3=0.1", "recall@5=0.1"),
+    *("topk-overlap=0.9", "auc-drop@3=0.1", "recall@5=0.1", "topk-overlap@0=0.5", "ndcg-drop@0=0.1"),
 )
 
 

@@ -84,6 +84,10 @@ def test_data_that_does_not_fit_is_named(source: Source, batches: Any, message: 
 def test_files_that_do_not_fit_are_named(source: Source, tmp_path: Path) -> None:
     with pytest.raises(GrcError, match="no calibration file at"):
         calibration_of(source, tmp_path / "none.npz")
+    (tmp_path / "rows.csv").write_text("dense,ids")
+    with pytest.raises(InputError, match="has no known format") as unknown:
+        calibration_of(source, tmp_path / "rows.csv")
+    assert unknown.value.hint == "give rows of every input: .npz, .jsonl, .json or .parquet"
     np.savez(tmp_path / "rows.npz", dense=np.zeros((3, 8), np.float32))
     with pytest.raises(InputError, match="the request misses input ids"):
         calibration_of(source, tmp_path / "rows.npz")
