@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +22,11 @@ EXAMPLES = (
 )
 
 
+WITH_ADD = ("artifact", "output", "version", "add", "requests", "verify", "json", "traceback")
+
+
 def command(
+    ctx: typer.Context,
     artifact: p.ArtifactPath,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The repository to write.")],
     layout: Annotated[
@@ -80,6 +85,7 @@ def command(
 
     With --verify the golden requests go through the real server, over HTTP and gRPC, one at a time and merged.
     """
+    from grc import GrcError
     from grc.runtime.triton_repository.export import export
     from grc.runtime.triton_repository.replay import Replayed, read_requests
     from grc.runtime.triton_repository.replay import verify as replay
@@ -87,6 +93,10 @@ def command(
     from grc.runtime.triton_repository.settings import Settings
     from grc.runtime.triton_repository.versions import add_version
 
+    if add:
+        refuse_settings(p.given(ctx))
+    if python is not None and not python.is_dir():
+        raise GrcError(f"no virtual environment at {python}", "name its folder, as python -m venv made it")
     settings = Settings(
         layout=layout,
         backend=backend,
@@ -131,6 +141,18 @@ def command(
     put(f"  backend {written.record['backend']}: {written.record['backend_reason']}")
     put(f"  {output}   clients call {written.entry}   {proven(replayed)}")
     put(f"  try: {output}/run_server.sh")
+
+
+def refuse_settings(given: Mapping[str, str]) -> None:
+    """Raises GrcError for flags beside --add, which a version that is added would leave unused."""
+    from grc import GrcError
+
+    unused = [flag for name, flag in given.items() if name not in WITH_ADD]
+    if unused:
+        raise GrcError(
+            f"--add makes no use of {' and '.join(unused)}: a new version has the repository's settings",
+            "leave it out, or export a repository anew without --add",
+        )
 
 
 def proven(replayed: Any) -> str:

@@ -88,6 +88,25 @@ def test_a_version_is_added_to_a_repository_that_is_there(grc: Grc, artifact: Pa
     )
 
 
+def test_settings_beside_add_are_refused(grc: Grc, artifact: Path, tmp_path: Path) -> None:
+    output = tmp_path / "repo"
+    assert grc("export-triton", artifact, "-o", output).code == 0
+    refused(
+        grc("export-triton", artifact, "-o", output, "--add", "--max-delay", "500", "--no-warmup"),
+        "error: --add makes no use of --max-delay and --no-warmup: a new version has the repository's settings",
+        "hint: leave it out, or export a repository anew without --add",
+    )
+    assert not (output / "dlrm/2").exists()
+
+
+def test_an_environment_must_be_there(grc: Grc, dlrm: Path, tmp_path: Path) -> None:
+    refused(
+        grc("export-triton", dlrm, "-o", tmp_path / "repo", "--python", tmp_path / "venv"),
+        f"error: no virtual environment at {tmp_path / 'venv'}",
+        "hint: name its folder, as python -m venv made it",
+    )
+
+
 def test_force_replaces_only_a_repository(grc: Grc, artifact: Path, tmp_path: Path) -> None:
     output = tmp_path / "photos"
     output.mkdir()
