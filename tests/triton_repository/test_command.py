@@ -193,6 +193,23 @@ def test_requests_that_are_no_json_are_refused(grc: Grc, artifact: Path, tmp_pat
     )
 
 
+def test_requests_that_the_model_refuses_prove_nothing(
+    grc: Grc, films: Path, dlrm: Path, requests: list[dict], tmp_path: Path
+) -> None:
+    file = tmp_path / "requests.json"
+    again = "mend or remove them; grc run ARTIFACT --request answers one"
+    for artifact, asked, error, hint in (
+        (films, [{"ids": [1, 2, 3]}], "1 of 1 of your requests was refused: preprocess: ", again),
+        (films, [requests[0], {}, {}], "2 of 3 of your requests were refused: preprocess: ", again),
+        (dlrm, [{}], "dlrm.grc has no preprocess and no ", "define them in the model file, or send tensors"),
+    ):
+        file.write_text(json.dumps(asked))
+        ran = grc("export-triton", artifact, "-o", tmp_path / "repo", "--verify", "--requests", file)
+        assert ran.code == 1 and ran.told[0].startswith(f"error: {error}")
+        assert ran.told[-1] == f"hint: {hint}"
+        assert not (tmp_path / "repo").exists()
+
+
 def test_without_a_server_nothing_is_called_good(grc: Grc, artifact: Path, tmp_path: Path, nowhere: None) -> None:
     refused(
         grc("export-triton", artifact, "-o", tmp_path / "repo", "--verify"),

@@ -47,14 +47,34 @@ class Replayed:
 def verify(repository: Repository, artifact_path: str | os.PathLike[str], requests: Sequence[Any] = ()) -> Replayed:
     """Start the real server on a repository and replay the artifact's golden requests, and `requests` as JSON.
 
-    Raises ArtifactError for an answer that is not the model's, GrcError where no server is found or it does not start.
+    Raises ArtifactError for an answer that is not the model's, InputError where the model refuses one of `requests`, GrcError
+    where no server is found or it does not start.
     """
     backend = repository.record["backend"]
     if not has_backend(backend):
         raise GrcError(f"the tritonserver of this host has no {backend} backend", "export with --backend python")
     program = load(artifact_path)
+    check_requests(program, requests)
     with serving(repository.path, *server_options(repository)) as server:
         return Replay(repository, program, server).run(list(requests))
+
+
+def check_requests(program: Program, requests: Sequence[Any]) -> None:
+    """Raises InputError where the artifact itself refuses some of the requests, which would prove nothing, and ArtifactError
+    where it takes none in its users' words.
+    """
+    refusals = []
+    for request in requests:
+        try:
+            program.recommend(request)
+        except InputError as error:
+            refusals.append(error.message)
+    if refusals:
+        how = "was" if len(refusals) == 1 else "were"
+        raise InputError(
+            f"{len(refusals)} of {len(requests)} of your requests {how} refused: {refusals[0]}",
+            "mend or remove them; grc run ARTIFACT --request answers one",
+        )
 
 
 def read_requests(path: Path | None) -> list[Any]:
@@ -167,7 +187,7 @@ class Replay:
     # Requests as text
 
     def texts(self, client: Client, requests: list[Any]) -> None:
-        """The artifact's own answers to the same JSON; a request that preprocess refuses must be refused in its words."""
+        """The artifact's own answers to the same JSON. {} stands for what preprocess may refuse, in its words then."""
         for request in [*requests, {}]:
             found = expected = None
             try:
