@@ -229,6 +229,24 @@ def test_a_server_that_is_named_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert (found.binary, found.backends, found.libraries) == (binary, tmp_path / "triton/backends", None)
 
 
+def test_the_log_of_a_server_that_does_not_start_is_kept(
+    grc: Grc, dlrm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    binary = tmp_path / "triton/bin/tritonserver"
+    binary.parent.mkdir(parents=True)
+    binary.write_text("#!/bin/sh\necho first words\nfor i in 1 2 3 4 5 6 7 8 9 10 11 12; do echo $i; done\nexit 3\n")
+    binary.chmod(0o755)
+    (tmp_path / "triton/backends/python").mkdir(parents=True)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TRITONSERVER", str(binary))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    ran = grc("export-triton", dlrm, "-o", tmp_path / "repo", "--verify")
+    (log,) = (tmp_path / "tmp").iterdir()
+    assert ran.told[0] == "error: tritonserver ended with 3:"
+    assert ran.told[-1] == f"hint: see its whole log: {log}"
+    assert log.read_text().startswith("first words\n1\n")
+
+
 def test_without_tritonclient_it_says_what_to_install(
     grc: Grc, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -288,7 +288,8 @@ def test_a_repository_that_answers_wrongly_is_not_written(dlrm: Path, tmp_path: 
     assert [entry.name for entry in tmp_path.iterdir()] == ["dlrm.grc"]
 
 
-def test_a_server_that_does_not_start_says_why(dlrm: Path, tmp_path: Path) -> None:
+def test_a_server_that_does_not_start_says_why(dlrm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     made = export(dlrm, tmp_path / "repo")
     (made.path / "dlrm/1/model.py").write_text("import nothing_of_that_name\n")
     with pytest.raises(GrcError, match="No module named 'nothing_of_that_name'") as caught, serving(made.path):

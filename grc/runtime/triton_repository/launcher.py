@@ -193,7 +193,15 @@ def start(
         if "in use" not in server.last_words(100).lower():
             break
     how = f"did not become ready in {timeout:.0f} s" if ended is None else f"ended with {ended}"
-    raise GrcError(f"tritonserver {how}:\n{server.last_words()}", f"see its whole log: {' '.join(command)}")
+    raise GrcError(f"tritonserver {how}:\n{server.last_words()}", f"see its whole log: {kept(server.log)}")
+
+
+def kept(log: Path) -> str:
+    """A copy of the log that outlives the server's folder."""
+    number, path = tempfile.mkstemp(prefix="grc-tritonserver-", suffix=".log")
+    with open(number, "wb") as copy:
+        copy.write(log.read_bytes())
+    return path
 
 
 def ready(server: Server, deadline: float) -> bool:
