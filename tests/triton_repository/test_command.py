@@ -54,6 +54,7 @@ def test_scripts_get_json(grc: Grc, artifact: Path, tmp_path: Path) -> None:
 def test_verify_tells_what_the_server_answered(grc: Grc, artifact: Path, tmp_path: Path) -> None:
     ran = grc("export-triton", artifact, "-o", tmp_path / "repo", "--verify", "--json")
     assert ran.code == 0, ran.err
+    assert not list(tmp_path.rglob("__pycache__"))
     verified = json.loads(ran.out)["verified"]
     assert verified["tensors"] >= 104 and verified["error"] < 1e-5 and verified["server"].startswith("2.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -55,8 +56,17 @@ def verify(repository: Repository, artifact_path: str | os.PathLike[str], reques
         raise GrcError(f"the tritonserver of this host has no {backend} backend", "export with --backend python")
     program = load(artifact_path)
     check_requests(program, requests)
-    with serving(repository.path, *server_options(repository)) as server:
-        return Replay(repository, program, server).run(list(requests))
+    try:
+        with serving(repository.path, *server_options(repository)) as server:
+            return Replay(repository, program, server).run(list(requests))
+    finally:
+        forget_bytecode(repository.path)
+
+
+def forget_bytecode(folder: Path) -> None:
+    """Leave a repository as it was written: the server's Python keeps what it compiles, whatever the environment says."""
+    for kept in list(folder.rglob("__pycache__")):
+        shutil.rmtree(kept)
 
 
 def check_requests(program: Program, requests: Sequence[Any]) -> None:
