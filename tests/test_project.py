@@ -69,6 +69,13 @@ def test_readme_names_only_make_targets_that_exist():
     assert said <= targets
 
 
+def test_readme_and_makefile_take_the_pythons_of_the_package():
+    first, end = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", PROJECT["project"]["requires-python"]).groups()
+    said = f"one Python from 3.{first} to 3.{int(end) - 1}"
+    for name in ("README.md", "Makefile"):
+        assert said in (ROOT / name).read_text(), name
+
+
 def test_ci_runs_make_test_and_nothing_else():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
