@@ -42,9 +42,9 @@ def command(
     engine: Annotated[str | None, typer.Option(metavar="NAME", help="Answer with one of the artifact's parts.")] = None,
     traceback: Traceback = False,
 ) -> None:
-    """Answer requests: inputs by name in, outputs by name out.
+    r"""Answer requests: inputs by name in, outputs by name out.
 
-    JSON is either {"input": [row, row, …]} or a list of rows; JSON lines and parquet hold a row each.
+    JSON is either {"input": \[row, row, …]} or a list of rows; JSON lines and parquet hold a row each.
     """
     if example == (source is not None):
         raise typer.BadParameter("give an INPUT or --example, one of the two")
@@ -60,7 +60,9 @@ def command(
     assert source is not None
     program = load(artifact, engine=engine)
     if request:
-        put(recommended(program, read(source).decode()), output, "json")
+        put(
+            recommended(program, read(source, "write the JSON object that preprocess() takes").decode()), output, "json"
+        )
         return
     kind = values.format_of(source, form)
     inputs = values.decode(read(source), kind, program.artifact.manifest["inputs"])
@@ -101,13 +103,13 @@ def golden_inputs(artifact: Path) -> dict[str, Any]:
     return {spec["name"]: tensors[f"{index}.input.{i}"] for i, spec in enumerate(manifest["inputs"])}
 
 
-def read(source: str) -> bytes:
+def read(source: str, hint: str = "make one with grc run ARTIFACT --example -o request.json") -> bytes:
     from grc import GrcError
 
     if source == STDIN:
         return sys.stdin.buffer.read()
     if not Path(source).is_file():
-        raise GrcError(f"no request file at {source}", "make one with grc run ARTIFACT --example -o request.json")
+        raise GrcError(f"no request file at {source}", hint)
     return Path(source).read_bytes()
 
 

@@ -201,6 +201,11 @@ def test_a_request_file_must_exist_and_have_a_format(grc: Grc, artifact: Path, t
         f"error: no request file at {tmp_path}/no.json",
         "hint: make one with grc run ARTIFACT --example -o request.json",
     )
+    refused(
+        grc("run", artifact, "--request", tmp_path / "no.json"),
+        f"error: no request file at {tmp_path}/no.json",
+        "hint: write the JSON object that preprocess() takes",
+    )
     (tmp_path / "in.csv").write_text("")
     refused(
         grc("run", artifact, tmp_path / "in.csv"),
@@ -215,6 +220,10 @@ def test_an_answer_that_cannot_be_written(grc: Grc, artifact: Path, tmp_path: Pa
         f"error: {tmp_path}/no/out.json: No such file or directory",
         "hint: choose another path, or free some space",
     )
+
+
+def test_help_shows_the_form_of_json(grc: Grc):
+    assert 'JSON is either {"input": [row, row, …]} or a list of rows' in " ".join(grc("run", "--help").out.split())
 
 
 def test_input_or_example_but_not_both_and_not_none(grc: Grc, artifact: Path):
