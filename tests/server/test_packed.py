@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
@@ -96,3 +97,14 @@ def test_json_that_was_seen_before_is_not_read_again_and_its_bytes_are(tiny: Pat
     assert messages.read(*body([0.0, 1.0, 2.0], [3, 7], id="r1"), version).id == "r1"
     assert messages.read(*body([0.0, 1.0, 2.0], [3, 7], id="r1"), version).id == "r1"
     assert len(version.layouts.entries) == 1, "one with an id comes once"
+
+
+def test_what_is_remembered_of_requests_holds_none_of_their_bytes(tiny: Path) -> None:
+    version = Version("tiny", "1", tiny)
+    asked = [messages.read(*body([0.0, 1.0, 2.0], [3, n], parameters={"timeout": n + 1}), version) for n in range(3)]
+    held = {id(data) for one in asked for data in one.inputs.data}
+    found: list[object] = [layout for layout, _, _ in version.layouts.entries.values()]
+    assert len(found) == 3
+    for _ in range(4):
+        found = gc.get_referents(*found)
+        assert not held & {id(one) for one in found}

@@ -11,7 +11,7 @@ import torch
 
 from grc.runtime.server.cut import Cut
 from grc.runtime.server.datatypes import NAMES, bytes_of_list, check_size
-from grc.runtime.server.packed import Packed
+from grc.runtime.server.packed import Packed, Shape
 from grc.runtime.server.refusal import invalid
 from grc.runtime.server.version import Version
 
@@ -35,17 +35,23 @@ class Asked:
 
 @dataclass(slots=True)
 class Layout:
-    """What JSON before binary tensors said, and where the bytes of each input lie behind it."""
+    """What JSON before binary tensors said, and where the bytes of each input lie behind it; it holds none of them."""
 
-    like: Asked
     spans: list[tuple[int, int]]
+    shapes: tuple[Shape, ...]
+    dtypes: Sequence[torch.dtype]
+    rows: int
+    outputs: list[tuple[int, bool]]
+    seconds: float | None
+
+    @classmethod
+    def of(cls, asked: Asked, spans: list[tuple[int, int]]) -> Layout:
+        inputs = asked.inputs
+        return cls(spans, inputs.shapes, inputs.dtypes, inputs.rows, asked.outputs, asked.seconds)
 
     def asked(self, body: bytes) -> Asked:
-        like = self.like
         data = [body[start:stop] for start, stop in self.spans]
-        return Asked(
-            "", Packed(data, like.inputs.shapes, like.inputs.dtypes, like.inputs.rows), like.outputs, like.seconds
-        )
+        return Asked("", Packed(data, self.shapes, self.dtypes, self.rows), self.outputs, self.seconds)
 
 
 def read_json(data: bytes | memoryview) -> dict[str, Any]:
@@ -84,7 +90,8 @@ def read(body: bytes, header: int | None, version: Version) -> Asked:
         raise invalid(f"id is a JSON {json_type(id)}, not a string")
     asked = Asked(id, inputs, outputs, timeout(parameters))
     if not id and len(spans) == len(inputs.data):
-        version.layouts.put((text, len(body)), Layout(asked, [spans[i] for i in range(len(spans))]), len(text))
+        layout = Layout.of(asked, [spans[i] for i in range(len(spans))])
+        version.layouts.put((text, len(body)), layout, len(text))
     return asked
 
 
