@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from grc.errors import ArtifactError, InputError
+from grc.errors import ArtifactError, InputError, first_line
 from grc.runtime.artifact import Artifact
 
 
@@ -34,9 +34,24 @@ class Processing:
         self.functions = {name: self.find(**place) for name, place in entry.items()}
 
     def find(self, module: str, function: str) -> Callable[..., Any]:
-        """Import a bundled function; one that takes `assets` gets the folder its files lie in."""
-        with imported_from(self.folder):
-            found = getattr(importlib.import_module(module), function)
+        """Import a bundled function; one that takes `assets` gets the folder its files lie in.
+
+        Raises ArtifactError where its module can't be imported here.
+        """
+        try:
+            with imported_from(self.folder):
+                found = getattr(importlib.import_module(module), function)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            raise ArtifactError(
+                f"{function} of the artifact needs the module {error.name}, which is not installed",
+                f"pip install {package}",
+            ) from error
+        except (Exception, SystemExit) as error:  # a user's own module may do anything when it is imported
+            raise ArtifactError(
+                f"{function} of the artifact can't be imported from {module}.py: {first_line(error)}",
+                "mend the model file, and compile it again",
+            ) from error
         return partial(found, assets=self.folder) if "assets" in inspect.signature(found).parameters else found
 
     def preprocess(self, request: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

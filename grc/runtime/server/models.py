@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from grc.errors import ArtifactError, GrcError
+from grc.errors import ArtifactError, GrcError, first_line
 from grc.runtime.server.logs import Log
 from grc.runtime.server.refusal import Refused
 from grc.runtime.server.source import Found, Source, Stamp, numbers
@@ -28,6 +28,7 @@ class Model:
     pause: float = 0.0
     again: float = 0.0
     healthy: bool = True
+    trouble: str = ""  # why its source can't be looked at, once it was logged
 
     @property
     def name(self) -> str:
@@ -79,7 +80,12 @@ class Models:
         while True:
             await asyncio.sleep(seconds)
             for model in list(self.all.values()):
-                await self.refresh(model)
+                try:
+                    await self.refresh(model)
+                except Exception as error:  # the next look may find what this one could not
+                    self.note_trouble(model, error)
+                else:
+                    model.trouble = ""
 
     async def refresh(self, model: Model) -> None:
         """Load a newer version if there is one. It takes the place of the old one when it is proven, and not before."""
@@ -93,7 +99,7 @@ class Models:
         number = str(found.number) if found.number is not None else str(int(old.number) + 1)
         try:
             version = await loop.run_in_executor(self.loader, self.load, model.source, found, number)
-        except (GrcError, OSError) as error:
+        except Exception as error:  # whatever an artifact does when it is loaded, the version before it serves on
             self.note_failure(model, found, number, error)
             return
         model.version, model.stamp = version, found.stamp
@@ -108,7 +114,25 @@ class Models:
         model.pause = min(LONGEST_PAUSE, 2 * model.pause) if again else 1.0
         model.again = time.monotonic() + model.pause
         self.loaded(model.name, False)
-        message = error.message if isinstance(error, GrcError) else str(error)
         self.log(
-            "error", "version refused", model=model.name, version=number, serving=model.version.number, message=message
+            "error",
+            "version refused",
+            model=model.name,
+            version=number,
+            serving=model.version.number,
+            **words_of(error),
         )
+
+    def note_trouble(self, model: Model, error: Exception) -> None:
+        """Logged once for each trouble, not at every look."""
+        words = words_of(error)
+        if words["message"] != model.trouble:
+            self.log("error", "watch failed", model=model.name, serving=model.version.number, **words)
+        model.trouble = words["message"]
+
+
+def words_of(error: Exception) -> dict[str, str]:
+    """What was wrong, and where grc knows it what to do."""
+    if not isinstance(error, GrcError):
+        return {"message": first_line(error)}
+    return {"message": error.message, **({} if error.hint is None else {"hint": error.hint})}
