@@ -186,6 +186,16 @@ def test_a_request_that_would_be_late_is_refused_at_once(bench: Callable[..., Be
     assert not any(isinstance(found, Exception) for found in b.settle(first, *waiting))
 
 
+def test_what_waits_is_priced_in_batches_that_the_artifact_takes(bench: Callable[..., Bench]) -> None:
+    b, version = bench(max_rows=256), Doubling(batch={"min": 1, "max": 4, "dynamic": True})
+    version.estimate.factor = 1000.0  # 0.1 s a row
+    first = b.hold(version)
+    waiting = [b.ask(version, i, within=2.0) for i in range(8)]  # 0.8 s, and the batch that runs
+    version.open.set()
+    b.settle(first, *waiting)
+    assert version.batches == [1, 4, 4]
+
+
 def test_a_request_whose_time_runs_out_while_it_waits_is_not_computed(bench: Callable[..., Bench]) -> None:
     b, version = bench(), Doubling()
     first = b.hold(version)

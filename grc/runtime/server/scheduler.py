@@ -104,8 +104,9 @@ class Line:
         estimate = self.version.estimate
         if self.version.merge.reason is not None:
             return self.count * estimate.seconds(max(1, rows // max(self.count, 1)))
-        full, rest = divmod(rows, min(max_rows, self.version.max_rows))
-        return full * estimate.seconds(max_rows) + (estimate.seconds(rest) if rest else 0.0)
+        limit = min(max_rows, self.version.max_rows)
+        full, rest = divmod(rows, limit)
+        return full * estimate.seconds(limit) + (estimate.seconds(rest) if rest else 0.0)
 
 
 class Scheduler:
