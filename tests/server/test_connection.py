@@ -177,3 +177,14 @@ def test_a_client_that_left_is_not_computed_for(tmp_path: Path, compiled: Callab
             if server.metric('grc_refusals_total{model="tiny",reason="gone"}') == 1:
                 break
         assert server.metric('grc_requests_total{code="200",model="tiny",protocol="http"}') == 2
+
+
+def test_a_client_that_leaves_its_recommendation_is_counted_as_gone(server: Running) -> None:
+    series = 'grc_requests_total{{code="{}",model="tiny",protocol="http"}}'
+    gone, answered = (server.metric(series.format(code)) for code in (499, 200))
+    row = {"dense": [0.5, -1.0, 2.0], "user": 3, "item": 7, "sleep": 0.2}
+    with peer(server) as leaves:
+        leaves.send(post("/v2/models/tiny/recommend", row))
+        time.sleep(0.05)
+    time.sleep(0.4)
+    assert (server.metric(series.format(499)), server.metric(series.format(200))) == (gone + 1, answered)

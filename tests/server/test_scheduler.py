@@ -196,6 +196,15 @@ def test_what_waits_is_priced_in_batches_that_the_artifact_takes(bench: Callable
     assert version.batches == [1, 4, 4]
 
 
+def test_a_request_whose_time_ran_out_before_it_could_wait_is_told_so(bench: Callable[..., Bench]) -> None:
+    with pytest.raises(Refused) as caught:
+        bench().ask(Doubling(), 1, within=-1.0)
+    assert (caught.value.reason, caught.value.message) == (
+        "deadline",
+        "model m was too busy: the request's time ran out",
+    )
+
+
 def test_a_request_whose_time_runs_out_while_it_waits_is_not_computed(bench: Callable[..., Bench]) -> None:
     b, version = bench(), Doubling()
     first = b.hold(version)

@@ -19,7 +19,7 @@ from grc.runtime.server.features import User
 from grc.runtime.server.health import Health
 from grc.runtime.server.logs import clean_id, request_id
 from grc.runtime.server.models import Models
-from grc.runtime.server.refusal import Refused, invalid
+from grc.runtime.server.refusal import Refused, gone, invalid
 from grc.runtime.server.service import Call, Service, listed
 from grc.runtime.server.settings import Settings
 from grc.runtime.server.version import Version
@@ -62,8 +62,12 @@ class Http:
 
     def cut_short(self) -> None:
         """A client left in the middle of its request: there is nobody to answer."""
-        gone = Refused(499, "the client went away before its request was whole", "gone")
-        self.service.failed(Call(request_id(), "http", self.settings.timeout), gone)
+        self.service.failed(Call(request_id(), "http", self.settings.timeout), gone("its request was whole"))
+
+    def lost(self, call: Call) -> None:
+        """A client left while its request was being answered."""
+        call.gone = True
+        self.service.failed(call, gone("its answer"))
 
     def route(self, call: Call, exchange: Exchange) -> None:
         if exchange.fault is not None:
@@ -154,6 +158,12 @@ class Http:
         task = self.service.loop.create_task(
             self.recommended(call, version, exchange, request, user_of(exchange.headers))
         )
+
+        def lost() -> None:
+            self.lost(call)
+            task.cancel()
+
+        exchange.lost = lost
         self.tasks.add(task)  # the loop itself would not keep it alive
         task.add_done_callback(self.tasks.discard)
 
@@ -177,7 +187,7 @@ class Inference:
 
     def __init__(self, http: Http, call: Call, version: Version, exchange: Exchange, asked: messages.Asked):
         self.http, self.call, self.version, self.exchange, self.asked = http, call, version, exchange, asked
-        exchange.lost = self.lost
+        exchange.lost = functools.partial(http.lost, call)
 
     def done(self) -> bool:
         return self.exchange.gone
@@ -196,9 +206,6 @@ class Inference:
 
     def set_exception(self, error: Exception) -> None:
         self.http.refuse(self.call, self.exchange, error)
-
-    def lost(self) -> None:
-        self.http.service.failed(self.call, Refused(499, "the client went away before its answer", "gone"))
 
 
 @functools.lru_cache(1024)

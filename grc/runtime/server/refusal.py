@@ -27,6 +27,14 @@ def too_large(limit: int) -> Refused:
     return Refused(413, f"the body is larger than {limit} bytes", "too_large")
 
 
+def gone(before: str) -> Refused:
+    return Refused(499, f"the client went away before {before}", "gone")
+
+
+def out_of_time(model: str, retry_after: float) -> Refused:
+    return Refused(503, f"model {model} was too busy: the request's time ran out", "deadline", retry_after)
+
+
 def refusal(error: Exception) -> Refused:
     """What a client is told of an error: its own fault is a 400, the server's a 500."""
     if isinstance(error, Refused):

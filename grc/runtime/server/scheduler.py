@@ -21,7 +21,7 @@ import torch
 
 from grc.runtime.server.execute import execute
 from grc.runtime.server.packed import Packed
-from grc.runtime.server.refusal import Refused
+from grc.runtime.server.refusal import Refused, out_of_time
 from grc.runtime.server.version import Version
 
 Tensors = list[torch.Tensor]
@@ -144,6 +144,8 @@ class Scheduler:
                 raise Refused(503, f"model {work.version.name} is busy: {line.count} requests wait", "queue_full", wait)
             wait = self.wait(line, work.rows)
             left = work.deadline - work.queued
+            if left <= 0:
+                raise out_of_time(work.version.name, wait)
             if wait > left:
                 told = f"within {left * 1e3:.0f} ms: it would take about {wait * 1e3:.0f} ms"
                 raise Refused(503, f"model {work.version.name} can't answer {told}", "deadline", wait - left)
@@ -213,9 +215,7 @@ class Scheduler:
                     del self.active[line.version]
             late = [work for work in batch if work.deadline < now or work.future.cancelled()]
             for work in late:
-                work.answer = Refused(
-                    503, f"model {work.version.name} was too busy: the request's time ran out", "deadline", predicted
-                )
+                work.answer = out_of_time(work.version.name, predicted)
             ready = [work for work in batch if work not in late] if late else batch
             try:
                 execute(ready)

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import orjson
@@ -17,6 +16,7 @@ from grc.runtime.server.features import Features, User
 from grc.runtime.server.logs import Log
 from grc.runtime.server.metrics import Metrics
 from grc.runtime.server.packed import Packed, tensors_of
+from grc.runtime.server.preparing import Preparing
 from grc.runtime.server.refusal import Refused, refusal
 from grc.runtime.server.scheduler import Scheduler, Waiter, Work
 from grc.runtime.server.settings import Settings
@@ -31,13 +31,12 @@ STAGES = (
     ("compute", "compute_infer"),
     ("postprocess", "compute_output"),
 )
-PROCESSING = 2  # threads for the users' own functions: they hold the interpreter's lock, more would only take turns
 
 
 class Call:
     """One request on its way: who asks for what, since when, until when, and how long each stage took."""
 
-    __slots__ = ("arrived", "deadline", "id", "model", "preprocess", "protocol", "stages", "version")
+    __slots__ = ("arrived", "deadline", "gone", "id", "model", "preprocess", "protocol", "stages", "version")
 
     def __init__(self, id: str, protocol: str, timeout: float):
         self.arrived = time.monotonic()
@@ -46,6 +45,7 @@ class Call:
         self.version: Version | None = None
         self.model = ""
         self.preprocess = 0.0
+        self.gone = False  # its client went away
         self.stages: tuple[float, float] | None = None
 
     def due(self, seconds: float) -> None:
@@ -61,7 +61,7 @@ class Service:
         self.answers = Cache(settings.answer_cache, settings.answer_ttl)
         self.scheduler = Scheduler(loop, settings.workers, settings.max_rows, settings.max_queue, self.computed)
         self.arrived: list[Work] = []
-        self.processing = ThreadPoolExecutor(PROCESSING, thread_name_prefix="grc-processing")
+        self.preparing = Preparing(loop, settings.max_queue)
 
     async def infer(self, call: Call, version: Version, inputs: Packed) -> Answer:
         """The outputs for one request's inputs. Raises what `refusal` makes an answer of."""
@@ -117,29 +117,29 @@ class Service:
             self.looked_up(version, found)
             if found is not None:
                 return orjson.loads(found)
-        inputs = await self.prepared(version, request, user)
+        inputs = await self.prepared(call, version, request, user)
         answer = await self.compute(call, version, inputs)
 
         def post() -> Any:
             return processing.postprocess(version.program.built(answer), request)
 
-        found = await self.loop.run_in_executor(self.processing, guarded("postprocess", post))
+        found = await self.preparing.run(guarded("postprocess", post))
         if key is not None:
             kept = orjson.dumps(found, default=listed, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
             self.answers.put(key, kept, len(kept))
         return found
 
-    async def prepared(self, version: Version, request: dict[str, Any], user: User | None) -> Tensors:
+    async def prepared(self, call: Call, version: Version, request: dict[str, Any], user: User | None) -> Tensors:
         """The request's features: made by preprocess, or those of the user."""
         if user is None or not self.features.cache.on:
-            return await self.loop.run_in_executor(self.processing, preprocess, version, request)
+            return await self.preparing.preprocess(call, version, request)
         found = self.features.get(version.name, version.number, user)
         if found is not None:
             return found
         making = self.features.begin(version.name, version.number, user)
         made = None
         try:
-            made = await self.loop.run_in_executor(self.processing, preprocess, version, request)
+            made = await self.preparing.preprocess(call, version, request)
         finally:
             self.features.end(making, made)
         return made
@@ -194,7 +194,7 @@ class Service:
 
     def close(self) -> None:
         self.scheduler.close()
-        self.processing.shutdown()
+        self.preparing.close()
 
 
 class Keeping:
@@ -208,11 +208,6 @@ class Keeping:
         own = [tensor.clone() for tensor in answer]  # an answer is a view of its whole batch
         self.answers.put(self.key, own, sum(tensor.nbytes for tensor in own))
         self.future.set_result(answer)
-
-
-def preprocess(version: Version, request: dict[str, Any]) -> Tensors:
-    args, kwargs = version.processing().preprocess(request)
-    return version.program.leaves(args, kwargs)
 
 
 def guarded(what: str, function: Callable[[], Any]) -> Callable[[], Any]:
