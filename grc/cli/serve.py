@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+import threading
 from typing import Annotated, Any, Literal
 
 import typer
@@ -123,6 +125,16 @@ def command(
         access_log=access_log,
     )
     serving.serve(serving.sources(artifacts), settings, tell_loaded, tell_listening)
+    leave()
+
+
+def leave() -> None:
+    """End the process where a thread is still busy, with an artifact's own functions say: Python would wait for it."""
+    if any(thread.name.startswith("grc-") for thread in threading.enumerate()):
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def check_ports(port: int, grpc_port: int | None) -> None:

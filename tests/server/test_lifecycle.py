@@ -23,6 +23,7 @@ import grc
 from grc.runtime.weights import read_weights, write_weights
 from tests.cli.session import edit_manifest
 from tests.server.running import Running, command, needs_extra, running, until
+from tests.server.test_connection import peer, post
 from tests.server.test_scheduler import slow
 
 needs_extra()
@@ -208,6 +209,35 @@ def test_requests_in_flight_are_answered_after_sigterm(tmp_path: Path, tiny: Pat
         idle.close()
         with pytest.raises(OSError, match="refused"):
             socket.create_connection(("127.0.0.1", server.http))
+
+
+def test_draining_waits_for_bodies_and_no_longer_than_it_was_told(tmp_path: Path, tiny: Path) -> None:
+    row = {"dense": [0.5, -1.0, 2.0], "user": 3, "item": 7, "sleep": 20.0}
+    infer = post("/v2/models/served/infer", json.loads(BODY))
+    with (
+        running(tmp_path, tiny, "--drain", 1) as server,
+        peer(server) as whole,
+        peer(server) as half,
+        peer(server) as slow,
+    ):
+        slow.send(post("/v2/models/served/recommend", row))
+        for client in (whole, half):
+            client.send(infer[:-10])
+        time.sleep(0.1)
+        server.process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        server.wait_for("draining")
+        whole.send(infer[-10:])
+        status, headers, _ = whole.answer()
+        assert (status, headers["connection"], whole.closed()) == (200, "close", True)
+        for client, before in ((half, "the request was whole"), (slow, "the answer")):
+            status, headers, text = client.answer()
+            assert (status, headers["retry-after"]) == (503, "1")
+            assert json.loads(text) == {"error": f"the server ended before {before}"}
+        assert server.process.wait(60) == 0
+        assert time.monotonic() - began < 10
+        assert sorted(server.wait_for_end()) == ["draining", "refused", "refused", "stopped"]
+        assert {event.get("reason") for event in server.events()} == {None, "ended"}
 
 
 def test_an_interrupt_ends_it_as_well(tmp_path: Path, tiny: Path) -> None:

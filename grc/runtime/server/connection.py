@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import httptools
 
 from grc.runtime.server.exchange import Exchange
-from grc.runtime.server.refusal import Refused, too_large
+from grc.runtime.server.refusal import Refused, ended, gone, too_large
 
 if TYPE_CHECKING:
     from grc.runtime.server.listener import Listener
@@ -33,6 +33,7 @@ class Connection(asyncio.Protocol):
         self.exchange: Exchange | None = None  # the one that is being answered
         self.waiting: deque[Exchange] = deque()
         self.closing = False  # nothing more is read
+        self.last = False  # what has begun is the last request
         self.slow: asyncio.TimerHandle | None = None
         self.begun = self.headed = False
         self.headless = 0  # bytes of a head that is not complete, but for those that came with what was before it
@@ -79,9 +80,7 @@ class Connection(asyncio.Protocol):
         self.parser = None  # it holds this object
         for exchange in (self.exchange, *self.waiting):
             if exchange is not None:
-                exchange.gone = True
-                if exchange.lost is not None:
-                    exchange.lost()
+                exchange.drop(gone("its answer"))
 
     def pause_writing(self) -> None:
         """A client that does not read its answers may send no more requests."""
@@ -132,6 +131,7 @@ class Connection(asyncio.Protocol):
         body = parts[0] if len(parts) == 1 else b"".join(parts)
         parser = self.parser
         stays = parser.should_keep_alive() and not parser.should_upgrade() and parser.get_http_version() != "1.0"
+        stays = stays and not self.last
         self.take(Exchange(self, parser.get_method(), self.url, self.headers, body, stays))
 
     # Requests and answers, in order
@@ -201,8 +201,23 @@ class Connection(asyncio.Protocol):
             self.idle = self.loop.call_later(left, self.check_idle)
 
     def shut(self) -> None:
-        """Close when what is being answered is answered."""
-        if self.exchange is None:
+        """Close when what has begun is answered."""
+        self.last = True
+        newest = self.waiting[-1] if self.waiting else self.exchange
+        if self.begun:
+            return
+        if newest is None:
             self.transport.close()
         else:
+            newest.keep_alive = False
+
+    def end(self) -> None:
+        """Wait no longer: what is not answered is refused."""
+        begun, self.begun, self.closing = self.begun, False, True
+        if self.exchange is not None:
             self.exchange.keep_alive = False
+        elif begun:
+            self.refuse(ended("the request was whole"))
+        for exchange in (self.exchange, *self.waiting):
+            if exchange is not None:
+                exchange.drop(ended("the answer"))

@@ -18,7 +18,7 @@ LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() f
 
 
 class Exchange:
-    """`fault` is why the request never became whole; `lost` is called when its client goes away before the answer."""
+    """`fault` is why the request never became whole; `lost` is called when nobody waits for the answer any more."""
 
     __slots__ = ("body", "connection", "fault", "gone", "headers", "keep_alive", "lost", "method", "url")
 
@@ -35,7 +35,13 @@ class Exchange:
         self.connection, self.method, self.url, self.headers, self.body = connection, method, url, headers, body
         self.keep_alive, self.fault = keep_alive, fault
         self.gone = False
-        self.lost: Callable[[], None] | None = None
+        self.lost: Callable[[Refused], None] | None = None
+
+    def drop(self, reason: Refused) -> None:
+        """Nobody waits for the answer any more, its client or the server."""
+        if self.lost is not None and not self.gone:
+            self.lost(reason)
+        self.gone = True
 
     def answer(self, status: int, kind: bytes, body: bytes, id: bytes, more: Sequence[Header] = ()) -> None:
         """Head and body leave in one system call, so that they wake the client once."""

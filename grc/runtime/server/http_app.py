@@ -64,10 +64,10 @@ class Http:
         """A client left in the middle of its request: there is nobody to answer."""
         self.service.failed(Call(request_id(), "http", self.settings.timeout), gone("its request was whole"))
 
-    def lost(self, call: Call) -> None:
-        """A client left while its request was being answered."""
+    def lost(self, call: Call, exchange: Exchange, reason: Refused) -> None:
+        """Its client left while a request was being answered, or the server waits no longer."""
         call.gone = True
-        self.service.failed(call, gone("its answer"))
+        self.refuse(call, exchange, reason)
 
     def route(self, call: Call, exchange: Exchange) -> None:
         if exchange.fault is not None:
@@ -159,8 +159,8 @@ class Http:
             self.recommended(call, version, exchange, request, user_of(exchange.headers))
         )
 
-        def lost() -> None:
-            self.lost(call)
+        def lost(reason: Refused) -> None:
+            self.lost(call, exchange, reason)
             task.cancel()
 
         exchange.lost = lost
@@ -187,7 +187,7 @@ class Inference:
 
     def __init__(self, http: Http, call: Call, version: Version, exchange: Exchange, asked: messages.Asked):
         self.http, self.call, self.version, self.exchange, self.asked = http, call, version, exchange, asked
-        exchange.lost = functools.partial(http.lost, call)
+        exchange.lost = functools.partial(http.lost, call, exchange)
 
     def done(self) -> bool:
         return self.exchange.gone

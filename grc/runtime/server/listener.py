@@ -11,6 +11,7 @@ from grc.runtime.server.exchange import Exchange
 from grc.runtime.server.settings import Settings
 
 BACKLOG = 2048
+FAREWELL = 0.2  # seconds in which the last refusals leave
 
 
 class Listener:
@@ -31,13 +32,19 @@ class Listener:
         self.server = await self.loop.create_server(lambda: Connection(self), sock=sock, backlog=BACKLOG)
 
     async def drain(self, seconds: float) -> None:
-        """Take no new connection, close those that idle, and wait for the others' answers."""
+        """Take no new connection, close those that idle, wait for the others' answers, and refuse what is left."""
         assert self.server is not None
         self.server.close()
         for connection in list(self.connections):
             connection.shut()
+        await self.until_closed(seconds)
+        for connection in list(self.connections):
+            connection.end()
+        await self.until_closed(FAREWELL)
+        for connection in list(self.connections):
+            connection.transport.abort()
+
+    async def until_closed(self, seconds: float) -> None:
         end = self.loop.time() + seconds
         while self.connections and self.loop.time() < end:
             await asyncio.sleep(0.02)
-        for connection in list(self.connections):
-            connection.transport.abort()

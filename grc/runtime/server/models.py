@@ -75,6 +75,10 @@ class Models:
     def versions(self) -> Iterator[Version]:
         return (model.version for model in self.all.values())
 
+    def close(self) -> None:
+        """A version that is being loaded is not waited for."""
+        self.loader.shutdown(wait=False, cancel_futures=True)
+
     async def watch(self, seconds: float) -> None:
         """Look for new versions, for ever."""
         while True:

@@ -31,6 +31,10 @@ def gone(before: str) -> Refused:
     return Refused(499, f"the client went away before {before}", "gone")
 
 
+def ended(before: str) -> Refused:
+    return Refused(503, f"the server ended before {before}", "ended", 1.0)
+
+
 def out_of_time(model: str, retry_after: float) -> Refused:
     return Refused(503, f"model {model} was too busy: the request's time ran out", "deadline", retry_after)
 

@@ -239,10 +239,11 @@ class Scheduler:
         for work in batch:
             work.settle()
 
-    def close(self) -> None:
-        """Answer what waits, then end the threads."""
+    def close(self, seconds: float | None = None) -> None:
+        """Answer what waits, then end the threads. One that is busy for longer than `seconds` is left."""
+        end = None if seconds is None else time.monotonic() + seconds
         with self.changed:
             self.closed = True
             self.changed.notify_all()
         for thread in self.threads:
-            thread.join()
+            thread.join(None if end is None else max(0.0, end - time.monotonic()))

@@ -192,9 +192,10 @@ class Service:
         )
         return told
 
-    def close(self) -> None:
-        self.scheduler.close()
+    def close(self, seconds: float) -> None:
+        """End the threads; one that is busy for longer than `seconds` is left."""
         self.preparing.close()
+        self.scheduler.close(seconds)
 
 
 class Keeping:

@@ -27,6 +27,7 @@ from grc.runtime.server.version import Version
 # Seconds that a thread may keep the interpreter while another waits for it. With the default of 5 ms, a batch that was
 # computed waits behind a busy event loop; much less than 1 ms, and both spend their time on taking turns.
 SWITCH = 1e-3
+LAST = 0.2  # seconds that threads get to end after the time to drain
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ async def run(
     await listener.listen(sock)
     listening(Listening(settings.host, sock.getsockname()[1], bound))
     await told.wait()
+    end = loop.time() + settings.drain
     log("info", "draining", seconds=settings.drain)
     health.draining = True
     ends = [listener.drain(settings.drain)]
@@ -105,5 +107,6 @@ async def run(
     await asyncio.gather(*ends)
     for task in tasks:
         task.cancel()
-    await loop.run_in_executor(None, service.close)
+    models.close()
+    await loop.run_in_executor(None, service.close, max(LAST, end - loop.time()))
     log("info", "stopped")
