@@ -6,6 +6,7 @@ import json
 import random
 import threading
 import time
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,19 @@ def test_features_are_used_until_the_users_version_changes(caching: Running) -> 
     after = lookups(caching, "features")
     assert (after[0] - before[0], after[1] - before[1]) == (1, 3)
     assert caching.metric('grc_cache_bytes{cache="features"}') > 0
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+@pytest.mark.parametrize("user", ["zoë", "a/b", "a%2Fb"])
+def test_a_user_of_any_name_is_forgotten(caching: Running, user: str, encoding: str) -> None:
+    header = user.encode(encoding).decode("latin-1")
+    own = recommend(caching, x_user_id=header, x_features_version="1")
+    changed: Any = {**ROW, "dense": [9.0, 9.0, 9.0]}
+    assert recommend(caching, body=changed, x_user_id=header, x_features_version="1") == own
+    path = f"/v2/models/served/users/{urllib.parse.quote(user.encode(encoding), safe='')}/features"
+    assert caching.ask(path, method="DELETE")[0] == 204
+    assert recommend(caching, body=changed, x_user_id=header, x_features_version="1") != own
+    assert caching.ask(path, method="DELETE")[0] == 204
 
 
 def test_a_user_that_moves_on_while_features_are_made(caching: Running) -> None:

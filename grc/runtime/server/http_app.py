@@ -72,11 +72,11 @@ class Http:
     def route(self, call: Call, exchange: Exchange) -> None:
         if exchange.fault is not None:
             raise exchange.fault
-        path = path_of(exchange.url)
+        parts = parts_of(exchange.url)
+        path = "/".join(parts)
         method = exchange.method.decode()
-        parts = path.split("/")
-        if parts[1:3] == ["v2", "models"] and len(parts) > 3:
-            self.model(call, method, path, parts[3:], exchange)
+        if parts[1:3] == ("v2", "models") and len(parts) > 3:
+            self.model(call, method, path, list(parts[3:]), exchange)
             return
         allowed, found = self.page(path)
         if found is None:
@@ -209,12 +209,21 @@ class Inference:
 
 
 @functools.lru_cache(1024)
-def path_of(url: bytes) -> str:
-    """Raises Refused for what is no URL."""
+def parts_of(url: bytes) -> tuple[str, ...]:
+    """The parts of its path, each of which may hold any character. Raises Refused for what is no URL."""
     try:
-        return urllib.parse.unquote((httptools.parse_url(url).path or b"").decode("latin-1"))
+        path = httptools.parse_url(url).path or b""
     except httptools.HttpParserInvalidURLError:
         raise invalid("the request has no path", "http") from None
+    return tuple(text_of(urllib.parse.unquote_to_bytes(part)) for part in path.split(b"/"))
+
+
+def text_of(data: bytes) -> str:
+    """UTF-8, as clients send it by now; what is none is latin-1, as HTTP once had it."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
 
 
 def written(value: Any) -> bytes:
@@ -233,7 +242,7 @@ def user_of(headers: Headers) -> User | None:
         return None
     if name is None or version is None:
         raise invalid("x-user-id and x-features-version belong together")
-    return User(name.decode("latin-1"), whole(version, "x-features-version"))
+    return User(text_of(name), whole(version, "x-features-version"))
 
 
 def whole(text: bytes, name: str) -> int:
