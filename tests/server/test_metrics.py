@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 pytest.importorskip("prometheus_client", reason="needs grc-compiler[serve]")
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from grc.errors import InputError
 from grc.runtime.server.metrics import COUNTS, SECONDS, Metrics, Times
+from grc.runtime.server.service import Service
+from grc.runtime.server.statistics import Statistics
 
 
 def test_a_histogram_counts_what_does_not_exceed_its_bounds() -> None:
@@ -39,3 +45,18 @@ def test_what_is_exposed_can_be_read_back() -> None:
     rows = {s.labels["le"]: s.value for s in families["grc_batch_rows"].samples if s.name.endswith("_bucket")}
     assert len(rows) == len(COUNTS) + 1 and (rows["4.0"], rows["8.0"]) == (0, 1)
     assert families["grc_refusals"].samples[0].value == 1
+
+
+@pytest.mark.parametrize(("refused", "counted"), [((), (5, 1)), ((0,), (3, 1)), ((0, 1), (0, 0))])
+def test_rows_of_refused_requests_are_not_counted(refused: tuple[int, ...], counted: tuple[int, int]) -> None:
+    version = SimpleNamespace(name="m", statistics=Statistics())
+    batch: Any = [
+        SimpleNamespace(version=version, rows=rows, call=None, started=1.0, ended=2.0, answer=[]) for rows in (2, 3)
+    ]
+    for index in refused:
+        batch[index].answer = InputError("id 80")
+    service: Any = SimpleNamespace(metrics=Metrics())
+    Service.computed(service, batch)
+    assert (version.statistics.rows, version.statistics.batches) == counted
+    assert service.metrics.of("m").rows.total == counted[0]
+    assert service.metrics.of("m").merged.total == (2 - len(refused))

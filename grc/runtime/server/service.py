@@ -148,15 +148,18 @@ class Service:
         version.statistics.by_stage["cache_miss" if found is None else "cache_hit"].add(0.0)
 
     def computed(self, batch: list[Work]) -> None:
-        """A batch has been computed: rows and times of all that it answered."""
-        version, rows = batch[0].version, sum(work.rows for work in batch)
+        """A batch has been computed: rows and times of all that it answered. One that was refused has no answer."""
+        answered = [work for work in batch if not isinstance(work.answer, Exception)]
+        if not answered:
+            return
+        version, rows = batch[0].version, sum(work.rows for work in answered)
         version.statistics.batch(rows, batch[0].ended - batch[0].started)
         metrics = self.metrics.of(version.name)
-        for work in batch:
+        for work in answered:
             if work.call is not None:
                 work.call.stages = work.started - work.queued, work.ended - work.started
         metrics.rows.observe(rows)
-        metrics.merged.observe(len(batch))
+        metrics.merged.observe(len(answered))
 
     def succeeded(self, call: Call) -> None:
         """The answer is written: count its stages."""
