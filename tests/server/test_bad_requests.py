@@ -249,6 +249,17 @@ def test_what_is_not_there(server: Running, path: str, method: str, status: int,
     assert server.error(path, b"{}" if method == "POST" else None, method) == (status, message)
 
 
+@pytest.mark.parametrize(
+    ("path", "method", "allow"),
+    [("/v2", "DELETE", "GET, HEAD"), (INFER, "HEAD", "POST"), ("/v2/models/tiny/users/7/features", "GET", "DELETE")],
+)
+def test_a_method_that_a_path_does_not_take_is_told_which_it_takes(
+    server: Running, path: str, method: str, allow: str
+) -> None:
+    status, _, headers = server.ask(path, method=method)
+    assert (status, headers["allow"]) == (405, allow)
+
+
 def test_unknown_model_and_version_over_grpc(server: Running) -> None:
     with grpc.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client:
         for name, version, told in (
@@ -387,6 +398,13 @@ def test_spoilt_bodies_are_the_clients_fault(server: Running, data: st.DataObjec
     headers = {"Inference_Header_Content_Length": header} if header else {}
     status, text, _ = server.ask(path, bytes(body), **headers)
     assert status in (200, 400), text
+
+
+@pytest.mark.parametrize("coding", ["deflate", "Deflate", "DEFLATE", "Identity"])
+def test_codings_are_told_in_any_case(server: Running, coding: str) -> None:
+    body = json.dumps(GOOD).encode()
+    sent = body if coding == "Identity" else zlib.compress(body)
+    assert server.ask(INFER, sent, content_encoding=coding)[0] == 200
 
 
 def test_a_packed_body_that_is_none(server: Running) -> None:

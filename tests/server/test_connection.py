@@ -94,8 +94,22 @@ def test_a_connection_ends_where_its_client_says_so(server: Running, request_: b
 
 def test_an_answer_to_head_has_no_body(server: Running) -> None:
     with peer(server) as client:
+        client.send(b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n")
+        length = client.answer()[1]["content-length"]
         client.send(b"HEAD /v2 HTTP/1.1\r\nHost: x\r\n\r\n" + LIVE)
-        assert client.answer(body=False)[0] == 405
+        status, headers, _ = client.answer(body=False)
+        assert (status, headers["content-length"]) == (200, length)
+        assert client.answer()[0] == 200
+        for path in ("/v2/health/live", "/v2/health/ready", "/v2/models/tiny/ready", "/v2/models/tiny", "/metrics"):
+            client.send(f"HEAD {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            assert client.answer(body=False)[0] == 200, path
+
+
+def test_an_answer_without_content_has_no_length(server: Running) -> None:
+    with peer(server) as client:
+        client.send(b"DELETE /v2/models/tiny/users/7/features HTTP/1.1\r\nHost: x\r\n\r\n" + LIVE)
+        status, headers, _ = client.answer()
+        assert (status, sorted(headers)) == (204, ["date", "x-request-id"])
         assert client.answer()[0] == 200
 
 

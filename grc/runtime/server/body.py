@@ -13,7 +13,8 @@ PACKED = (b"gzip", b"deflate")
 
 def unpacked(body: bytes, encoding: bytes | None, limit: int) -> bytes:
     """Raises Refused where the body is not what its encoding says, or larger than the limit."""
-    if not encoding or encoding == b"identity":
+    encoding = (encoding or b"identity").lower()
+    if encoding == b"identity":
         return body
     if encoding not in PACKED:
         raise Refused(

@@ -47,10 +47,13 @@ class Exchange:
         """Head and body leave in one system call, so that they wake the client once."""
         if self.gone or self.connection.transport.is_closing():
             return
+        # An answer without content has no length, says HTTP, and so no type either.
+        about = b"" if status == 204 else b"content-type: %b\r\ncontent-length: %d\r\n" % (kind, len(body))
         parts = [
             LINES[status],
             DATE.line(),
-            b"content-type: %b\r\ncontent-length: %d\r\nx-request-id: %b\r\n" % (kind, len(body), id),
+            about,
+            b"x-request-id: %b\r\n" % id,
             *(b"%b: %b\r\n" % header for header in more),
             b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n",
         ]

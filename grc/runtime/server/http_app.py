@@ -256,8 +256,10 @@ def length(text: bytes) -> int:
 
 
 def check_method(method: str, allowed: str, path: str) -> None:
-    if method != allowed:
-        raise Refused(405, f"{path} takes {allowed}, not {method}", "method")
+    """HEAD is answered as GET is, but for the body, which the exchange leaves out."""
+    allow = "GET, HEAD" if allowed == "GET" else allowed
+    if method not in allow.split(", "):
+        raise Refused(405, f"{path} takes {allowed}, not {method}", "method", allow=allow)
 
 
 def json(value: Any) -> Answer:
@@ -266,4 +268,6 @@ def json(value: Any) -> Answer:
 
 def refused(error: Refused) -> Answer:
     more = [] if error.retry_after is None else [(b"retry-after", b"%d" % error.retry_after)]
+    if error.allow:
+        more.append((b"allow", error.allow.encode()))
     return error.status, JSON, orjson.dumps({"error": error.message}), more

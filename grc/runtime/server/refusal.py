@@ -8,13 +8,15 @@ from grc.errors import ArtifactError, EngineError, GrcError
 
 
 class Refused(Exception):
-    """The status and message that a client gets; `reason` is the label under which it is counted."""
+    """The status and message that a client gets; `reason` is the label under which it is counted, `allow` what methods the
+    path takes."""
 
-    def __init__(self, status: int, message: str, reason: str, retry_after: float | None = None):
+    def __init__(self, status: int, message: str, reason: str, retry_after: float | None = None, allow: str = ""):
         super().__init__(message)
         self.status = status
         self.message = message
         self.reason = reason
+        self.allow = allow
         # HTTP knows whole seconds only, and 0 would invite the client back at once.
         self.retry_after = None if retry_after is None else max(1, math.ceil(retry_after))
 
