@@ -34,6 +34,7 @@ def check_size(name: str, size: int, shape: list[int], dtype: torch.dtype) -> No
         raise invalid(f'input "{name}" has {size} bytes; shape {shape} of {NAMES[dtype]} has {needed}')
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what a dtype does not hold becomes infinite, and nothing is printed
 def bytes_of_list(name: str, data: Any, shape: list[int], dtype: torch.dtype) -> bytes:
     """Little-endian bytes of numbers as they stand in JSON, flat or nested. Raises a refusal where they don't fit."""
     try:

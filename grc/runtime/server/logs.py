@@ -41,7 +41,9 @@ class Forwarded(logging.Handler):
 
 
 def forward(log: Log) -> None:
-    for name in ("grpc", "asyncio"):
+    """Also Python's warnings, which artifacts' own functions may raise."""
+    logging.captureWarnings(True)
+    for name in ("grpc", "asyncio", "py.warnings"):
         logger = logging.getLogger(name)
         logger.handlers = [Forwarded(log)]
         logger.propagate = False
