@@ -61,7 +61,7 @@ def tensor_of(value: Any, spec: Mapping[str, Any], exact: bool) -> torch.Tensor:
         raise InputError(f'input "{spec["name"]}" has rows of different lengths', "pad them to one length") from None
     dtype = getattr(torch, spec["dtype"])
     if array.size and array.dtype.kind not in ("biuf" if dtype.is_floating_point else "biu"):
-        have = "numbers with a fraction" if array.dtype.kind == "f" else "values that are no numbers"
+        have = "floating-point numbers" if array.dtype.kind == "f" else "values that are no numbers"
         raise InputError(f'input "{spec["name"]}" has {have}; the model takes {spec["dtype"]}', "see grc inspect")
     return torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
 

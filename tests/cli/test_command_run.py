@@ -111,7 +111,12 @@ WRONG = {
     ),
     "fraction": (
         {"dense": [ROW["dense"]], "ids": [[1.5, 2]]},
-        'input "ids" has numbers with a fraction; the model takes int64',
+        'input "ids" has floating-point numbers; the model takes int64',
+        "see grc inspect",
+    ),
+    "whole numbers with a point": (
+        {"dense": [ROW["dense"]], "ids": [[2.0, 2]]},
+        'input "ids" has floating-point numbers; the model takes int64',
         "see grc inspect",
     ),
     "words": (

@@ -139,7 +139,11 @@ JSON = {
     "ragged": (json.dumps(both({"data": [[1.0, 2.0], [3.0]]})).encode(), 'input "dense" has rows of different lengths'),
     "fraction": (
         json.dumps(both(ids={"data": [1.5, 2]})).encode(),
-        'input "ids" has numbers with a fraction; the model takes INT64',
+        'input "ids" has floating-point numbers; the model takes INT64',
+    ),
+    "whole numbers with a point": (
+        json.dumps(both(ids={"data": [2.0, 2]})).encode(),
+        'input "ids" has floating-point numbers; the model takes INT64',
     ),
     "words": (
         json.dumps(both({"data": ["a", "b", "c"]})).encode(),

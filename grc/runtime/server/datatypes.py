@@ -53,7 +53,7 @@ def bytes_of_list(name: str, data: Any, shape: list[int], dtype: torch.dtype) ->
     if found.size and not fits:
         # Integers that no integer dtype holds arrive as floats too.
         whole = kind == "f" and not dtype.is_floating_point and not bool((found % 1).any())
-        what = "numbers with a fraction" if kind == "f" else "values that are no numbers of its type"
+        what = "floating-point numbers" if kind == "f" else "values that are no numbers of its type"
         what = "a value that is too large" if whole and abs(found).max() >= 2.0**63 else what
         raise invalid(f'input "{name}" has {what}; the model takes {NAMES[dtype]}')
     if not dtype.is_floating_point and dtype is not torch.bool and found.size:
