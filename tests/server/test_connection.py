@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,6 +48,10 @@ class Peer:
             name, _, value = line.partition(": ")
             headers[name] = value
         return status, headers, self.file.read(int(headers.get("content-length", 0))) if body else b""
+
+    def reset(self) -> None:
+        """When it is closed, the server is told that nobody reads any more."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     def closed(self) -> bool:
         return self.file.read() == b""
@@ -186,6 +191,7 @@ def test_a_client_that_left_is_not_computed_for(tmp_path: Path, compiled: Callab
             with peer(server) as leaves:
                 leaves.send(post(INFER, ROW))
                 time.sleep(0.01)
+                leaves.reset()
             assert [stays.answer()[0] for _ in range(2)] == [200, 200]
         for _ in until("the client that left"):
             if server.metric('grc_refusals_total{model="tiny",reason="gone"}') == 1:
@@ -196,9 +202,18 @@ def test_a_client_that_left_is_not_computed_for(tmp_path: Path, compiled: Callab
 def test_a_client_that_leaves_its_recommendation_is_counted_as_gone(server: Running) -> None:
     series = 'grc_requests_total{{code="{}",model="tiny",protocol="http"}}'
     gone, answered = (server.metric(series.format(code)) for code in (499, 200))
-    row = {"dense": [0.5, -1.0, 2.0], "user": 3, "item": 7, "sleep": 0.2}
+    row = {"dense": [0.5, -1.0, 2.0], "user": 3, "item": 7, "sleep": 0.6}
     with peer(server) as leaves:
         leaves.send(post("/v2/models/tiny/recommend", row))
         time.sleep(0.05)
-    time.sleep(0.4)
+    time.sleep(0.8)
     assert (server.metric(series.format(499)), server.metric(series.format(200))) == (gone + 1, answered)
+
+
+def test_a_client_that_ends_its_side_gets_its_answers(server: Running) -> None:
+    row = {"dense": [0.5, -1.0, 2.0], "user": 3, "item": 7, "sleep": 0.05}
+    with peer(server) as client:
+        client.send(post("/v2/models/tiny/recommend", row) + post(INFER, ROW))
+        client.socket.shutdown(socket.SHUT_WR)
+        assert [client.answer()[0] for _ in range(2)] == [200, 200]
+        assert client.closed()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from grc.runtime.server.listener import Listener
 
 KEEP_ALIVE = 75.0  # seconds; longer than clients and proxies idle, so that they close and not this side
+HALF_CLOSED = 0.25  # seconds in which a client that ended its side gets its answer: one that left looks the same
 LINGER = 2.0  # seconds in which a client may read why it was refused, while what it still sends is dropped
 
 
@@ -68,6 +69,19 @@ class Connection(asyncio.Protocol):
                     return
             if self.slow is None:
                 self.slow = self.loop.call_later(self.limits.body_timeout, self.too_slow)
+
+    def eof_received(self) -> bool:
+        """A client may end its side behind its last request, and wait for the answer."""
+        newest = self.waiting[-1] if self.waiting else self.exchange
+        if newest is None:
+            return False
+        self.closing, newest.keep_alive = True, False
+        self.loop.call_later(HALF_CLOSED, self.leave)
+        return True
+
+    def leave(self) -> None:
+        if self.exchange is not None or self.waiting:
+            self.transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         self.closing = True
