@@ -44,7 +44,7 @@ class Worker:
         self.connection, theirs = multiprocessing.Pipe()
         path = os.pathsep.join([*sys.path, environment.get("PYTHONPATH", "")])
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "grc.bench.worker", str(theirs.fileno())],
+            [sys.executable, "-P", "-m", "grc.bench.worker", str(theirs.fileno())],
             env={**environment, "PYTHONPATH": path},
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
