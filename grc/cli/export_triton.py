@@ -95,6 +95,8 @@ def command(
 
     if add:
         refuse_settings(p.given(ctx))
+    if requests is not None and not verify:
+        raise GrcError("--requests are sent by --verify, which is not there", "add --verify, or leave --requests out")
     if python is not None and not python.is_dir():
         raise GrcError(f"no virtual environment at {python}", "name its folder, as python -m venv made it")
     settings = Settings(

@@ -188,9 +188,17 @@ def test_the_artifacts_own_name_becomes_one_that_triton_takes(grc: Grc, artifact
 def test_requests_that_are_no_json_are_refused(grc: Grc, artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "requests.json").write_text("[1, 2")
     refused(
-        grc("export-triton", artifact, "-o", tmp_path / "repo", "--requests", tmp_path / "requests.json"),
+        grc("export-triton", artifact, "-o", tmp_path / "repo", "--verify", "--requests", tmp_path / "requests.json"),
         f"error: {tmp_path / 'requests.json'} holds no JSON requests: Expecting ',' delimiter: line 1 column 6 (char 5)",
         "hint: write a JSON list, or one request a line",
+    )
+
+
+def test_requests_need_verify(grc: Grc, artifact: Path, tmp_path: Path) -> None:
+    refused(
+        grc("export-triton", artifact, "-o", tmp_path / "repo", "--requests", tmp_path / "requests.json"),
+        "error: --requests are sent by --verify, which is not there",
+        "hint: add --verify, or leave --requests out",
     )
 
 
