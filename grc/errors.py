@@ -12,10 +12,15 @@ class GrcError(Exception):
         self.hint = hint
 
 
+def message_of(error: BaseException) -> str:
+    """The first line of what another library raised, or its type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def first_line(error: BaseException) -> str:
     """The type and the first line of what another library raised."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    kind, message = type(error).__name__, message_of(error)
+    return kind if message == kind else f"{kind}: {message[:200]}"
 
 
 class ModelFileError(GrcError):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
+from grc.errors import first_line, message_of
 from grc.graph.oracle import largest_error, run_fp64
 from grc.graph.sizes import Size
 
@@ -43,7 +44,7 @@ def fault_at(source: Source, batch: int) -> str | None:
     try:
         answers = list(source.graph.forward(*inputs))  # a call would print what it raises
     except Exception as error:  # whatever the operators of the graph raise
-        return f"the export was specialised: it fails at batch {batch} ({first_line(error)})"
+        return f"the export was specialised: it fails at batch {batch} ({message_of(error)})"
     expected = source.eager(batch)
     if any(type(a) is not torch.Tensor for a in answers):
         return ESCAPED
@@ -84,10 +85,6 @@ def resized(tensor: torch.Tensor, sizes: Sequence[Size], batch: int) -> torch.Te
     return tensor
 
 
-def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 ESCAPED = "a value is computed by numpy or Python, where no export can follow it"
 SPARSE_HINT = (
     "add up each row's neighbours instead: torch.zeros_like(x).index_add(0, rows, weights[:, None] * x[columns])"
@@ -111,8 +108,8 @@ def explain(error: Exception) -> str:
     if ".numpy() is not supported" in text or "fake tensor in the exported program" in text:
         return ESCAPED
     if "Constraints violated" in text or "specialized" in text.lower():
-        return f"a size that should vary was fixed ({first_line(error)})"
-    return f"{type(error).__name__}: {first_line(error)}"
+        return f"a size that should vary was fixed ({message_of(error)})"
+    return first_line(error)
 
 
 def hint_for(reason: str) -> str:

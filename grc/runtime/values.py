@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grc.errors import InputError
+from grc.errors import InputError, message_of
 
 FORMATS = ("json", "jsonl", "npz", "parquet")
 BINARY = ("npz", "parquet")
@@ -34,7 +34,7 @@ def decode_columns(data: bytes, form: str) -> dict[str, Any]:
     try:
         return DECODERS[form](data)
     except (ValueError, KeyError, OSError) as error:
-        raise InputError(f"the request is no {form}: {first_line(error)}", "see grc run ARTIFACT --example") from error
+        raise InputError(f"the request is no {form}: {message_of(error)}", "see grc run ARTIFACT --example") from error
 
 
 def tensors_of(
@@ -138,7 +138,3 @@ def parquet() -> Any:
     except ImportError:
         raise InputError("parquet needs pyarrow", "pip install 'grc-compiler[parquet]'") from None
     return module
-
-
-def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
