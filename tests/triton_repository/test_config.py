@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import grc
+from grc.errors import ArtifactError
 from grc.runtime.artifact import Artifact, read_manifest
 from grc.runtime.golden import read_golden
 from grc.runtime.triton_repository import launcher
@@ -247,6 +248,9 @@ def test_rows_that_read_each_other_are_not_merged(tmp_path: Path) -> None:
     assert found.max_batch_size == 0 and not found.HasField("dynamic_batching")
     assert ports(found.output) == [("output", "TYPE_FP32", [-1, 8])]
     assert not interface(read_manifest(made.place("inbatch"))).merges
+    with pytest.raises(ArtifactError, match="tritonserver has no queue for --max-queue and --timeout"):
+        export(path, tmp_path / "queued", max_queue=4, timeout_us=1000)
+    assert not (tmp_path / "queued").exists()
     Artifact.open(made.place("inbatch"), verify=True)
 
 

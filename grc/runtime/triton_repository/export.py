@@ -135,9 +135,21 @@ class Exporter:
 
     # The models
 
+    def check_queue(self, name: str) -> None:
+        """Raises ArtifactError for settings of a queue where Triton has none."""
+        own = self.settings
+        queue = {"--max-queue": own.max_queue, "--timeout": own.timeout_us, "--priorities": own.priorities}
+        given = [flag for flag, value in queue.items() if value]
+        if given and not self.interface.merges:
+            raise ArtifactError(
+                f"requests to {name} can't be merged, so that tritonserver has no queue for {' and '.join(given)}",
+                "leave it out",
+            )
+
     def fused(self) -> None:
         manifest = self.artifact.manifest
         name = self.named(fused_role(manifest, self.settings))
+        self.check_queue(name)
         if self.backend == "onnxruntime":
             self.onnx(name)
             return
