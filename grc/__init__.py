@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 __all__ = ["Artifact", "GrcError", "Options", "Program", "__version__", "compile", "load"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     """`grc.compile` brings the compiler with it; `grc.load` on a serving host does not."""
     if name == "compile":

@@ -75,7 +75,8 @@ class InputCheck:
                     named.setdefault(size, []).append((i, dim))
         self.equal = [places for places in named.values() if len(places) > 1]
         self.segments = [(e["values"], e["counts"], e["form"]) for e in manifest["segments"]]
-        self.fitted: dict[tuple[tuple[torch.dtype, tuple[int, ...]], ...], int] = {}  # batches of forms that fitted
+        self.devices = ("cpu",) if manifest["target"]["device"] == "cpu" else ("cpu", "cuda")
+        self.fitted: dict[tuple[Any, ...], int] = {}  # batches of forms that fitted
         self.limits: dict[int, list[Limit]] = {}
         for entry in manifest["ids"] if manifest["on_bad_id"] == "error" else ():
             limit = Limit(entry["start"], entry["stop"], entry["rows"], entry["table"], entry["padding"])
@@ -88,7 +89,7 @@ class InputCheck:
         Most requests have the dtypes and shapes of one before them, which fitted.
         """
         try:
-            form = tuple([(tensor.dtype, tensor.shape) for tensor in inputs])
+            form = tuple([(tensor.dtype, tensor.shape, tensor.device, tensor.layout) for tensor in inputs])
         except AttributeError:  # no tensors, as the checks below will say
             return self.checked(inputs)
         batch = self.fitted.get(form)
@@ -109,6 +110,13 @@ class InputCheck:
             if type(tensor) is not torch.Tensor and not isinstance(tensor, torch.Tensor):
                 raise InputError(
                     f'input "{self.names[i]}" is a {type(tensor).__name__}, not a tensor', "pass torch tensors"
+                )
+            if tensor.device.type not in self.devices or tensor.layout is not torch.strided:
+                form = str(tensor.layout).removeprefix("torch.").replace("strided", "dense")
+                raise InputError(
+                    f'input "{self.names[i]}" is {form} on {tensor.device.type}; the artifact takes dense tensors on '
+                    f"{' and '.join(self.devices)}",
+                    f"convert it: {self.names[i]}.cpu(), or .to_dense()",
                 )
             if tensor.dtype is not self.dtypes[i]:
                 want, have = str(self.dtypes[i])[6:], str(tensor.dtype)[6:]

@@ -58,9 +58,14 @@ class Signature:
         given = dict(zip(names, args, strict=False)) | kwargs
         missing = [n for n in names if n not in given]
         extra = [n for n in given if n not in names]
-        if len(args) > len(names) or missing or extra:
+        twice = [n for n in names[: len(args)] if n in kwargs]
+        if len(args) > len(names) or missing or extra or twice:
             what = (
-                f"misses input {missing[0]}"
+                f"has input {twice[0]} twice"
+                if twice
+                else f"misses input {missing[0]} and has an unknown one, {extra[0]}"
+                if missing and extra
+                else f"misses input {missing[0]}"
                 if missing
                 else f"has an unknown input {extra[0]}"
                 if extra

@@ -54,7 +54,13 @@ def tensors_of(
 def tensor_of(value: Any, spec: Mapping[str, Any], exact: bool) -> torch.Tensor:
     """A tensor of the input's dtype; an npz array has a dtype of its own, which is left for the program to judge."""
     if exact:
-        return torch.from_numpy(value)
+        try:
+            return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), copy=False))
+        except TypeError:
+            have = f"an array of {value.dtype}"
+            raise InputError(
+                f'input "{spec["name"]}" is {have}; the model takes {spec["dtype"]}', "see grc inspect"
+            ) from None
     try:
         array = np.asarray(value)
     except ValueError:
@@ -63,6 +69,12 @@ def tensor_of(value: Any, spec: Mapping[str, Any], exact: bool) -> torch.Tensor:
     if array.size and array.dtype.kind not in ("biuf" if dtype.is_floating_point else "biu"):
         have = "floating-point numbers" if array.dtype.kind == "f" else "values that are no numbers"
         raise InputError(f'input "{spec["name"]}" has {have}; the model takes {spec["dtype"]}', "see grc inspect")
+    if array.size and not dtype.is_floating_point:
+        least, most = (0, 1) if dtype is torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+        for found in (int(array.min()), int(array.max())):
+            if not least <= found <= most:
+                told = f"{spec['dtype']} holds {least} to {most}"
+                raise InputError(f'input "{spec["name"]}" has the value {found}; {told}', "see grc inspect")
     return torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
 
 
@@ -90,9 +102,9 @@ def columns_of(rows: Sequence[Any]) -> dict[str, list[Any]]:
 
 
 def from_npz(data: bytes) -> dict[str, Any]:
+    if data[:2] != b"PK":
+        raise ValueError("it is no zip of arrays, as np.savez writes them")
     with np.load(BytesIO(data), allow_pickle=False) as arrays:
-        if not hasattr(arrays, "files"):
-            raise ValueError("it is a single array")
         return {name: arrays[name] for name in arrays.files}
 
 

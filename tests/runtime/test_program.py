@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -64,6 +65,26 @@ def test_takes_keywords(program: grc.Program) -> None:
     dense, ids = ranker_inputs(3)
     by_name, by_place = program(ids=ids, dense=dense), program(dense, ids)
     assert torch.equal(by_name["scores"], by_place["scores"])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "form"), [(lambda t: t.to("meta"), "dense on meta"), (lambda t: t.to_sparse(), "sparse_coo on cpu")]
+)
+def test_memory_that_no_kernel_reads_is_refused(
+    program: grc.Program, spoil: Callable[[Tensor], Tensor], form: str
+) -> None:
+    dense, ids = ranker_inputs(3)
+    program(dense, ids)  # of the same dtypes and shapes
+    with pytest.raises(InputError, match=f'input "dense" is {form}; the artifact takes dense tensors on cpu'):
+        program(spoil(dense), ids)
+
+
+def test_an_input_given_twice_is_refused(program: grc.Program) -> None:
+    dense, ids = ranker_inputs(3)
+    with pytest.raises(grc.GrcError, match="the request has input dense twice"):
+        program(dense, ids, dense=dense)
+    with pytest.raises(grc.GrcError, match="misses input ids and has an unknown one, idds"):
+        program(dense, idds=ids)
 
 
 def test_batch_zero_is_answered_with_empty_outputs(program: grc.Program) -> None:
