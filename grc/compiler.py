@@ -115,6 +115,8 @@ def as_model(model: str | os.PathLike[str] | nn.Module, inputs: Any) -> Model:
         if inputs is None:
             raise GrcError("a module needs inputs to be compiled", "pass inputs=lambda batch: (tensor, ...)")
         return from_module(model, inputs)
+    if not isinstance(model, (str, os.PathLike)):
+        raise GrcError(f"{model!r} is no model", "pass an instance of torch.nn.Module, or the path of a model file")
     return load_model(Path(model) if not isinstance(model, str) else model)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,7 @@ def describe(
     (folder / "graph.txt").write_text(show(graph))
     inputs, outputs = described(source)
     model = source.model
-    command = f"grc compile {model.file or model.name}"
-    if options.device != "cpu":
-        command += f" --device {options.device}"
-    if options.precision != "fp32":
-        command += f" --precision {options.precision}"
+    command = f"grc compile {shlex.quote(str(model.file or model.name))}{flags_of(options)}"
     return {
         "format": FORMAT,
         "grc": VERSION,
@@ -154,6 +151,23 @@ def part_entry(candidate: Candidate, store: Store, target: Target) -> dict[str, 
         "checks_ids": built.checks_ids,
         "notes": built.notes,
     }
+
+
+def flags_of(options: Options) -> str:
+    """The flags of `grc compile` that say what these options say, but for where it is written."""
+    words = []
+    for field in fields(options):
+        value, flag = getattr(options, field.name), f"--{field.name.replace('_', '-')}"
+        if field.name in ("output", "force") or value == field.default:
+            continue
+        if value is True:
+            words.append(flag)
+        elif field.name == "disable":
+            words += [f"{flag} {shlex.quote(name)}" for name in value]
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words.append(f"{flag} {shlex.quote(text)}")
+    return "".join(f" {word}" for word in words)
 
 
 def parameter_names(module: nn.Module, structure: Any) -> list[str]:

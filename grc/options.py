@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from grc.errors import GrcError
+
+DEVICES = ("cpu", "cuda")
 BadIdPolicy = Literal["error", "zero", "clamp", "hash"]
 BAD_ID_POLICIES: tuple[BadIdPolicy, ...] = ("error", "zero", "clamp", "hash")
 ENGINES = ("auto", "inductor", "inductor-float-layers", "aoti", "onnxruntime", "onnxruntime-static", "eager")
@@ -51,3 +54,17 @@ class Options:
     """A pass that fails its proof is an error instead of being rolled back."""
     force: bool = False
     """Replace an artifact that is already there."""
+
+    def __post_init__(self) -> None:
+        """Raises GrcError for a value that no compilation can have."""
+        for name in ("output", "traffic", "calibration"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, Path(getattr(self, name)))
+        if isinstance(self.budget, str):
+            object.__setattr__(self, "budget", (self.budget,))
+        if self.device not in DEVICES:
+            raise GrcError(f"there is no device {self.device!r}", f"choose one of {', '.join(DEVICES)}")
+        if self.on_bad_id not in BAD_ID_POLICIES:
+            raise GrcError(f"there is no policy {self.on_bad_id!r}", f"choose one of {', '.join(BAD_ID_POLICIES)}")
+        if self.max_batch < 1 or not self.batches or min(self.batches) < 1:
+            raise GrcError("batch sizes are numbers from 1 up", "give max_batch and at least one of batches so")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from grc.cli import parameters as p
@@ -9,6 +10,8 @@ from grc.cli.errors import Traceback
 from grc.cli.summary import put, put_json, table
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from grc.runtime.golden import Golden
 
 NAME = "check"
@@ -81,7 +84,23 @@ def remeasure(artifact: Any, engines: list[str]) -> tuple[Any, dict[str, dict[st
         return (), {}
     limits = budget(entry["budget"])
     data = artifact.path / "calibration.safetensors"
-    return limits, {e: remeasured(data, Program(artifact, e).run_flat, limits) for e in dict.fromkeys(engines)}
+    return limits, {e: remeasured(data, in_pieces(Program(artifact, e)), limits) for e in dict.fromkeys(engines)}
+
+
+def in_pieces(program: Any) -> Callable[[list[Tensor]], Sequence[Tensor]]:
+    """The program for batches larger than it takes, where each input has the batch in one dimension at most."""
+    from grc.runtime.plan import Plan
+
+    manifest = program.artifact.manifest
+    plan = Plan.of(manifest["inputs"], manifest["outputs"], (manifest["batch"]["max"],))
+    if plan.reason is not None:
+        return program.run_flat
+
+    def run(inputs: list[Tensor]) -> Sequence[Tensor]:
+        pieces = [program.run_flat(plan.cut(inputs, *piece)) for piece in plan.pieces(plan.batch(inputs))]
+        return pieces[0] if len(pieces) == 1 else plan.joined(pieces)
+
+    return run
 
 
 def replay(program: Any, requests: list[Golden]) -> float:

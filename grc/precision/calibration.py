@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grc.errors import GrcError, InputError
+from grc.errors import GrcError, InputError, message_of
 from grc.graph.capture import Source, flat_tensors
 from grc.graph.model_file import as_call
 from grc.runtime.values import decode_columns, format_of, tensors_of
@@ -102,7 +102,12 @@ def from_file(source: Source, file: Path) -> Calibration:
     if not file.is_file():
         raise GrcError(f"no calibration file at {file}", HINT)
     columns = decode_columns(file.read_bytes(), format_of(file.name, None, HINT))
-    label = torch.as_tensor(columns.pop(LABEL)) if LABEL in columns else None
+    try:
+        label = torch.as_tensor(columns.pop(LABEL)) if LABEL in columns else None
+    except (TypeError, ValueError) as error:
+        raise GrcError(
+            f"{file.name} has labels that are no numbers: {message_of(error)}", f"give one {LABEL} a row"
+        ) from error
     specs = [{"name": name, "dtype": str(dtype)[6:]} for name, dtype in zip(source.names, source.dtypes, strict=True)]
     leaves = tensors_of(columns, specs)
     rows = leaves[0].shape[0] if leaves and leaves[0].dim() else 1
@@ -110,9 +115,24 @@ def from_file(source: Source, file: Path) -> Calibration:
         return Calibration([leaves], None if label is None else [label], file.name, True)
     parts = list(zip(*(leaf.split(BATCH) for leaf in leaves), strict=True))
     labels = None if label is None else label.split(BATCH)
-    if labels is not None and len(labels) != len(parts):
+    if label is not None and label.shape != (rows,):
         raise GrcError(f"{file.name} has labels for other rows than it has inputs", f"give one {LABEL} a row")
     return Calibration([list(part) for part in parts], labels, file.name, True)
+
+
+def check_sizes(number: int, batch: Sequence[Tensor], origin: str, source: Source) -> None:
+    """Raises InputError for a tensor of a size that the model's inputs don't have."""
+    rows: dict[int, str] = {}
+    for name, tensor, sizes in zip(source.names, batch, source.sizes, strict=True):
+        for have, size in zip(tensor.shape, sizes, strict=True):
+            if size.constant and have != size.offset:
+                told = f"has a size of {have} where the model takes {size.offset}"
+                raise InputError(f"batch {number} of the calibration data ({origin}): {name} {told}", HINT)
+            if size.free is None and size.scale == 1:
+                rows.setdefault(have - size.offset, name)
+    if len(rows) > 1:
+        told = " and ".join(f"{count} of {name}" for count, name in rows.items())
+        raise InputError(f"batch {number} of the calibration data ({origin}) has {told} rows", HINT)
 
 
 def checked(found: Calibration, source: Source) -> Calibration:
@@ -124,6 +144,7 @@ def checked(found: Calibration, source: Source) -> Calibration:
                 f"batch {i} of the calibration data ({found.origin}) does not have the model's inputs",
                 f"give {', '.join(source.names)} as get_inputs does",
             )
+        check_sizes(i, batch, found.origin, source)
         bad = [
             name
             for name, tensor in zip(source.names, batch, strict=True)
@@ -135,5 +156,7 @@ def checked(found: Calibration, source: Source) -> Calibration:
             kept.append(i)
     if not kept:
         raise GrcError("every batch of the calibration data holds NaN or infinity", "clean the data")
+    if not any(map(rows_of, found.batches)):
+        raise GrcError(f"the calibration data ({found.origin}) has no rows", HINT)
     labels = None if found.labels is None else [found.labels[i] for i in kept]
     return Calibration([found.batches[i] for i in kept], labels, found.origin, found.real, tuple(notes))

@@ -283,3 +283,32 @@ def test_stages_that_can_not_be_built_are_refused_before_building(
         "hint: leave out --stages",
     ]
     assert "  build" not in ran.err and not artifact_path.exists()
+
+
+def test_the_command_that_rebuilds_has_every_flag(grc: Grc, model: Path, artifact_path: Path):
+    flags = (
+        "--engine",
+        "eager",
+        "--batches",
+        "4,8",
+        "--max-batch",
+        "9",
+        "--on-bad-id",
+        "clamp",
+        "--disable",
+        "fuse",
+        "--strict",
+    )
+    assert grc("compile", model, "-o", artifact_path, *flags).code == 0
+    command = Artifact.open(artifact_path).manifest["command"]
+    assert command.split()[:3] == ["grc", "compile", str(model)]
+    assert sorted(command.split()[3:]) == sorted(flags)
+    again = grc(*command.split()[1:], "-o", artifact_path, "--force")
+    assert again.code == 0 and Artifact.open(artifact_path).manifest["command"] == command
+
+
+def test_quality_is_measured_again_in_batches_that_the_artifact_takes(grc: Grc, model: Path, artifact_path: Path):
+    flags = ("--engine", "inductor", "--batches", "4", "--max-batch", "16", "--precision", "int8")
+    assert grc("compile", model, "-o", artifact_path, *flags).code == 0
+    ran = grc("check", artifact_path)
+    assert ran.code == 0, ran.err

@@ -93,6 +93,28 @@ def test_files_that_do_not_fit_are_named(source: Source, tmp_path: Path) -> None
         calibration_of(source, tmp_path / "rows.npz")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dense": np.zeros((3, 7), np.float32)}, "dense has a size of 7 where the model takes 8"),
+        ({"ids": np.zeros((2, 3), np.int64)}, "has 3 of dense and 2 of ids rows"),
+        ({"dense": np.zeros((0, 8), np.float32), "ids": np.zeros((0, 3), np.int64)}, "has no rows"),
+        ({"label": np.zeros(2)}, "has labels for other rows than it has inputs"),
+        ({"label": np.array(["a", "b", "c"])}, "has labels that are no numbers"),
+        ({"ids": np.full((3, 3), 2**63, np.uint64)}, 'input "ids" has the value 9223372036854775808; int64 holds'),
+    ],
+    ids=["columns", "rows", "none", "labels", "words", "wide"],
+)
+def test_rows_that_do_not_fit_are_named(source: Source, tmp_path: Path, change: Any, message: str) -> None:
+    width = ranker_inputs(1)[1].shape[1]
+    change = {name: a[:, :1].repeat(width, 1) if name == "ids" else a for name, a in change.items()}
+    columns = {"dense": np.zeros((3, 8), np.float32), "ids": np.zeros((3, width), np.int64), **change}
+    np.savez(tmp_path / "rows.npz", **columns)
+    with pytest.raises(GrcError) as refused:
+        calibration_of(source, tmp_path / "rows.npz")
+    assert message in refused.value.message
+
+
 def test_nan_is_told_and_left_out(source: Source) -> None:
     bad = ranker_inputs(4)
     bad[0][1, 2] = torch.nan
