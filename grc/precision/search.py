@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from grc.errors import GrcError
+from grc.errors import GrcError, message_of
 from grc.precision.calibration import ROWS, Calibration
 from grc.precision.formats import BITS, FORMATS
 from grc.precision.quality import Limit, Truth, inside, lost
@@ -163,7 +163,12 @@ class Search:
 
     @torch.no_grad()
     def answered(self, calibration: Calibration) -> Truth:
-        return Truth([list(self.graph(*batch)) for batch in calibration.batches], calibration.labels)
+        try:
+            answers = [list(self.graph.forward(*batch)) for batch in calibration.batches]
+        except (IndexError, RuntimeError) as error:  # an id outside of its table, say
+            told = f"the model fails on the calibration data ({calibration.origin}): {message_of(error)}"
+            raise GrcError(told, "give requests that the model answers") from error
+        return Truth(answers, calibration.labels)
 
     def run(self, spent: float = SPENT[0]) -> Lowered:
         """The outcome of trials that may spend this share of the budget."""
@@ -177,9 +182,9 @@ class Search:
         if self.device == "cuda":
             self.one_format_an_arena(formats, reasons)
         while formats and (why := self.verified(formats, outcome)) is not None:
-            last = next(site for site in reversed(order) if site.name in formats)
-            reasons[last.name] = f"on all rows: {why}"
-            del formats[last.name]
+            self.step_back(formats, reasons, why)
+            if self.device == "cuda":
+                self.one_format_an_arena(formats, reasons)
         if not formats:
             outcome.quality = self.truth.measure(self.truth.answers, self.limits)
         outcome.frontier = self.frontier(order, formats)
@@ -252,6 +257,22 @@ class Search:
             if waiting:
                 take(waiting, step)
         return formats, reasons
+
+    def step_back(self, formats: dict[str, str], reasons: dict[str, str], why: str) -> None:
+        """Give a site its next format, or none where it has no other: the costliest of those that stepped back least."""
+
+        def steps(site: Site) -> int:
+            own = self.options(site)
+            return own.index(formats[site.name]) if formats[site.name] in own else len(own)
+
+        able = [site for site in self.sites if site.name in formats]
+        site = max(able, key=lambda site: (-steps(site), self.losses.get(site.name, 0.0)))
+        later = self.options(site)[steps(site) + 1 :]
+        if later:
+            formats[site.name] = later[0]
+        else:
+            del formats[site.name]
+            reasons[site.name] = f"on all rows: {why}"
 
     def one_format_an_arena(self, formats: dict[str, str], reasons: dict[str, str]) -> None:
         """On a GPU the kernels read all rows of an arena alike: its tables take the widest of their formats."""

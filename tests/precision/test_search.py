@@ -57,6 +57,24 @@ def test_int4_is_for_tables_and_a_table_that_it_ruins_takes_more_bits() -> None:
     assert narrow.quality["max-error"] <= 0.8 * 0.004
 
 
+def test_a_site_that_costs_too_much_on_all_rows_takes_its_next_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not none at all, and the costliest first."""
+    source, graph = captured(Ranker(), ranker_inputs)
+    search = Search(graph, find_sites(graph), calibration_of(source, None), budget(["max-error=0.5"]), "int4", print)
+    monkeypatch.setattr(search, "verified", lambda formats, outcome: "too much" if "int4" in formats.values() else None)
+    found = search.run()
+    assert {d.name: d.format for d in found.decisions} == dict.fromkeys(RANKER_SITES, "int8")
+
+
+def test_data_that_the_model_does_not_take_is_named() -> None:
+    source, graph = captured(Ranker(), ranker_inputs)
+    dense, ids = ranker_inputs(4)
+    source.model.calibration = lambda: [(dense, ids + 10**6)]
+    data = calibration_of(source, None)
+    with pytest.raises(GrcError, match=r"the model fails on the calibration data \(calibration\(\)\): "):
+        Search(graph, find_sites(graph), data, budget(["max-error=0.5"]), "int8", print)
+
+
 def test_bf16_is_never_gone_below() -> None:
     found = searched(Ranker(), ranker_inputs, "bf16", "max-error=0.5")
     assert {d.format for d in found.decisions} == {"bf16"}
