@@ -2,8 +2,9 @@
 
 At one row, cuBLAS takes twice the time of the launch and of the weight's way from L2. A program here takes a few columns of
 one row, or of some steps of one user, and all of their depth at once, without tensor cores, and every multiprocessor has
-some. Steps go to the tensor cores where rows are normalised first, since a program that takes more columns normalises for
-all of them, or are deep. Whatever a program reads, it asks for before it waits for any of it: a wait is most of its time.
+some. Rows go to the tensor cores where there are more than a few; steps of one user where they are normalised first, since a
+program that takes more columns normalises for all of them, or are deep. Whatever a program reads, it asks for before it waits
+for any of it: a wait is most of its time. Weights are constant, so it asks for them before the kernel before it has ended.
 """
 
 from __future__ import annotations
