@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from grc.runtime.artifact import read_manifest
 from grc.runtime.weights import read_weights, write_weights
 from tests.cli.session import Grc, edit_manifest, refused
 
@@ -79,9 +80,9 @@ def lost_operators(manifest: dict) -> None:
 
 
 HOSTS = {
-    other_isa: ("tiny.grc was built for avx512; this CPU has avx2", "rebuild it here: grc compile {model}"),
+    other_isa: ("tiny.grc was built for avx512; this CPU has avx2", "rebuild it here: {command}"),
     other_torch: (f"tiny.grc was built with torch 2.4.1; this is torch {torch.__version__.split('+')[0]}",
-                  "rebuild it here: grc compile {model}"),
+                  "rebuild it here: {command}"),
     other_format: ("tiny.grc has format 99; this grc reads format 2", "rebuild the artifact"),
     lost_operators: ("tiny.grc needs the operators abacus:: of no_such_package", "pip install no_such_package"),
 }  # fmt: skip
@@ -93,10 +94,12 @@ def test_another_host_is_refused_by_name(
 ):
     if change is other_isa:
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    command = read_manifest(artifact)["command"]
     edit_manifest(artifact, change)
     message, hint = HOSTS[change]
+    assert command.startswith(f"grc compile {model} --")
     for words in (("check", artifact), ("run", artifact, "--example")):
-        refused(grc(*words), f"error: {message}", f"hint: {hint.format(model=model)}")
+        refused(grc(*words), f"error: {message}", f"hint: {hint.format(command=command)}")
 
 
 def test_inspect_reads_the_artifact_of_another_host(grc: Grc, artifact: Path):

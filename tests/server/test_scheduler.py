@@ -49,6 +49,7 @@ MANIFEST = {
     "ids": [{"input": 0, "start": 0, "stop": None, "rows": 100, "table": "t", "padding": None}],
     "segments": [],
     "on_bad_id": "error",
+    "target": {"device": "cpu"},
     "parts": [{"engine": "eager"}],
     "measured": [{"engine": "eager", "batch": 1, "p50_us": 100.0}, {"engine": "eager", "batch": 11, "p50_us": 1100.0}],
 }

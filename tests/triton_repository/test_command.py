@@ -136,7 +136,7 @@ def test_an_artifact_without_stages_says_how_to_build_them(grc: Grc, artifact: P
     edit_manifest(artifact, lambda manifest: manifest.pop("cut"))
     ran = grc("export-triton", artifact, "-o", tmp_path / "repo", "--layout", "stages")
     assert ran.told[0] == "error: dlrm.grc carries no stages"
-    assert ran.told[1].endswith("dlrm.py --stages; or export with --layout fused")
+    assert "dlrm.py --" in ran.told[1] and ran.told[1].endswith(" --stages; or export with --layout fused")
     assert not (tmp_path / "repo").exists()
 
 
