@@ -97,7 +97,9 @@ def command(
     if chosen == "triton":
         settings_of_triton = triton_server.settings({name: ctx.params[name] for name in given})
         raise typer.Exit(
-            triton_server.run(artifacts, host, port, grpc_port if grpc else None, drain, settings_of_triton)
+            triton_server.run(
+                artifacts, triton_server.Told(host, port, grpc_port if grpc else None, drain), settings_of_triton
+            )
         )
     serving = serving_part()
     settings = serving.Settings(

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from grc.errors import GrcError
 
@@ -87,14 +87,16 @@ def speaking(artifacts: Sequence[str]) -> list[str]:
     return [name for name, found in newest.items() if found and read_manifest(found.path)["processing"]]
 
 
-def run(
-    artifacts: list[str],
-    host: str,
-    port: int,
-    grpc_port: int | None,
-    drain: float,
-    chosen: Mapping[str, Any],
-) -> int:
+class Told(NamedTuple):
+    """What tritonserver is told: where to listen, without gRPC where its port is None, and seconds to drain."""
+
+    host: str
+    port: int
+    grpc_port: int | None
+    drain: float
+
+
+def run(artifacts: list[str], told: Told, chosen: Mapping[str, Any]) -> int:
     """Export every artifact into a repository of its own, run tritonserver on all of them, and leave nothing behind.
 
     `chosen` are fields of the export's settings. The exit code is the server's. Raises GrcError before it starts, where a
@@ -103,27 +105,19 @@ def run(
     launcher: Any = importlib.import_module(f"{EXPORT}.launcher")
     found = launcher.find()
     with tempfile.TemporaryDirectory(prefix="grc-triton-") as work:
-        words = command_line(found, Path(work), artifacts, host, port, grpc_port, drain, chosen)
+        words = command_line(found, Path(work), artifacts, told, chosen)
         return obeying(words, launcher.environment(found, None))
 
 
-def command_line(
-    found: Any,
-    work: Path,
-    artifacts: list[str],
-    host: str,
-    port: int,
-    grpc_port: int | None,
-    drain: float,
-    chosen: Mapping[str, Any],
-) -> list[str]:
+def command_line(found: Any, work: Path, artifacts: list[str], told: Told, chosen: Mapping[str, Any]) -> list[str]:
+    """Export every artifact below `work`, and answer with the words that start tritonserver on the repositories."""
     from grc.runtime.server.ports import free_port
     from grc.runtime.server.source import sources
 
     launcher: Any = importlib.import_module(f"{EXPORT}.launcher")
     export: Any = importlib.import_module(f"{EXPORT}.export").export
-    http = free_port(host, port, "--port")
-    grpc = None if grpc_port is None else free_port(host, grpc_port, "--grpc-port")
+    host, http = told.host, free_port(told.host, told.port, "--port")
+    grpc = None if told.grpc_port is None else free_port(host, told.grpc_port, "--grpc-port")
     repositories = []
     served = list(sources(artifacts))
     for source in served:
@@ -145,7 +139,7 @@ def command_line(
         *((f"--grpc-address={host}", f"--grpc-port={grpc}") if grpc is not None else ("--allow-grpc=false",)),
         f"--metrics-address={host}",
         f"--metrics-port={free_port(host, 0, '--port')}",
-        f"--exit-timeout-secs={round(drain)}",
+        f"--exit-timeout-secs={round(told.drain)}",
     ]
 
 
