@@ -168,10 +168,13 @@ def fetch(  # type: ignore[no-untyped-def]
         return row
 
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
 @triton.jit
 def sigmoid(v):
     """In float32, within a few units in the last place: a root's reciprocal is one instruction, and a quotient ten."""
-    root = tl.rsqrt(1.0 + tl.exp2(v * -1.4426950408889634))
+    root = tl.rsqrt(1.0 + tl.exp2(v * -LOG2E))
     return root * root
 
 

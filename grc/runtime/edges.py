@@ -2,8 +2,8 @@
 
 Kernels of grc wait where they first touch what others write (`grc.kernels.dependent`), and their names begin with PREFIX.
 AOTInductor launches kernels one after another's end, so a capture orders them so; here the edges into such kernels become
-programmatic (CUDA driver API, CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC). That saves about a third of a small kernel's time, and
-can cost more where large ones stand in each other's way: each bucket is measured both ways.
+programmatic (CUDA driver API, CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC). A launch is most of a
+small kernel's time, but large ones can stand in each other's way: each bucket is measured both ways.
 """
 
 from __future__ import annotations

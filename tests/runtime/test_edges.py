@@ -44,7 +44,7 @@ def test_kernels_that_wait_begin_early_and_answer_the_same() -> None:
         graphs.append(graph)
     assert early == [LAYERS, 0], "all but the two kernels of torch's"
     with torch.cuda.stream(stream):
-        assert edges.faster(*graphs), "a third of a small kernel's time"
+        assert edges.faster(*graphs), "launches are most of their time"
     for turn in range(2000):
         x.copy_(torch.randn(1, SIZE, device="cuda"))
         for graph in graphs:

@@ -9,13 +9,12 @@ from torch.library import wrap_triton
 
 from grc.kernels.dependent import ready
 from grc.kernels.gpu_op import registering
-from grc.kernels.rows import sigmoid, tl, triton
+from grc.kernels.rows import LOG2E, sigmoid, tl, triton
 from grc.kernels.tiles import lanes
 
 DTYPES = (torch.float16, torch.bfloat16)
 WIDEST = 128  # of a head: keys and values of a block lie in shared memory as a whole
 STRICT_SOFTMAX, SILU = 1, 2
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class Config(NamedTuple):
