@@ -56,11 +56,10 @@ def measure(program: grc.Program, inputs: tuple[torch.Tensor, ...], batch: int) 
     lane = run.free.get()
     run.free.put(lane)
     bucket = lane.buckets[run.plan.bucket(batch)]
-    graph, cut = lane.recorded(bucket, True, True).graph, bucket.cut(run.plan, batch, True)
+    launch, cut = lane.recorded(bucket, True, True).launch, bucket.cut(run.plan, batch, True)
 
     def replay() -> None:
-        with lane.on_stream:
-            graph.replay()
+        launch()
         lane.stream.synchronize()
 
     found = {

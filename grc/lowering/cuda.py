@@ -20,6 +20,7 @@ from grc.kernels import OPS, cpp, encoder
 from grc.lowering.align import aligned
 from grc.lowering.chains import takes_chains, with_chains
 from grc.lowering.check_ids import with_checked_ids
+from grc.lowering.dependent import dependent_kernels
 from grc.lowering.eager import Eager
 from grc.lowering.encoders import takes_encoders, with_encoders
 from grc.lowering.engine import Built, Engine, Lowerable, Target
@@ -163,7 +164,8 @@ class CudaInductor:
         program = export_graph(Lowerable(graph, ready.inputs, ready.shapes), OPS)
         file = f"{self.name}.pt2"
         configs = settings([]) | ({"max_autotune": True} if self.bucket else {})
-        package(program, folder / file, configs | {"aot_inductor.custom_ops_to_c_shims": shims}, objects)
+        with dependent_kernels():
+            package(program, folder / file, configs | {"aot_inductor.custom_ops_to_c_shims": shims}, objects)
         constants = packaged_constants(folder / file, graph, program)
         if counts and COUNTER not in constants:  # a bad id would be answered like a good one
             raise LoweringError("the package does not read where it is to count bad ids, so it would refuse none")

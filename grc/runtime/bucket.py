@@ -18,11 +18,20 @@ LENT = 64 << 20  # bytes of those answers that callers may hold for each bucket:
 ON_HOST = 1 << 12  # numbers of a single answer up to which one thread of the host finds NaN sooner than the device does
 
 
+@dataclass(frozen=True)
+class Way:
+    """What of a bucket's graphs is chosen by time."""
+
+    early: bool = True  # kernels that can, begin before those that they follow have ended
+    in_place: bool = False  # kernels read a request in the host's memory, which saves its copy
+
+
 @dataclass
 class Recorded:
-    """A captured graph, and the answers as it leaves them on the device."""
+    """A captured graph, what launches it on its lane's stream, and the answers as it leaves them on the device."""
 
     graph: torch.cuda.CUDAGraph
+    launch: Callable[[], None]
     answers: Sequence[torch.Tensor]
     tells: bool  # whether it tells the host of numbers that are not finite
     early: int  # kernels of it that begin before those that they follow have ended
@@ -36,7 +45,7 @@ class Bucket:
     host: Tensors
     device: Tensors
     answers: Tensors
-    early: bool = True  # whether its graphs let kernels begin early, where any can
+    way: Way = Way()
     graphs: dict[tuple[bool, bool, bool], Recorded] = field(default_factory=dict)
     cuts: dict[tuple[int, bool], Cut] = field(default_factory=dict)
     lent: list[StorageWeakRef] = field(default_factory=list)

@@ -12,13 +12,14 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
 from grc.errors import ArtifactError, first_line
 from grc.runtime.answers import Answers, hold_nan
 from grc.runtime.bucket import Bucket, Recorded, narrowed
-from grc.runtime.edges import faster, instantiate
+from grc.runtime.edges import faster, instantiate, launcher
 from grc.runtime.mapped import BY_KERNEL, copy_by_kernel, find_strange, mapped, telling
 from grc.runtime.plan import Plan, layout, views
 
@@ -150,15 +151,20 @@ class Lane:
                 self.buckets[batch] = bucket
 
     def settle(self, bucket: Bucket) -> None:
-        """Record the graph that most requests need, with kernels that begin early where that is faster."""
-        found = self.record(bucket, True, True, True)
-        if found.early:
-            bucket.early = False
-            plain = self.record(bucket, True, True, True)
+        """Record the graph that most requests need, in the way that is the fastest."""
+        best = self.record(bucket, True, True, True)
+        changes = [{"early": False}] if best.early else []
+        if self.by_kernel(bucket):
+            changes.append({"in_place": True})
+        for change in changes:
+            before, bucket.way = bucket.way, replace(bucket.way, **change)
+            other = self.record(bucket, True, True, True)
             with torch.cuda.stream(self.stream):
-                bucket.early = faster(found.graph, plain.graph)
-            found = found if bucket.early else plain
-        bucket.graphs[True, True, True] = found
+                if faster(best.graph, other.graph):
+                    bucket.way = before
+                else:
+                    best = other
+        bucket.graphs[True, True, True] = best
 
     def recorded(self, bucket: Bucket, taken: bool, given: bool, told: bool = True) -> Recorded:
         """The bucket's graph: whether it copies the request from pinned memory, small answers to it, and whether it tells of
@@ -176,18 +182,25 @@ class Lane:
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         used = layout(self.plan.inputs, bucket.batch)[1]
         tells = told and bucket.tells(given)
+        in_place = taken and bucket.way.in_place
         with self.recording(graph, bucket.batch):
-            if taken and used <= BY_KERNEL:
-                copy_by_kernel([self.device_in[:used]], [mapped(self.host_in[:used])])
-            elif taken:
-                self.device_in[:used].copy_(self.host_in[:used], non_blocking=True)
-            kept = self.run(list(bucket.device))
+            if taken and not in_place:
+                if self.by_kernel(bucket):
+                    copy_by_kernel([self.device_in[:used]], [mapped(self.host_in[:used])])
+                else:
+                    self.device_in[:used].copy_(self.host_in[:used], non_blocking=True)
+            kept = self.run([mapped(host) for host in bucket.host] if in_place else list(bucket.device))
             if tells:
                 find_strange([kept[i] for i in bucket.floating], self.tell_strange, self.one)
             if given:
                 out = [i for i in range(len(kept)) if i not in bucket.apart]
                 copy_by_kernel([mapped(bucket.answers[i]) for i in out], [kept[i] for i in out])
-        return Recorded(graph, kept, tells, instantiate(graph, bucket.early))
+        early = instantiate(graph, bucket.way.early)
+        return Recorded(graph, launcher(graph, self.stream), kept, tells, early)
+
+    def by_kernel(self, bucket: Bucket) -> bool:
+        """Whether kernels, not the copy engine, bring a request from the host."""
+        return layout(self.plan.inputs, bucket.batch)[1] <= BY_KERNEL
 
     def warm_up(self, device: Tensors, batch: int) -> None:
         with torch.cuda.stream(self.stream):
@@ -236,15 +249,15 @@ class Lane:
             own.fill(inputs)
         found = self.recorded(bucket, not in_place, True)
         self.bad[0] = self.strange[0] = 0
-        with self.on_stream:
-            if events:
-                events[0].record()
-            if in_place:
+        if events:
+            events[0].record(self.stream)
+        if in_place:
+            with self.on_stream:
                 bucket.cut(plan, batch, False).fill(inputs)
-            found.graph.replay()
-            lent = self.copy_apart(bucket, found, own.answers, batch) if bucket.apart else {}
-            if events:
-                events[1].record()
+        found.launch()
+        lent = self.copy_apart(bucket, found, own.answers, batch) if bucket.apart else {}
+        if events:
+            events[1].record(self.stream)
         self.stream.synchronize()
         self.refuse()
         answers = [lent[i] if i in lent else answer.clone() for i, answer in enumerate(own.answers)]
@@ -254,8 +267,9 @@ class Lane:
         """Copy the large answers to memory for the caller, which is returned, or else to the bucket's own."""
         specs = [self.plan.outputs[i] for i in bucket.apart]
         lent = bucket.block(specs, batch, pinned)
-        for host, i, entry in zip(lent or [own[i] for i in bucket.apart], bucket.apart, specs, strict=True):
-            host.copy_(narrowed(found.answers[i], entry, batch), non_blocking=True)
+        with self.on_stream:
+            for host, i, entry in zip(lent or [own[i] for i in bucket.apart], bucket.apart, specs, strict=True):
+                host.copy_(narrowed(found.answers[i], entry, batch), non_blocking=True)
         return dict(zip(bucket.apart, lent, strict=True)) if lent else {}
 
     def from_device(self, inputs: Tensors, batch: int, events: Events | None) -> Answers:
@@ -273,7 +287,7 @@ class Lane:
             bucket.cut(plan, batch, False).fill(inputs)
             if events:
                 events[0].record()
-            found.graph.replay()
+            found.launch()
             if events:
                 events[1].record()
             for answer, own, entry in zip(answers, found.answers, plan.outputs, strict=True):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import statistics
+from collections.abc import Callable
 
 import torch
 
@@ -39,9 +40,15 @@ class KernelNode(ctypes.Structure):
 
 
 @functools.cache
+def library() -> ctypes.CDLL:
+    """CUDA's driver."""
+    return ctypes.CDLL("libcuda.so.1")
+
+
+@functools.cache
 def driver() -> ctypes.CDLL | None:
     """CUDA's driver, or None where it or the GPU has no such edges."""
-    found = ctypes.CDLL("libcuda.so.1")
+    found = library()
     known = all(hasattr(found, name) for name in ("cuGraphGetEdges_v2", "cuGraphAddDependencies_v2", "cuFuncGetName"))
     return found if known and torch.cuda.get_device_capability() >= (9, 0) else None
 
@@ -62,6 +69,19 @@ def instantiate(graph: torch.cuda.CUDAGraph, early: bool) -> int:
     count = begin_early(graph.raw_cuda_graph()) if early and driver() else 0
     graph.instantiate()
     return count
+
+
+def launcher(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Callable[[], None]:
+    """Launches a graph on a stream. Torch's own replay looks for random numbers first, which takes as long as the launch."""
+    start = library().cuGraphLaunch
+    handles = ctypes.c_void_p(graph.raw_cuda_graph_exec()), ctypes.c_void_p(stream.cuda_stream)
+
+    def launch() -> None:
+        if start(*handles):  # torch gives a thread its first context, and raises where anything else is amiss
+            with torch.cuda.stream(stream):
+                graph.replay()
+
+    return launch
 
 
 def faster(one: torch.cuda.CUDAGraph, other: torch.cuda.CUDAGraph) -> bool:
