@@ -422,13 +422,31 @@ def test_one_launch_is_asked_for(rows: int, known: bool) -> None:
     assert chosen == [(16, 4) if rows <= FEW else (64, 4) if rows <= SOME else (64, 1)]
 
 
-@pytest.mark.parametrize("steps_of_a_user", [10, 50, 200])
+@pytest.mark.parametrize("steps_of_a_user", [10, 50, 200, 1000])
 @pytest.mark.parametrize("masks", [True, False])
-@pytest.mark.parametrize("heads", [1, 8, 255, 256, 10**5])
+@pytest.mark.parametrize("heads", [1, 8, 10, 11, 78, 79, 10**5])
 def test_attention_is_launched_once(heads: int, masks: bool, steps_of_a_user: int) -> None:
+    programs = heads * -(-steps_of_a_user // 16)
     for known in (heads, np.int64(heads)):
-        chosen = [c for c, asked in attention.configs(steps_of_a_user, steps_of_a_user, known, masks) if asked]
-        many = heads * -(-steps_of_a_user // 64) >= attention.FULL
+        ways = attention.configs(steps_of_a_user, steps_of_a_user, known, 32, masks)
+        chosen = [config for config, asked in ways if asked]
         assert len(chosen) == 1 and chosen[0].queries <= max(16, 2 * steps_of_a_user)
-        if steps_of_a_user == 200:
-            assert chosen[0] == (attention.FEW if not many else attention.MANY_WITH_MASKS if masks else attention.MANY)
+        many = attention.MANY_WITH_MASKS if masks else attention.MANY
+        alone = attention.MOST_ALONE_WITH_MASKS if masks else attention.MOST_ALONE
+        if steps_of_a_user == 200 and programs <= alone:
+            assert chosen[0] == attention.ALONE
+        elif steps_of_a_user == 1000 or (steps_of_a_user == 200 and masks):
+            assert chosen[0] == (attention.FEW if programs <= attention.MOST_OF_FEW else many)
+        elif steps_of_a_user == 200:
+            assert chosen[0] == many
+
+
+def test_a_wide_head_has_fewer_keys_on_their_way_at_once() -> None:
+    assert [attention.configs(200, 200, 1, width, False)[0][0].keys for width in (32, 64, 100)] == [256, 256, 128]
+
+
+@pytest.mark.parametrize("rows", [0, 1, score_topk.MOST_OF_FEW, score_topk.MOST_OF_FEW + 1, 10**5])
+def test_scores_are_launched_once(rows: int) -> None:
+    for known in (rows, np.int64(rows)):
+        chosen = [way for way, asked in score_topk.ways(known) if asked]
+        assert chosen == [score_topk.FEW if rows <= score_topk.MOST_OF_FEW else score_topk.MANY]

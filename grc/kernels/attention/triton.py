@@ -18,17 +18,21 @@ STRICT_SOFTMAX, SILU = 1, 2
 
 
 class Config(NamedTuple):
-    """Queries and keys of a block, and warps of a program, which takes one block of queries."""
+    """Queries and keys of a block, warps of a program, which takes one block of queries, and blocks on their way at once."""
 
     queries: int
     keys: int
     warps: int
+    stages: int = 2
 
 
-# The fastest on an H200 for histories of 10 to 1024 steps: where there are few programs, where there are many, and where
-# there are many and each query has a bias or factor of its own for every key.
-FEW, MANY, MANY_WITH_MASKS = Config(16, 64, 2), Config(64, 64, 4), Config(16, 32, 1)
-FULL = 256  # programs of 64 queries from which on there are many: about two for each multiprocessor
+# The fastest on an H200 for histories of 10 to 1024 steps. Where a multiprocessor has hardly more than one program, it asks
+# for all keys at once, if it can hold them; where there are many, more queries share the keys, unless each has biases or
+# factors of its own for every key.
+ALONE, FEW = Config(16, 256, 4, 1), Config(16, 64, 2)
+MANY, MANY_WITH_MASKS = Config(64, 64, 4), Config(16, 32, 1)
+MOST_ALONE, MOST_ALONE_WITH_MASKS, MOST_OF_FEW = 132, 208, 1024  # programs of 16 queries
+HELD = 1 << 14  # numbers of a block of keys that lie in registers on their way
 
 
 @triton.jit
@@ -129,17 +133,29 @@ def of_keys(mask: torch.Tensor | None) -> bool:
     return mask is not None and mask.dim() > 1 and isinstance(mask.shape[-2], int) and mask.shape[-2] == 1
 
 
-def configs(queries: Any, keys: Any, heads: Any, masks: bool) -> list[tuple[Config, Any]]:
-    """How to launch for so many heads of all users, each way with 1 or 0: of two, where they are unknown, a run takes one.
+def configs(queries: Any, keys: Any, heads: Any, width: int, masked: bool) -> list[tuple[Config, Any]]:
+    """How to launch for so many heads of all users, each way with 1 or 0: of several, where they are unknown, a run takes one.
 
-    `masks` says that queries have biases or factors of their own.
+    `masked` says that queries have biases or factors of their own.
     """
-    few, many = (fitted(c, queries, keys) for c in (FEW, MANY_WITH_MASKS if masks else MANY))
-    programs = heads * triton.cdiv(queries, MANY.queries)
-    if few == many or isinstance(programs, int):
-        return [(many if few == many or programs >= FULL else few, 1)]
-    asked = torch.sym_min(programs // FULL, 1)
-    return [(few, 1 - asked), (many, asked)]
+    found: list[tuple[Config, int]] = []  # with the programs up to which each is the fastest
+    short = isinstance(keys, int) and keys <= ALONE.keys
+    if short and keys > MANY.keys:
+        block = ALONE._replace(keys=min(ALONE.keys, HELD // lanes(width)))
+        found.append((block, MOST_ALONE_WITH_MASKS if masked else MOST_ALONE))
+    if masked or not short:
+        found.append((FEW, MOST_OF_FEW))
+    last = fitted(MANY_WITH_MASKS if masked else MANY, queries, keys)
+    found = [(way, most) for config, most in found if (way := fitted(config, queries, keys))[:3] != last[:3]]
+    programs = heads * triton.cdiv(queries, ALONE.queries)
+    if isinstance(programs, int):
+        return [(next((config for config, most in found if programs <= most), last), 1)]
+    launches, fewer = [], 0
+    for config, most in found:
+        asked = torch.sym_min(most // torch.sym_max(programs, 1), 1)
+        launches.append((config, asked - fewer))
+        fewer = asked
+    return [*launches, (last, 1 - fewer)]
 
 
 def fitted(config: Config, queries: Any, keys: Any) -> Config:
@@ -148,7 +164,8 @@ def fitted(config: Config, queries: Any, keys: Any) -> Config:
         min(most, lanes(steps)) if isinstance(steps, int) else most
         for most, steps in ((config.queries, queries), (config.keys, keys))
     )
-    return Config(height, width, max(1, config.warps * height * width // (config.queries * config.keys)))
+    warps = max(1, config.warps * height * width // (config.queries * config.keys))
+    return config._replace(queries=height, keys=width, warps=warps)
 
 
 def attention(
@@ -173,14 +190,14 @@ def attention(
     out = q.new_empty(batch, queries, heads * values)
     mode = 0 if bias is None else 2 if bias.dtype == torch.bool else 1
     masks = any(mask is not None and not of_keys(mask) for mask in (bias, factor))
-    for choice, asked in configs(queries, keys, batch * heads, masks):
+    for choice, asked in configs(queries, keys, batch * heads, max(width, values), masks):
         wrap_triton(grc_attention)[(batch * heads * asked, triton.cdiv(queries, choice.queries))](
             q, k, v, q if bias is None else bias, q if factor is None else factor, out, heads, queries, keys,
             *q.stride(), *k.stride(), *v.stride(), *spread(bias, shape), *spread(factor, shape),
             SCALE=scale, GAIN=gain,  # as arguments they would be float64 in a package, and with them all scores
             D=width, V=values, KIND=kind, CAUSAL=causal, BIAS=mode, FACTOR=factor is not None,
             BIAS_OF_KEYS=of_keys(bias), FACTOR_OF_KEYS=of_keys(factor),
-            PD=lanes(width), PV=lanes(values), BN=choice.queries, BM=choice.keys, STAGES=2, num_warps=choice.warps,
+            PD=lanes(width), PV=lanes(values), BN=choice.queries, BM=choice.keys, STAGES=choice.stages, num_warps=choice.warps,
         )  # fmt: skip
     return out
 

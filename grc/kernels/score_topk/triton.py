@@ -19,7 +19,9 @@ from grc.kernels.tiles import lanes
 
 DTYPES = (torch.float16, torch.bfloat16)
 WIDEST = 256  # of a row: it lies in registers as a whole
-ROWS, ITEMS = 16, 128  # of a tile of scores
+ITEMS = 128  # of a tile of scores
+FEW, MANY = (16, 4), (64, 8)  # rows of a tile and warps, the fastest on an H200 for 1 and 16 rows, and for 128
+MOST_OF_FEW = 32  # rows
 SPAN = 128  # rows of a program, which reads its items once
 RANKED = 256  # entries up to which comparing each with each is faster than sorting
 MOST = 1 << 15  # groups, or items of the groups that are picked: the second kernel has them in registers
@@ -60,26 +62,21 @@ def grc_score_keys(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def counted(key, least, step):  # type: ignore[no-untyped-def]
-    """How many keys reach least + step, + 2 step and + 3 step."""
-    total = tl.sum(
-        (key >= least + step).to(tl.int64)
-        + ((key >= least + 2 * step).to(tl.int64) << 20)
-        + ((key >= least + 3 * step).to(tl.int64) << 40),
-        0,
-    )
-    return (total & 0xFFFFF).to(tl.int32), ((total >> 20) & 0xFFFFF).to(tl.int32), (total >> 40).to(tl.int32)
+    """How many keys reach least + step, and least + 2 step: in one number, since a warp adds numbers of 32 bits at once."""
+    total = tl.sum((key >= least + step).to(tl.int32) + ((key >= least + 2 * step).to(tl.int32) << 16), 0)
+    return total & 0xFFFF, (total >> 16) & 0xFFFF
 
 
 @triton.jit
 def largest(key, K: tl.constexpr):  # type: ignore[no-untyped-def]
     """A place from 0 to K - 1 for each of the K largest keys, in no order, and K or more for the others; and the least of
     the K. Keys are of 16 bits."""
-    least, step, above = -0x8000, 0x4000, 0
-    for _ in tl.static_range(8):  # the largest number that K keys reach, a quarter of what is left at a time
-        first, second, third = counted(key, least, step)
-        above = tl.where(first < K, first, tl.where(second < K, second, tl.where(third < K, third, above)))
-        least += step * ((first >= K).to(tl.int32) + (second >= K).to(tl.int32) + (third >= K).to(tl.int32))
-        step = step // 4
+    least, step, above = -0x8000, 3**10, 0
+    for _ in tl.static_range(11):  # the largest number that K keys reach, a third of what is left at a time
+        first, second = counted(key, least, step)
+        above = tl.where(first < K, first, tl.where(second < K, second, above))
+        least += step * ((first >= K).to(tl.int32) + (second >= K).to(tl.int32))
+        step = step // 3
     over, level = key > least, key == least
     seen = tl.cumsum(over.to(tl.int32) + (level.to(tl.int32) << 16), 0)
     place = tl.where(over, seen & 0xFFFF, above + ((seen >> 16) & 0xFFFF)) - 1
@@ -148,6 +145,14 @@ def group_of(items: int, k: int) -> int:
     return min(reversed(fitting), key=lambda size: sum(sizes[size]), default=0)
 
 
+def ways(rows: Any) -> list[tuple[tuple[int, int], Any]]:
+    """How to score so many rows, each way with 1 or 0: of two, where their number is unknown, a run takes one."""
+    if isinstance(rows, int):
+        return [(FEW if rows <= MOST_OF_FEW else MANY, 1)]
+    asked = torch.sym_min(MOST_OF_FEW // torch.sym_max(rows, 1), 1)
+    return [(FEW, asked), (MANY, 1 - asked)]
+
+
 def score_topk(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,11 +168,12 @@ def score_topk(
     rows, group = flat.shape[0], group_of(items, k)
     groups = triton.cdiv(items, group)
     keys, best = (flat.new_empty(rows, count, dtype=torch.int16) for count in (items, groups))
-    wrap_triton(grc_score_keys)[(triton.cdiv(items, ITEMS), triton.cdiv(rows, SPAN))](
-        flat, weight, flat if bias is None else bias.contiguous(), keys, best, rows, items, groups,
-        flat.stride(0), weight.stride(0), D=width, PD=lanes(width), BIASED=bias is not None,
-        BR=ROWS, SPAN=SPAN, BN=ITEMS, GROUP=group, num_warps=4,
-    )  # fmt: skip
+    for (high, warps), asked in ways(rows):
+        wrap_triton(grc_score_keys)[(triton.cdiv(items, ITEMS) * asked, triton.cdiv(rows, SPAN))](
+            flat, weight, flat if bias is None else bias.contiguous(), keys, best, rows, items, groups,
+            flat.stride(0), weight.stride(0), D=width, PD=lanes(width), BIASED=bias is not None,
+            BR=high, SPAN=SPAN, BN=ITEMS, GROUP=group, num_warps=warps,
+        )  # fmt: skip
     room = lanes(k + 2 * k * k * group // items + 8)  # for items as good as the groups, were they spread evenly
     picked, found = flat.new_empty(rows, k, dtype=torch.int32), flat.new_empty(rows, room, dtype=torch.int64)
     values, indices = flat.new_empty(rows, k), flat.new_empty(rows, k, dtype=torch.int64)
