@@ -46,7 +46,7 @@ def show_changes(summary: dict[str, Any]) -> None:
 
 
 def show_precision(summary: dict[str, Any]) -> None:
-    """What stayed higher than the precision that was asked for and why, and the frontier of quality against bytes."""
+    """What stayed higher than the smallest format that there is for it and why, and the frontier of quality against bytes."""
     found = summary["precision"]
     if found is None:
         return

@@ -34,11 +34,13 @@ FRONTIER = 6  # points of the frontier between nothing lowered and everything
 
 @dataclass
 class Decision:
-    """What became of one site. `loss` is what it alone costs in its smallest format, as a share of the budget."""
+    """What became of one site. `smallest` is the smallest format that the precision has for its kind, or None where it has
+    none, and `loss` what the site alone costs in that, as a share of the budget."""
 
     name: str
     kind: str
     format: str
+    smallest: str | None
     bytes: int
     lowered_bytes: int
     loss: float | None = None
@@ -191,9 +193,10 @@ class Search:
         for site in self.sites:
             form = formats.get(site.name, "fp32")
             reason = None if form != "fp32" else site.reason or reasons.get(site.name) or self.nothing(site)
+            smallest = next(iter(self.options(site)), None)
             lowered = site.lowered_bytes(form)
             loss = losses.get(site.name)
-            outcome.decisions.append(Decision(site.name, site.kind, form, site.bytes, lowered, loss, reason))
+            outcome.decisions.append(Decision(site.name, site.kind, form, smallest, site.bytes, lowered, loss, reason))
         outcome.trials = self.trials
         return outcome
 

@@ -29,12 +29,12 @@ def summarise(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def precision(manifest: dict[str, Any]) -> dict[str, Any] | None:
-    """What is kept in fewer bits, what stayed higher than asked for and why; None where no bits were to be saved."""
+    """What is kept in fewer bits, what stayed higher than it could be and why; None where no bits were to be saved."""
     found = manifest["precision"]
     if found is None:
         return None
     sites = found["sites"]
-    lowest = [site for site in sites if site["format"] == found["asked"]]
+    lowest = [site for site in sites if site["format"] == site["smallest"]]
     return {
         "asked": found["asked"],
         "budget": found["budget"],

@@ -19,6 +19,7 @@ from grc.precision.quality import budget
 from grc.precision.search import Search
 from grc.precision.sites import find_sites
 from grc.precision.trial import Rounded, Trial
+from grc.report.summary import precision as told
 from tests.precision.models import (
     Fragile,
     Ranker,
@@ -55,6 +56,24 @@ def test_int4_is_for_tables_and_a_table_that_it_ruins_takes_more_bits() -> None:
     assert all(d.format != "int4" for d in narrow.decisions)
     assert any(d.format in ("int8", "fp16", "bf16") for d in narrow.decisions)
     assert narrow.quality["max-error"] <= 0.8 * 0.004
+
+
+@pytest.mark.parametrize("precision", ["int4", "auto", "int8", "bf16"])
+def test_what_is_in_its_smallest_format_was_not_kept_higher(precision: str) -> None:
+    """The smallest for a layer is int8 where that for a table is int4."""
+    wide = searched(Ranker(), ranker_inputs, precision, "max-error=0.5")
+    assert told({"precision": wide.json()})["higher"] == []
+
+
+def test_what_is_above_its_smallest_format_was_kept_higher() -> None:
+    narrow = searched(Ranker(), ranker_inputs, "auto", "max-error=0.004")
+    higher = [site["name"] for site in told({"precision": narrow.json()})["higher"]]
+    assert higher == [d.name for d in narrow.decisions if d.format != ("int4" if d.kind == "table" else "int8")]
+    assert {"users.weight", "items.weight"} <= set(higher)
+    none = searched(Target(), target_inputs, "int8", "max-error=1")
+    assert [site["name"] for site in told({"precision": none.json()})["higher"]] == [
+        d.name for d in none.decisions if d.kind == "activation unit"
+    ]
 
 
 def test_a_site_that_costs_too_much_on_all_rows_takes_its_next_format(monkeypatch: pytest.MonkeyPatch) -> None:
