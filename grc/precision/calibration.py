@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,24 +13,27 @@ from torch import Tensor
 from grc.errors import GrcError, InputError, message_of
 from grc.graph.capture import Source, flat_tensors
 from grc.graph.model_file import as_call
+from grc.precision.quality import AUC, Limit
 from grc.runtime.values import decode_columns, format_of, tensors_of
 from grc.runtime.weights import raw_chunks
 
 ROWS = 256  # rows that a search looks at: a trial of a 6-layer Transformer over them takes about a second
 BATCH = 64
 LABEL = "label"
+FUNCTION = "calibration()"  # the origin of batches of the model file
 HINT = "give rows of every input: .npz, .jsonl, .json or .parquet"
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Batches of flat inputs, labels beside them or None, and where they come from."""
+    """Batches of flat inputs, labels beside them or None, where they come from, and which batches of that are not here."""
 
     batches: Sequence[Sequence[Tensor]]
     labels: Sequence[Tensor] | None
     origin: str
     real: bool
     notes: tuple[str, ...] = ()
+    left_out: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -44,7 +47,15 @@ class Calibration:
                 break
             kept, count = kept + 1, count + rows_of(batch)
         labels = None if self.labels is None else self.labels[:kept]
-        return Calibration(self.batches[:kept], labels, self.origin, self.real, self.notes)
+        return replace(self, batches=self.batches[:kept], labels=labels)
+
+    def place(self, batch: int, row: int) -> str:
+        """Where a row is in the data as they were given: `row 70 of rows.npz`, `row 6 of batch 1 of calibration()`."""
+        every = range(len(self.batches) + len(self.left_out))
+        number = [n for n in every if n not in self.left_out][batch]
+        if self.origin == FUNCTION:
+            return f"row {row} of batch {number} of {FUNCTION}"
+        return f"row {number * BATCH + row} of {self.origin}"
 
     @property
     def digest(self) -> str:
@@ -94,7 +105,7 @@ def from_function(source: Source) -> Calibration:
         raise GrcError("calibration() gives no batch", "return a list of what get_inputs returns")
     if labels and len(labels) != len(batches):
         raise GrcError("calibration() gives labels for some batches only", "give them for all, or for none")
-    return Calibration(batches, labels or None, "calibration()", True)
+    return Calibration(batches, labels or None, FUNCTION, True)
 
 
 def from_file(source: Source, file: Path) -> Calibration:
@@ -159,4 +170,25 @@ def checked(found: Calibration, source: Source) -> Calibration:
     if not any(map(rows_of, found.batches)):
         raise GrcError(f"the calibration data ({found.origin}) has no rows", HINT)
     labels = None if found.labels is None else [found.labels[i] for i in kept]
-    return Calibration([found.batches[i] for i in kept], labels, found.origin, found.real, tuple(notes))
+    left_out = tuple(i for i in range(len(found.batches)) if i not in kept)
+    batches = [found.batches[i] for i in kept]
+    return replace(found, batches=batches, labels=labels, notes=tuple(notes), left_out=left_out)
+
+
+def check_labels(data: Calibration, limits: Sequence[Limit]) -> None:
+    """Raises GrcError where a limit needs labels that are not there, or that it can't be measured with."""
+    for limit in limits:
+        if limit.needs_labels and data.labels is None:
+            raise GrcError(
+                f"{limit.metric} needs labels, and the calibration data ({data.origin}) has none",
+                'give {"inputs": …, "labels": …} from calibration(), or a column "label" in --calibration FILE',
+            )
+        for batch, labels in enumerate(data.labels or () if limit.metric == AUC else ()):
+            values = labels.reshape(-1)
+            wrong = ((values != 0) & (values != 1)).nonzero()  # NaN is neither
+            if len(wrong):
+                row = int(wrong[0])
+                raise GrcError(
+                    f"{data.place(batch, row)} has the label {values[row].item():g}; {AUC} takes 0 and 1",
+                    f"give 1 for a row whose item was right and 0 for others, or leave {AUC} out of --budget",
+                )

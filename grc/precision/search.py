@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from grc.errors import GrcError, message_of
-from grc.precision.calibration import ROWS, Calibration
+from grc.precision.calibration import ROWS, Calibration, check_labels
 from grc.precision.formats import BITS, FORMATS
 from grc.precision.quality import Limit, Truth, inside, lost
 from grc.precision.sites import LAYER, TABLE, Site
@@ -147,12 +147,7 @@ class Search:
     ):
         self.device = device
         self.graph, self.sites, self.limits, self.precision, self.progress = graph, sites, limits, precision, progress
-        unlabelled = [limit for limit in limits if limit.needs_labels and calibration.labels is None]
-        if unlabelled:
-            raise GrcError(
-                f"{unlabelled[0].metric} needs labels, and the calibration data ({calibration.origin}) has none",
-                'give {"inputs": …, "labels": …} from calibration(), or a column "label" in --calibration FILE',
-            )
+        check_labels(calibration, limits)
         self.weights = Rounded(graph)
         self.all = calibration
         self.some = calibration.first(ROWS)

@@ -12,7 +12,8 @@ import torch
 
 from grc.errors import GrcError, InputError
 from grc.graph.capture import Source
-from grc.precision.calibration import calibration_of
+from grc.precision.calibration import calibration_of, check_labels
+from grc.precision.quality import budget
 from tests.precision.models import Ranker, captured, ranker_inputs
 
 
@@ -123,3 +124,31 @@ def test_nan_is_told_and_left_out(source: Source) -> None:
     assert found.notes == ("batch 1 of the calibration data holds NaN or infinity in dense, and is left out",)
     with pytest.raises(GrcError, match="every batch of the calibration data holds NaN or infinity"):
         calibration_of(given(source, [bad]), None)
+
+
+AUC = budget(["max-error=0.1", "auc-drop=0.1"])
+
+
+@pytest.mark.parametrize("value", [2.0, 0.5, -1.0, np.nan])
+def test_labels_of_auc_are_0_and_1(source: Source, tmp_path: Path, value: float) -> None:
+    """The row is the file's, though the batch before it is left out."""
+    dense, ids = (tensor.numpy().copy() for tensor in ranker_inputs(70))
+    dense[3, 0] = np.nan
+    label = (np.arange(70) % 2).astype(np.float64)
+    label[66] = value
+    np.savez(tmp_path / "rows.npz", dense=dense, ids=ids, label=label)
+    data = calibration_of(source, tmp_path / "rows.npz")
+    with pytest.raises(GrcError) as refused:
+        check_labels(data, AUC)
+    assert refused.value.message == f"row 66 of rows.npz has the label {value:g}; auc-drop takes 0 and 1"
+    assert refused.value.hint is not None and refused.value.hint.startswith("give 1 for a row whose item was right")
+    check_labels(data, budget(["ndcg-drop@5=0.1"]))
+
+
+def test_labels_of_a_model_file_are_named_by_their_batch(source: Source) -> None:
+    entries = [{"inputs": ranker_inputs(n), "labels": [1] * (n - 1) + [last]} for n, last in ((4, 0), (5, 3))]
+    with pytest.raises(GrcError) as refused:
+        check_labels(calibration_of(given(source, entries), None), AUC)
+    assert refused.value.message == "row 4 of batch 1 of calibration() has the label 3; auc-drop takes 0 and 1"
+    entries[1]["labels"] = [True, False, True, False, True]
+    check_labels(calibration_of(given(source, entries), None), AUC)
