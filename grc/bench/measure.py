@@ -158,13 +158,7 @@ def usable_batches(batches: Sequence[int], source: Source) -> list[int]:
 def compiled(settings: Settings, staff: Staff, batches: Sequence[int], progress: Callable[[str], None]) -> float | None:
     """The seconds that it took to compile, or None for an artifact that was given."""
     if settings.artifact is not None:
-        manifest = Artifact.open(settings.artifact).manifest
-        name, device, precision = settings.artifact.name, manifest["target"]["device"], manifest["precision"]
-        own = "fp32" if precision is None else precision["asked"]
-        if device != settings.device:
-            raise BenchError(f"{name} was not built for {settings.device}", "measure with the artifact's own --device")
-        if own != settings.precision:
-            raise BenchError(f"{name} was built with --precision {own}", f"measure with --precision {own}")
+        check_artifact(settings.artifact, settings, batches)
         return None
     progress("grc: compile")
     options = Options(
@@ -181,6 +175,23 @@ def compiled(settings: Settings, staff: Staff, batches: Sequence[int], progress:
     seconds = clock.read()
     staff.dismiss("compiler")  # with the memory that it took
     return seconds
+
+
+def check_artifact(path: Path, settings: Settings, batches: Sequence[int]) -> None:
+    """Raises BenchError for an artifact that can't be measured as asked: of another device or precision, or for smaller
+    batches, which would else be found when those before are measured."""
+    manifest = Artifact.open(path).manifest
+    device, precision, batch = manifest["target"]["device"], manifest["precision"], manifest["batch"]
+    own = "fp32" if precision is None else precision["asked"]
+    if device != settings.device:
+        raise BenchError(f"{path.name} was not built for {settings.device}", "measure with the artifact's own --device")
+    if own != settings.precision:
+        raise BenchError(f"{path.name} was built with --precision {own}", f"measure with --precision {own}")
+    if batch["dynamic"] and max(batches) > batch["max"]:
+        raise BenchError(
+            f"{path.name} takes batches up to {batch['max']}, not {max(batches)}",
+            f"measure smaller --batches, or compile with --max-batch {max(batches)}",
+        )
 
 
 def pool_bytes() -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import grc
 from grc.bench import host, peers
 from grc.bench.measure import Settings, measure
 from grc.bench.requests import draws, pool
@@ -95,6 +96,17 @@ def test_a_peer_that_is_wrong_or_broken_or_dies_has_no_speed(model_file: Path, m
     assert rows["dies_answering"]["refused"] == "its process died: exit code 7"
     assert rows["dies_running"]["refused"] == "its process died: SIGSEGV"
     assert rows["grc"]["p50_us"] > 0
+
+
+def test_a_batch_that_the_artifact_does_not_take_is_found_before_anything_is_measured(model_file: Path, tmp_path: Path):
+    path = tmp_path / "small.grc"
+    grc.compile(str(model_file), None, grc.Options(output=path, engine="eager", batches=(4,), max_batch=8))
+    settings = Settings(str(model_file), ("eager",), (16, 4), threads=1, seconds=0.01, artifact=path)
+    told: list[str] = []
+    with pytest.raises(BenchError, match=r"^small\.grc takes batches up to 8, not 16$") as error:
+        measure(settings, told.append)
+    assert error.value.hint == "measure smaller --batches, or compile with --max-batch 16"
+    assert told == ["capture"]
 
 
 def test_a_model_that_can_not_be_compiled_is_said_as_compile_says_it(tmp_path: Path):
