@@ -25,7 +25,7 @@ def command(
     json: p.Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Write model.onnx with a dynamic batch, and its weights in a file beside it.
+    """Write model.onnx with a dynamic batch, and large weights in a file beside it.
 
     Fused ops are written out in plain form. The file is checked, its shapes inferred, and its answers compared with the
     model's where ONNX Runtime is installed.

@@ -82,13 +82,14 @@ def name_batch(proto: Any, source: Source) -> None:
 
 
 def write_weights_file(proto: Any, constants: dict[str, torch.Tensor], path: Path) -> None:
-    """Stream the large initialisers into one file, and tell the model where each begins."""
+    """Stream the large initialisers into one file, where there are any, and tell the model where each begins."""
     import onnx
 
+    large = [tensor for tensor in proto.graph.initializer if tensor.name in constants]
+    if not large:
+        return
     with open(path, "wb") as file:
-        for tensor in proto.graph.initializer:
-            if tensor.name not in constants:
-                continue
+        for tensor in large:
             file.write(b"\0" * (-file.tell() % ALIGNMENT))
             start = file.tell()
             for chunk in raw_chunks(constants[tensor.name]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -130,7 +131,7 @@ def test_export_onnx_writes_a_valid_model_with_a_dynamic_batch(grc: Grc, model: 
     ran = grc("export-onnx", model, "-o", output, "--json")
     assert ran.code == 0, ran.err
     told = json.loads(ran.out)
-    assert sorted(file.name for file in output.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert [file.name for file in output.iterdir()] == ["model.onnx"]  # its weights are small enough to be in the file
     graph = onnx.load(told["path"], load_external_data=False).graph
     dims = [[d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in graph.input]
     assert [i.name for i in graph.input] == ["dense", "ids"]
@@ -144,6 +145,21 @@ def test_export_onnx_writes_a_valid_model_with_a_dynamic_batch(grc: Grc, model: 
         f"error: {output} exists",
         "hint: choose another -o, or replace it with --force",
     )
+
+
+@pytest.mark.engine
+def test_export_onnx_keeps_large_weights_beside_the_model(
+    grc: Grc, model: Path, model_file: Callable[[str], Path], tmp_path: Path
+):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    output = tmp_path / "onnx"
+    ran = grc("export-onnx", model_file(model.read_text().replace("(80, 8)", "(9000, 8)")), "-o", output)
+    assert ran.code == 0, ran.err
+    assert sorted(file.name for file in output.iterdir()) == ["model.onnx", "model.onnx.data"]
+    graph = onnx.load(str(output / "model.onnx"), load_external_data=False).graph
+    outside = [tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    assert len(outside) == 1 and (output / "model.onnx.data").stat().st_size == 4 * 8 * 9050
 
 
 def test_doctor_names_every_engine_and_how_to_get_it(grc: Grc):
