@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from grc.bench.subject import BenchError
+from grc.runtime.values import json_of
 
 Row = dict[str, Any]
 NUMBER, TEXT, MAYBE = (int, float), (str,), (int, float, type(None))
@@ -61,7 +62,7 @@ def read(path: Path) -> list[Row]:
     found = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
-            found.append(check(json.loads(line)))
+            found.append(check(json_of(line)))
         except (ValueError, BenchError) as error:
             raise BenchError(f"{path.name}:{number} is no row: {error}", "remove the line") from error
     return found

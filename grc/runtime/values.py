@@ -89,7 +89,27 @@ def from_json(data: bytes) -> dict[str, Any]:
 
 
 def from_jsonl(data: bytes) -> dict[str, Any]:
-    return columns_of([json.loads(line) for line in data.decode().splitlines() if line.strip()])
+    return columns_of(json_lines(data))
+
+
+def json_lines(data: bytes) -> list[Any]:
+    """What each line holds, but for blank ones. Raises ValueError naming the line of the file that is no JSON."""
+    found = []
+    for number, line in enumerate(data.splitlines(), 1):  # of bytes: a string may hold what str takes for a line's end
+        try:
+            if line.strip():
+                found.append(json_of(line.decode()))
+        except ValueError as error:
+            raise ValueError(f"line {number}: {message_of(error)}") from error
+    return found
+
+
+def json_of(line: str) -> Any:
+    """What one line holds. Raises ValueError with the column alone: the line that json counts is always the first."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} at column {error.colno}") from error
 
 
 def columns_of(rows: Sequence[Any]) -> dict[str, list[Any]]:

@@ -56,3 +56,7 @@ def test_a_broken_line_is_named(tmp_path: Path):
     file.write_text(json.dumps(row("grc", 1.0)) + "\n{}\n")
     with pytest.raises(BenchError, match=r"rows\.jsonl:2 is no row"):
         read(file)
+    file.write_text(json.dumps(row("grc", 1.0)) + "\n{]\n")
+    told = r"rows\.jsonl:2 is no row: Expecting property name enclosed in double quotes at column 2$"
+    with pytest.raises(BenchError, match=told):
+        read(file)

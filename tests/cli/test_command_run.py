@@ -39,6 +39,12 @@ def test_json_lines_in_and_out(grc: Grc, artifact: Path):
     assert [json.loads(line) for line in ran.out.splitlines()] == [{"output": a} for a in answers(artifact, [ROW, ROW])]
 
 
+def test_a_line_of_json_ends_where_the_file_says(grc: Grc, artifact: Path):
+    """Not at U+2028 or U+0085, which strings may hold: the name of this input is refused, and it is whole."""
+    ran = grc("run", artifact, "-", "--format", "jsonl", stdin=json.dumps({"a\u2028b": 1}, ensure_ascii=False))
+    assert ran.told[0].startswith("error: the request has an unknown input a")
+
+
 def test_npz_in_and_out(grc: Grc, artifact: Path, tmp_path: Path):
     np.savez(tmp_path / "in.npz", dense=np.array([ROW["dense"]], "float32"), ids=np.array([ROW["ids"]]))
     assert grc("run", artifact, tmp_path / "in.npz", "-o", tmp_path / "out.npz").code == 0
@@ -185,6 +191,8 @@ def test_an_npz_of_another_dtype_is_refused(grc: Grc, artifact: Path, tmp_path: 
         ("json", b"\xff", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
         ("jsonl", b"", "it must hold at least one row, each an object"),
         ("jsonl", b'{"a": 1}\n{"b": 1}', "row 1 has the inputs b, row 0 has a"),
+        ("jsonl", b'{"a": 1}\n\n{"a" 1}', "line 3: Expecting ':' delimiter at column 6"),
+        ("jsonl", b'{"a": 1}\n{"\xff": 1}', "line 2: 'utf-8' codec can't decode byte 0xff in position 2"),
         ("npz", b"zip?", None),
         ("parquet", b"PAR?", None),
     ],

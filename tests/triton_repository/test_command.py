@@ -185,11 +185,20 @@ def test_the_artifacts_own_name_becomes_one_that_triton_takes(grc: Grc, artifact
     assert told["entry"] == "f_r_alle"
 
 
-def test_requests_that_are_no_json_are_refused(grc: Grc, artifact: Path, tmp_path: Path) -> None:
-    (tmp_path / "requests.json").write_text("[1, 2")
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[1, 2", "Expecting ',' delimiter: line 1 column 6 (char 5)"),
+        ('{"user": 1}\n\n{"user" 2}\n', "line 3: Expecting ':' delimiter at column 9"),
+    ],
+)
+def test_requests_that_are_no_json_are_refused(
+    grc: Grc, artifact: Path, tmp_path: Path, text: str, reason: str
+) -> None:
+    (tmp_path / "requests.json").write_text(text)
     refused(
         grc("export-triton", artifact, "-o", tmp_path / "repo", "--verify", "--requests", tmp_path / "requests.json"),
-        f"error: {tmp_path / 'requests.json'} holds no JSON requests: Expecting ',' delimiter: line 1 column 6 (char 5)",
+        f"error: {tmp_path / 'requests.json'} holds no JSON requests: {reason}",
         "hint: write a JSON list, or one request a line",
     )
 

@@ -25,6 +25,7 @@ from grc.runtime.triton_repository.repository import Repository, server_options
 from grc.runtime.triton_repository.requests import answer_text, tensor_of
 from grc.runtime.triton_repository.rows import single_rows
 from grc.runtime.triton_repository.tensors import Interface, Tensor, interface
+from grc.runtime.values import json_lines
 
 AT_ONCE = 16  # clients
 ROUNDS = 5  # of all requests at once, until the server was seen to merge some
@@ -92,10 +93,8 @@ def read_requests(path: Path | None) -> list[Any]:
     if path is None:
         return []
     try:
-        text = path.read_text()
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        data = path.read_bytes()
+        return json.loads(data) if data.lstrip().startswith(b"[") else json_lines(data)
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path} holds no JSON requests: {error}", "write a JSON list, or one request a line"
