@@ -45,6 +45,7 @@ def command(
     r"""Answer requests: inputs by name in, outputs by name out.
 
     JSON is either {"input": \[row, row, …]} or a list of rows; JSON lines and parquet hold a row each.
+    No rows are a batch too: \[], {"input": \[]}, or a file of no lines.
     """
     if example == (source is not None):
         raise typer.BadParameter("give an INPUT or --example, one of the two")

@@ -26,13 +26,18 @@ def format_of(name: str, given: str | None, hint: str = f"name it with --format:
 
 def decode(data: bytes, form: str, specs: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
     """One tensor for each input. Raises InputError naming the input that is missing, ragged or not numeric."""
-    return tensors_of(decode_columns(data, form), specs, exact=form == "npz")
+    columns = decode_columns(data, form, [spec["name"] for spec in specs])
+    return tensors_of(columns, specs, exact=form == "npz")
 
 
-def decode_columns(data: bytes, form: str) -> dict[str, Any]:
-    """Every column of a file by name. Raises InputError where the data is not of this format."""
+def decode_columns(data: bytes, form: str, empty: Sequence[str] = ()) -> dict[str, Any]:
+    """Every column of a file by name; where it is a list of no rows, the columns `empty` names, of no rows each.
+
+    Raises InputError where the data is not of this format.
+    """
     try:
-        return DECODERS[form](data)
+        found = DECODERS[form](data)
+        return found if isinstance(found, dict) else columns_of(found, empty)
     except (ValueError, KeyError, OSError) as error:
         raise InputError(f"the request is no {form}: {message_of(error)}", "see grc run ARTIFACT --example") from error
 
@@ -65,6 +70,9 @@ def tensor_of(value: Any, spec: Mapping[str, Any], exact: bool) -> torch.Tensor:
         array = np.asarray(value)
     except ValueError:
         raise InputError(f'input "{spec["name"]}" has rows of different lengths', "pad them to one length") from None
+    if not array.size:  # [] does not show the sizes of the rows that it has none of
+        rest = spec.get("sizes", ())[array.ndim :]
+        array = array.reshape(*array.shape, *(size if isinstance(size, int) else 0 for size in rest))
     dtype = getattr(torch, spec["dtype"])
     if array.size and array.dtype.kind not in ("biuf" if dtype.is_floating_point else "biu"):
         have = "floating-point numbers" if array.dtype.kind == "f" else "values that are no numbers"
@@ -78,18 +86,12 @@ def tensor_of(value: Any, spec: Mapping[str, Any], exact: bool) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
 
 
-def from_json(data: bytes) -> dict[str, Any]:
+def from_json(data: bytes) -> dict[str, Any] | list[Any]:
     """{"input": [rows]}, or a list of {"input": row}."""
     value = json.loads(data)
-    if isinstance(value, list):
-        return columns_of(value)
-    if not isinstance(value, dict):
+    if not isinstance(value, (dict, list)):
         raise ValueError("it must be an object of columns or a list of rows")
     return value
-
-
-def from_jsonl(data: bytes) -> dict[str, Any]:
-    return columns_of(json_lines(data))
 
 
 def json_lines(data: bytes) -> list[Any]:
@@ -112,7 +114,9 @@ def json_of(line: str) -> Any:
         raise ValueError(f"{error.msg} at column {error.colno}") from error
 
 
-def columns_of(rows: Sequence[Any]) -> dict[str, list[Any]]:
+def columns_of(rows: Sequence[Any], empty: Sequence[str]) -> dict[str, list[Any]]:
+    if not rows and empty:
+        return {name: [] for name in empty}
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError("it must hold at least one row, each an object")
     for i, row in enumerate(rows):
@@ -133,9 +137,9 @@ def from_parquet(data: bytes) -> dict[str, Any]:
     return {name: read.column(name).to_pylist() for name in read.column_names}
 
 
-DECODERS: dict[str, Callable[[bytes], dict[str, Any]]] = {
+DECODERS: dict[str, Callable[[bytes], dict[str, Any] | list[Any]]] = {  # columns by name, or a list of rows
     "json": from_json,
-    "jsonl": from_jsonl,
+    "jsonl": json_lines,
     "npz": from_npz,
     "parquet": from_parquet,
 }

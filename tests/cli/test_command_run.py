@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import grc as library
+from grc.runtime.values import decode_columns, tensor_of
 from tests.cli.session import Grc, Ran, refused
 
 ROW = {"dense": [0.5, -1.0, 2.0], "ids": [3, 7]}
@@ -16,8 +18,6 @@ FIELDS = "the inputs are dense, ids"
 
 
 def answers(artifact: Path, rows: list[dict]) -> list[float]:
-    import torch
-
     program = library.load(artifact)
     return program(*(torch.tensor([row[name] for row in rows]) for name in ("dense", "ids"))).tolist()
 
@@ -59,6 +59,46 @@ def test_parquet_in_and_out(grc: Grc, artifact: Path, tmp_path: Path):
     assert grc("run", artifact, tmp_path / "in.parquet", "-o", tmp_path / "out.parquet").code == 0
     written = parquet.read_table(tmp_path / "out.parquet").column("output").to_pylist()
     assert written == pytest.approx(answers(artifact, [ROW, ROW]))
+
+
+@pytest.mark.parametrize(
+    ("form", "request_of_none", "answer"),
+    [
+        ("json", '{"dense": [], "ids": []}', '{"output": []}\n'),
+        ("json", "[]", '{"output": []}\n'),
+        ("jsonl", "", ""),
+    ],
+)
+def test_a_batch_of_no_rows_is_answered(grc: Grc, artifact: Path, form: str, request_of_none: str, answer: str):
+    ran = grc("run", artifact, "-", "--format", form, stdin=request_of_none)
+    assert (ran.code, ran.out, ran.err) == (0, answer, "")
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl", "npz", "parquet"])
+def test_what_was_answered_to_no_rows_is_read_again(grc: Grc, artifact: Path, tmp_path: Path, form: str):
+    if form == "parquet":
+        pytest.importorskip("pyarrow")
+    np.savez(tmp_path / "in.npz", dense=np.zeros((0, 3), "float32"), ids=np.zeros((0, 2), "int64"))
+    assert grc("run", artifact, tmp_path / "in.npz", "-o", tmp_path / f"out.{form}").code == 0
+    columns = decode_columns((tmp_path / f"out.{form}").read_bytes(), form, ["output"])
+    assert list(columns) == ["output"] and len(columns["output"]) == 0
+
+
+def test_only_some_inputs_of_no_rows_are_refused(grc: Grc, artifact: Path):
+    refused(
+        grc("run", artifact, "-", stdin='{"dense": [], "ids": [[1, 2]]}'),
+        'error: input "ids" has size 1 in dimension 0; at batch 0 it must be 0',
+        "hint: give every input the same batch",
+    )
+
+
+def test_an_input_of_no_values_takes_the_sizes_of_its_rows():
+    """Sizes that vary are 0, and what is not there can't stand for a size that may not be."""
+    spec = {"name": "x", "dtype": "int64", "sizes": ["batch", "s0", 4]}
+    assert tensor_of([], spec, exact=False).shape == (0, 0, 4)
+    assert tensor_of([[], []], spec, exact=False).shape == (2, 0, 4)
+    assert tensor_of([], spec, exact=False).dtype is torch.int64
+    assert tensor_of([], {**spec, "sizes": [{"scale": 1, "offset": 1}]}, exact=False).shape == (0,)
 
 
 @pytest.mark.parametrize("form", ["json", "jsonl", "npz", "parquet"])
@@ -189,7 +229,7 @@ def test_an_npz_of_another_dtype_is_refused(grc: Grc, artifact: Path, tmp_path: 
         ("json", b"{", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
         ("json", b"3", "it must be an object of columns or a list of rows"),
         ("json", b"\xff", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
-        ("jsonl", b"", "it must hold at least one row, each an object"),
+        ("jsonl", b"3", "it must hold at least one row, each an object"),
         ("jsonl", b'{"a": 1}\n{"b": 1}', "row 1 has the inputs b, row 0 has a"),
         ("jsonl", b'{"a": 1}\n\n{"a" 1}', "line 3: Expecting ':' delimiter at column 6"),
         ("jsonl", b'{"a": 1}\n{"\xff": 1}', "line 2: 'utf-8' codec can't decode byte 0xff in position 2"),
@@ -251,8 +291,6 @@ SAFE = {"zero": None, "clamp": 49, "hash": 3}  # what an id of 103 reads in a ta
 
 @pytest.mark.parametrize("policy", SAFE)
 def test_a_policy_makes_bad_ids_safe(grc: Grc, model: Path, artifact_path: Path, policy: str):
-    import torch
-
     flags = ("--engine", "eager", "--batches", "4", "--on-bad-id", policy)
     assert grc("compile", model, "-o", artifact_path, *flags).code == 0
     ran = grc("run", artifact_path, "-", stdin=json.dumps([{**ROW, "ids": [103, 7]}]))
