@@ -66,8 +66,15 @@ def batch_sizes(text: str) -> tuple[int, ...]:
 
 
 def limits(texts: Sequence[str] | None) -> tuple[str, ...]:
-    """The limits of a budget, however they were given: by commas, or by several options."""
-    return tuple(part.strip() for text in texts or () for part in text.split(",") if part.strip())
+    """The limits of a budget, however they were given: by commas, or by several options. Raises BadParameter, a usage error,
+    for an option that holds none: it would mean the default, unseen."""
+    found: list[str] = []
+    for text in texts or ():
+        own = [part.strip() for part in text.split(",") if part.strip()]
+        if not own:
+            raise typer.BadParameter(f"{text!r} holds no limit such as max-error=0.02")
+        found += own
+    return tuple(found)
 
 
 def given(ctx: typer.Context) -> dict[str, str]:

@@ -233,6 +233,8 @@ def test_an_unknown_pass_is_refused_at_once(grc: Grc, model: Path, artifact_path
         (("--on-bad-id", "ignore"), "is not one of"),
         (("--device", "abacus"), "is not one of"),
         (("--max-batch", "0"), "--max-batch"),
+        (("--precision", "int8", "--budget", ","), "',' holds no limit such as max-error=0.02"),
+        (("--precision", "int8", "--budget", "max-error=0.1", "--budget", ""), "'' holds no limit"),
         (("--colour",), "No such option: --colour"),
         ((), "MODEL"),
     ],
