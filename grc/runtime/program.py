@@ -112,8 +112,10 @@ class Program:
         padded = batch < self.min_batch
         ready = self.check.padded(inputs, batch, self.min_batch) if padded else inputs
         try:
-            # Compiled code reads memory by the strides it was built for.
-            answers = self.runs[part]([t if t.is_contiguous() and not t.requires_grad else plain(t) for t in ready])
+            # Compiled code reads memory by the strides it was built for, and knows of no sign that is kept beside it.
+            answers = self.runs[part](
+                [t if t.is_contiguous() and not t.requires_grad and not t.is_neg() else plain(t) for t in ready]
+            )
         except GrcError:
             raise
         except Exception as error:  # an engine's own failure: name the input where one is to blame
@@ -142,8 +144,8 @@ class Program:
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Contiguous and without history."""
-    return tensor.detach().contiguous()
+    """Contiguous, without history, and with its values in memory as they are: an imaginary part may have them negated."""
+    return tensor.detach().contiguous().resolve_neg()
 
 
 def bound(refs: dict[str, Any], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

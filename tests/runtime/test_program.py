@@ -100,6 +100,19 @@ def test_strided_inputs_and_inputs_with_history_are_read_rightly(program: grc.Pr
     assert torch.equal(program(wide[..., 0], ids.t().contiguous().t())["scores"], expected)
 
 
+@pytest.mark.parametrize("history", [False, True])
+def test_inputs_of_negated_memory_are_read_rightly(program: grc.Program, history: bool) -> None:
+    """The imaginary part of a conjugate is memory with a note that its sign is the other."""
+    for batch in (1, 6):
+        dense, ids = ranker_inputs(batch)
+        strided = torch.complex(dense, -dense).conj().imag.requires_grad_(history)
+        whole = torch._neg_view(-dense).requires_grad_(history)
+        assert strided.is_neg() and whole.is_neg() and whole.is_contiguous() and torch.equal(whole, dense)
+        expected = program(dense, ids)["scores"]
+        assert torch.equal(program(strided, ids)["scores"], expected)
+        assert torch.equal(program(whole, ids)["scores"], expected)
+
+
 def test_many_threads_get_their_own_answers(program: grc.Program) -> None:
     requests = [ranker_inputs(batch) for batch in (1, 3, 8, 13)]
     expected = [program(*inputs)["scores"].clone() for inputs in requests]
