@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,47 @@ def test_draining_waits_for_bodies_and_no_longer_than_it_was_told(tmp_path: Path
         assert time.monotonic() - began < 10
         assert sorted(server.wait_for_end()) == ["draining", "refused", "refused", "stopped"]
         assert {event.get("reason") for event in server.events()} == {None, "ended"}
+
+
+def test_calls_over_grpc_that_a_drain_cuts_off_are_refused_and_logged(
+    tmp_path: Path, compiled: Callable[..., Path]
+) -> None:
+    """More than a second's work waits when the server is told to end, the last of it in a stream."""
+    grpc = pytest.importorskip("tritonclient.grpc")
+    from tests.server.test_protocol import inputs, request
+
+    series, cut_off = (
+        'nv_inference_pending_request_count{model="served",version="1"}',
+        "the server ended before the answer",
+    )
+    calls: list[str | None] = []
+    stream: list[str | None] = []
+
+    def keep(found: list[str | None], result: object, error: Any) -> None:
+        found.append(None if error is None else error.message())
+
+    artifact, given = compiled(tmp_path / "slow.grc", edit=slow), inputs(grpc, request(1))
+    with running(tmp_path, artifact, "--drain", 1, "--max-rows", 1, "--timeout", 300) as server:
+        client = grpc.InferenceServerClient(f"127.0.0.1:{server.grpc}")
+        client.start_stream(partial(keep, stream))
+        for _ in range(400):
+            client.async_infer("served", given, partial(keep, calls))
+        for _ in until("all calls"):
+            if len(calls) + server.metric(series) >= 398:  # and one or two are being computed
+                break
+        client.async_stream_infer("served", given)
+        time.sleep(0.1)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
+        for _ in until("every answer"):
+            if len(calls) == 400 and stream:
+                break
+        client.stop_stream(cancel_requests=True)
+        client.close()
+    assert set(calls) == {None, cut_off} and stream[0] == cut_off
+    refused = [event for event in server.events() if event["event"] == "refused"]
+    assert {(event["reason"], event["status"], event["message"]) for event in refused} == {("ended", 503, cut_off)}
+    assert len(refused) == calls.count(cut_off) + 1 and server.events()[-1]["event"] == "stopped"
 
 
 def test_an_interrupt_ends_it_as_well(tmp_path: Path, tiny: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -15,11 +16,12 @@ from grc.runtime.server import describe
 from grc.runtime.server.cut import Cut
 from grc.runtime.server.datatypes import NAMES, bytes_of_list, check_size
 from grc.runtime.server.health import Health
+from grc.runtime.server.listener import FAREWELL
 from grc.runtime.server.logs import clean_id, request_id
 from grc.runtime.server.messages import REFUSED, checked_dtype
 from grc.runtime.server.models import Models
 from grc.runtime.server.packed import Packed
-from grc.runtime.server.refusal import invalid
+from grc.runtime.server.refusal import ended, invalid
 from grc.runtime.server.service import Call, Service
 from grc.runtime.server.settings import Settings
 from grc.runtime.server.version import Version
@@ -46,11 +48,39 @@ class Grpc(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def __init__(self, service: Service, models: Models, health: Health, settings: Settings):
         self.service, self.models, self.health, self.settings = service, models, health, settings
+        self.begun: set[asyncio.Task[Any]] = set()
+        self.ending = False
+
+    async def drain(self, server: Any, seconds: float) -> None:
+        """Take no new call, wait for the answers that have begun, and refuse what is left."""
+        self.service.loop.call_later(seconds, self.end)
+        await server.stop(seconds + FAREWELL)
+
+    def end(self) -> None:
+        """Wait no longer. grpc would cut the calls off by itself, and nobody would hear of them."""
+        self.ending = True
+        for task in self.begun:
+            task.cancel()
+
+    async def unless_ended(self, answer: Awaitable[Any]) -> Any:
+        """The answer. Raises Refused where the server waits for it no longer."""
+        task = asyncio.current_task()
+        assert task is not None
+        self.begun.add(task)
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            if not self.ending:  # its client left
+                raise
+            task.uncancel()
+            raise ended("the answer") from None
+        finally:
+            self.begun.discard(task)
 
     async def answered(self, context: Any, call: Call, answer: Callable[[], Awaitable[Any]]) -> Any:
         """The answer, or the status that an error is told as."""
         try:
-            return await answer()
+            return await self.unless_ended(answer())
         except Exception as error:  # every error is some client's status, and the server goes on
             told = self.service.failed(call, error)
             trailing = [("x-request-id", call.id)]
@@ -127,7 +157,8 @@ class Grpc(service_pb2_grpc.GRPCInferenceServiceServicer):
         async for request in requests:
             call = self.call(context)
             try:
-                yield pb.ModelStreamInferResponse(infer_response=await self.infer(call, request))
+                found = await self.unless_ended(self.infer(call, request))
+                yield pb.ModelStreamInferResponse(infer_response=found)
             except Exception as error:  # it belongs to this request
                 told = self.service.failed(call, error)
                 failed = pb.ModelInferResponse(id=request.id, model_name=request.model_name)

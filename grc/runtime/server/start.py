@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import uvloop
@@ -86,12 +87,13 @@ async def run(
         loop.add_signal_handler(name, told.set)
     for model in models.all.values():
         await health.probe(model)
-    grpc_server, bound = None, None
+    bound, drains = None, [listener.drain]
     if grpc_port is not None:
         from grc.runtime.server import grpc_service
 
         over_grpc = grpc_service.Grpc(service, models, health, settings)
         grpc_server, bound = await grpc_service.start(over_grpc, settings.host, grpc_port, settings.max_body)
+        drains.append(partial(over_grpc.drain, grpc_server))
     tasks = [asyncio.create_task(health.watch(settings.canary))]
     if settings.watch:
         tasks.append(asyncio.create_task(models.watch(settings.watch)))
@@ -101,10 +103,7 @@ async def run(
     end = loop.time() + settings.drain
     log("info", "draining", seconds=settings.drain)
     health.draining = True
-    ends = [listener.drain(settings.drain)]
-    if grpc_server is not None:
-        ends.append(grpc_server.stop(settings.drain))
-    await asyncio.gather(*ends)
+    await asyncio.gather(*(drain(settings.drain) for drain in drains))
     for task in tasks:
         task.cancel()
     models.close()
