@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -165,43 +168,78 @@ def test_one_port_for_both_protocols_is_refused_at_once(grc: Grc) -> None:
 
 FAKE = """\
 #!{python}
-import shutil, signal, sys
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+import os, shutil, signal, sys
+def end(*_):
+    print("told to end", flush=True)
+    sys.exit(7)
+signal.signal(signal.SIGTERM, end)
 (repository,) = [word.partition("=")[2] for word in sys.argv if word.startswith("--model-repository=")]
 shutil.copy(repository + "/tiny/config.pbtxt", "{config}")
-print("ready", flush=True)
+print(os.getpid(), "is ready", flush=True)
 while True:
     signal.pause()
 """
 
 
-def test_triton_is_a_child_that_gets_settings_and_signals(compiled: tuple[Path, Ran], tmp_path: Path) -> None:
+class Served(NamedTuple):
+    """`grc serve` with a tritonserver that is a script, and what both say."""
+
+    process: subprocess.Popen[bytes]
+    child: int
+    log: Path
+
+
+@pytest.fixture
+def fake(compiled: tuple[Path, Ran], tmp_path: Path) -> Iterator[Callable[..., Served]]:
+    """Serve with these flags until the child is ready."""
     needs_extra()
     pytest.importorskip("tritonclient.grpc")
-    from grc.runtime.triton_repository import config
-
-    binary, made = tmp_path / "triton/bin/tritonserver", tmp_path / "config.pbtxt"
+    binary, log = tmp_path / "triton/bin/tritonserver", tmp_path / "triton.log"
     binary.parent.mkdir(parents=True)
-    binary.write_text(FAKE.format(python=sys.executable, config=made))
+    binary.write_text(FAKE.format(python=sys.executable, config=tmp_path / "config.pbtxt"))
     binary.chmod(0o755)
     (tmp_path / "tmp").mkdir()
     environment = {**os.environ, "TRITONSERVER": str(binary), "TMPDIR": str(tmp_path / "tmp")}
-    flags = ("--timeout", 0.5, "--max-queue", 9, "--max-rows", 16, "--workers", 2, "--port", 0, "--grpc-port", 0)
-    words = command(compiled[0], "--server", "triton", *flags)
-    log = tmp_path / "triton.log"
-    with log.open("w") as said:
-        process = subprocess.Popen(words, stdout=said, stderr=said, env=environment)
-    for _ in until("the server"):
-        assert process.poll() is None, log.read_text()
-        if log.read_text().endswith("ready\n"):
-            break
-    process.terminate()
-    assert process.wait(60) == 7
+    started: list[int] = []  # one at the most
+
+    def serve(*flags: object) -> Served:
+        words = command(compiled[0], "--server", "triton", *flags, "--port", 0, "--grpc-port", 0)
+        with log.open("w") as said:
+            process = subprocess.Popen(words, stdout=said, stderr=said, env=environment)
+        for _ in until("the server"):
+            assert process.poll() is None, log.read_text()
+            last = log.read_text().rpartition("\n")[0].rpartition("\n")[2]
+            if last.endswith(" is ready"):
+                break
+        started.append(int(last.split()[0]))
+        return Served(process, started[-1], log)
+
+    yield serve
+    if started and not log.read_text().endswith("told to end\n"):
+        os.kill(started[-1], signal.SIGKILL)
+
+
+def test_triton_is_a_child_that_gets_settings_and_signals(fake: Callable[..., Served], tmp_path: Path) -> None:
+    flags = ("--timeout", 0.5, "--max-queue", 9, "--max-rows", 16, "--workers", 2)
+    served = fake(*flags)
+    from grc.runtime.triton_repository import config
+
+    served.process.terminate()
+    assert served.process.wait(60) == 7
     assert not list((tmp_path / "tmp").glob("grc-triton-*"))
-    found = config.read(made)
+    found = config.read(tmp_path / "config.pbtxt")
     queue = found.dynamic_batching.default_queue_policy
     assert (found.max_batch_size, found.instance_group[0].count) == (16, 2)
     assert (queue.max_queue_size, queue.default_timeout_microseconds) == (9, 500_000)
+
+
+def test_triton_ends_when_its_parent_is_killed(fake: Callable[..., Served]) -> None:
+    served = fake()
+    served.process.kill()
+    served.process.wait(60)
+    for _ in until("the end of the child", 20):
+        if served.log.read_text().endswith("told to end\n"):
+            break
 
 
 def test_triton_that_can_not_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
