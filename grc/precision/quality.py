@@ -185,7 +185,18 @@ def auc(scores: Tensor, labels: Tensor) -> float:
 
 
 def ndcg(scores: Tensor, labels: Tensor, k: int) -> float:
-    """NDCG@k of one relevant item a row: labels [B] name it (Järvelin and Kekäläinen 2002)."""
+    """NDCG@k of one relevant item a row: labels [B] name it (Järvelin and Kekäläinen 2002).
+
+    Raises GrcError where a label is not the number of an item.
+    """
+    numbers = labels.double()
+    wrong = ((numbers != numbers.floor()) | (numbers < 0) | (numbers >= scores.shape[1])).nonzero()  # NaN is unequal
+    if len(wrong):
+        raise GrcError(
+            f"the calibration data has the label {numbers[wrong[0, 0]].item():g}; ndcg-drop takes items, 0 to "
+            f"{scores.shape[1] - 1}",
+            "give for each row the number of its relevant item, or leave ndcg-drop out of --budget",
+        )
     own = scores.gather(1, labels.long().unsqueeze(1))
     place = (scores > own).sum(1)
     return torch.where(place < k, 1.0 / torch.log2(place.double() + 2.0), 0.0).mean().item()

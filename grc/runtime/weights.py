@@ -47,7 +47,7 @@ def write_weights(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def raw_chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
     """The bytes of a tensor's numbers in their order, a chunk at a time and without a copy of the whole where they lie so."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = tensor.detach().cpu().resolve_neg().contiguous().reshape(-1)
     if flat.stride(0) != 1:  # as a single number cut from a row may have, which torch calls contiguous all the same
         flat = flat.clone(memory_format=torch.contiguous_format)
     for part in flat.view(torch.uint8).split(CHUNK):

@@ -58,6 +58,12 @@ def test_ndcg_is_the_discount_of_the_one_relevant_item() -> None:
     assert ndcg(scores, torch.tensor([0, 0, 0]), 2) == pytest.approx((1 + 0 + 1 / math.log2(3)) / 3)
 
 
+@pytest.mark.parametrize("label", [3.0, -1.0, 0.5, float("nan")])
+def test_ndcg_takes_numbers_of_items(label: float) -> None:
+    with pytest.raises(GrcError, match="ndcg-drop takes items, 0 to 2"):
+        ndcg(torch.rand(2, 3), torch.tensor([0.0, label]), 2)
+
+
 def test_overlap_is_of_the_ranking_that_changed_most() -> None:
     truth = [[torch.tensor([[4.0, 3.0, 2.0, 1.0]]), torch.tensor([[7, 8, 9]])]]
     same, swapped = [[torch.tensor([[4.0, 3.0, 2.0, 1.0]]), torch.tensor([[8, 7, 1]])]], [[truth[0][0], truth[0][1]]]

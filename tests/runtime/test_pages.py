@@ -36,6 +36,7 @@ def test_numbers_with_any_strides_are_written_in_their_order(tmp_path: Path) -> 
         "turned": table.t(),
         "none": table[:0],
         "scalar": table[1, 1],
+        "negated": torch.imag(torch.tensor([1 + 2j]).conj()),
     }
     write_weights(tmp_path / "w.safetensors", tensors)
     found = read_weights(tmp_path / "w.safetensors")
