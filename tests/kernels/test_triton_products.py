@@ -114,6 +114,8 @@ def layer_arguments(shape: tuple[int, ...], columns: int, mul: bool, add: bool, 
         ((1, 40), 9, False, True), ((2, 1100), 5, True, False), ((5, 16), 33, True, True), ((0, 8), 6, False, False),
         ((3, 2, 130), 20, False, False), ((9, 72), 17, True, True), ((2, 7, 40), 6, True, True),
         ((1, 4, 1100), 9, True, True), ((2, 9, 2048), 8, False, True), ((1, 2, 2100), 5, False, False),
+        ((21, 72), 40, True, True), ((2, 17, 512), 33, False, True), ((18, 2100), 9, True, False),
+        ((1, 20, 8), 65, False, False),
     ],
     ids=str,
 )  # fmt: skip
@@ -129,7 +131,7 @@ def test_small_linear(shape: tuple[int, ...], columns: int, mul: bool, add: bool
 @pytest.mark.parametrize(
     ("shape", "dtype", "given"),
     crossed(
-        [(3, 40), (2, 10, 72), (3, 7, 128), (3, 7, 130), (1, 4, 1100)],
+        [(3, 40), (1, 10, 72), (2, 10, 72), (3, 7, 128), (3, 7, 130), (1, 4, 1100), (17, 1100)],
         [torch.float32, *DTYPES],
         [(True, True), (True, False), (False, False)],
     ),
@@ -164,6 +166,7 @@ def test_small_linear_takes_views() -> None:
 
 
 @runs
+@pytest.mark.parametrize("users", [3, attention_linear.MOST_USERS + 1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("queries", "keys", "heads", "widths", "kind", "causal", "add"),
@@ -174,13 +177,14 @@ def test_small_linear_takes_views() -> None:
     ids=str,
 )  # fmt: skip
 def test_attention_with_the_layer_behind_it(
-    queries: int, keys: int, heads: int, widths: tuple[int, int], kind: int, causal: bool, add: bool, dtype: torch.dtype
-) -> None:
+    queries: int, keys: int, heads: int, widths: tuple[int, int], kind: int, causal: bool, add: bool, dtype: torch.dtype,
+    users: int,
+) -> None:  # fmt: skip
     d, w = widths
-    whole = torch.randn(3, max(queries, keys), heads, 2 * d + w)
+    whole = torch.randn(users, max(queries, keys), heads, 2 * d + w)
     q, k, v = (part[:, :steps] for part, steps in zip(whole.split([d, d, w], 3), (queries, keys, keys), strict=True))
     weight, bias = torch.randn(36, heads * w) / (heads * w) ** 0.5, torch.randn(36)
-    residual = torch.randn(3, queries, 36) if add else None
+    residual = torch.randn(users, queries, 36) if add else None
     args = placed([q, k, v, d**-0.5, 1.5, kind, causal, weight, bias if add else None, residual, 1], dtype)
     assert attention_linear.able(*args[:3], None, None)
     check(attention_linear, attention_linear_reference, args)

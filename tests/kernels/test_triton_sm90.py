@@ -90,7 +90,8 @@ def compiled(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 
 
 # They read weights, or where tables lie, before they wait for what other kernels write.
-EARLY = ("grc_small_linear", "grc_tile_linear", "grc_attention_linear", "grc_bag_dot", "grc_byte_dot", "grc_bag_fm")
+LINEAR = ("grc_small_linear", "grc_tile_linear", "grc_block_linear", "grc_attention_linear")
+EARLY = (*LINEAR, "grc_bag_dot", "grc_byte_dot", "grc_bag_fm")
 
 
 def check_that_it_waits(name: str, text: str) -> None:
@@ -258,6 +259,22 @@ def test_small_linear_holds_the_steps_of_a_user(depth: int, eps: float | None, m
 
 
 @pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("depth", "columns", "eps"),
+    [(512, 512, None), (512, 1536, 1e-5), (500, 512, 1e-5), (1024, 512, 1e-5), (2048, 512, 1e-5), (2048, 512, None)],
+    ids=str,
+)
+def test_small_linear_holds_a_block_of_rows(
+    depth: int, columns: int, eps: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight, vector = (torch.randn(*shape, depth, device=DEVICE).half() for shape in ((8, 10), (columns,), ()))
+    norm = (vector, vector, eps) if eps else ()
+    text = ptx(small_linear, lambda: small_linear.small_linear(x, weight, None, None, None, 2, *norm), monkeypatch)
+    assert "mma.sync" in text and ".local" not in text, "registers spill into memory"
+    assert ("cp.async" in text) == (eps is None and depth > small_linear.SHALLOW), "deep rows come bit by bit"
+
+
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(("heads", "width"), [(8, 64), (4, 128), (3, 20)])
 def test_attention_linear_stays_in_registers(heads: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = torch.randn(1, 10, 3, heads, width, device=DEVICE).half().unbind(2)
@@ -326,7 +343,8 @@ def test_layers_of_few_rows_trace_with_an_unknown_batch(steps_of_a_user: tuple[i
     program = torch.export.export(Model(), inputs, dynamic_shapes=shapes, strict=False)
     traced, _ = aot_export_module(program.module(), inputs, trace_joint=False)
     calls = [node for node in traced.graph.nodes if "triton_kernel_wrapper_functional" in str(node.target)]
-    assert [call.kwargs["tensors_to_clone"] for call in calls] == [["out"]] * (3 if steps_of_a_user else 4)
+    ways = 2 + (1 + 1 + 2) + 2 if steps_of_a_user else 3 + 3  # of each layer, the second with an attention before it
+    assert [call.kwargs["tensors_to_clone"] for call in calls] == [["out"]] * ways
     assert not [node for node in traced.graph.nodes if "copy" in str(node.target) or "clone" in str(node.target)]
 
 

@@ -184,14 +184,33 @@ def attention(
     As `grc.kernels.attention.reference`, in float16 or bfloat16 and for heads of at most WIDEST; scores, masks and sums
     are in float32, the weights of the values are rounded to their dtype (FlashAttention; Dao et al. 2022).
     """
+    batch, queries, heads, _ = q.shape
+    out = q.new_empty(batch, queries, heads * v.shape[3])
+    launch(q, k, v, bias, factor, scale, gain, kind, causal, out, 1)
+    return out
+
+
+def launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    factor: torch.Tensor | None,
+    scale: float,
+    gain: float,
+    kind: int,
+    causal: bool,
+    out: torch.Tensor,
+    asked: Any,
+) -> None:
+    """Write an attention to `out` [B, N, H * V], if that is asked for by 1, and not by 0."""
     batch, queries, heads, width = q.shape
     keys, values = k.shape[1], v.shape[3]
     shape = (batch, heads, queries, keys)
-    out = q.new_empty(batch, queries, heads * values)
     mode = 0 if bias is None else 2 if bias.dtype == torch.bool else 1
     masks = any(mask is not None and not of_keys(mask) for mask in (bias, factor))
-    for choice, asked in configs(queries, keys, batch * heads, max(width, values), masks):
-        wrap_triton(grc_attention)[(batch * heads * asked, triton.cdiv(queries, choice.queries))](
+    for choice, chosen in configs(queries, keys, batch * heads, max(width, values), masks):
+        wrap_triton(grc_attention)[(batch * heads * chosen * asked, triton.cdiv(queries, choice.queries))](
             q, k, v, q if bias is None else bias, q if factor is None else factor, out, heads, queries, keys,
             *q.stride(), *k.stride(), *v.stride(), *spread(bias, shape), *spread(factor, shape),
             SCALE=scale, GAIN=gain,  # as arguments they would be float64 in a package, and with them all scores
@@ -199,7 +218,6 @@ def attention(
             BIAS_OF_KEYS=of_keys(bias), FACTOR_OF_KEYS=of_keys(factor),
             PD=lanes(width), PV=lanes(values), BN=choice.queries, BM=choice.keys, STAGES=choice.stages, num_warps=choice.warps,
         )  # fmt: skip
-    return out
 
 
 register = registering(attention)

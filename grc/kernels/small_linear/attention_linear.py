@@ -1,7 +1,8 @@
 """`grc_cuda::attention_linear` in Triton: attention over a few steps and the layer that alone reads it, in one launch.
 
 Every program makes the attention of one user anew for its columns: all heads at once, one warp or more for each, and their
-products with the layer's weight are summed at the end. Over a few steps that takes less than a launch.
+products with the layer's weight are summed at the end. Over a few steps that takes less than a launch. For more users than
+a few the attention and the layer are two launches after all.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from typing import Any
 import torch
 from torch.library import wrap_triton
 
-from grc.kernels.attention.triton import able as attention_able
+from grc.kernels.attention import triton as attention
 from grc.kernels.dependent import ready
 from grc.kernels.gpu_op import registering
 from grc.kernels.rows import sigmoid, tl, triton
-from grc.kernels.small_linear.triton import TILE, activate
+from grc.kernels.small_linear import triton as small_linear
+from grc.kernels.small_linear.triton import TILE, activate, rows_of
 from grc.kernels.tiles import lanes
 
 MOST_STEPS = 16  # queries, and keys, which lie in registers
 MOST_COLUMNS = 512  # of all heads together
+MOST_USERS = 4  # up to which every multiprocessor has one program at most, for 512 columns
 WARPS = 4  # the fastest on an H200 for 8 heads of 64 columns
 
 
@@ -81,7 +84,7 @@ def able(q: Any, k: Any, v: Any, bias: Any, factor: Any, *rest: Any) -> bool:
     steps = [t.shape[1] for t in (q, k)]
     few = all(isinstance(size, int) and 0 < size <= MOST_STEPS for size in steps)
     width = triton.next_power_of_2(int(q.shape[2])) * max(lanes(int(t.shape[3])) for t in (q, v))
-    return few and bias is None and factor is None and width <= MOST_COLUMNS and attention_able(q, k, v, bias, factor)
+    return few and bias is None and factor is None and width <= MOST_COLUMNS and attention.able(q, k, v, bias, factor)
 
 
 def attention_linear(
@@ -104,19 +107,25 @@ def attention_linear(
     """
     batch, queries, count, width = q.shape
     columns, weight = weight.shape[0], weight.contiguous()
-    last = q if add is None else add.reshape(-1, columns)
-    last = last if last.stride(-1) == 1 else last.contiguous()
+    last = q if add is None else rows_of(add, columns)
     out = q.new_empty(batch, queries, columns)
     programs = triton.cdiv(columns, TILE)
-    wrap_triton(grc_attention_linear)[(batch * programs,)](
-        q, k, v, weight, q if bias is None else bias, last, out,
-        queries, k.shape[1], columns, last.stride(0), *q.stride(), *k.stride(), *v.stride(),
-        SCALE=scale, GAIN=gain,  # as arguments they would be float64 in a package
-        KIND=kind, CAUSAL=causal, H=count, D=width, V=v.shape[3],
-        PH=triton.next_power_of_2(count), PD=lanes(width), PV=lanes(v.shape[3]),
-        BIASED=bias is not None, ACTIVATION=activation, ADD=add is not None, BS=MOST_STEPS, BN=TILE,
-        num_warps=WARPS,
-    )  # fmt: skip
+    known = isinstance(batch, int)
+    few = int(batch <= MOST_USERS) if known else torch.sym_min(MOST_USERS // torch.sym_max(batch, 1), 1)
+    if not known or few:
+        wrap_triton(grc_attention_linear)[(batch * programs * few,)](
+            q, k, v, weight, q if bias is None else bias, last, out,
+            queries, k.shape[1], columns, last.stride(0), *q.stride(), *k.stride(), *v.stride(),
+            SCALE=scale, GAIN=gain,  # as arguments they would be float64 in a package
+            KIND=kind, CAUSAL=causal, H=count, D=width, V=v.shape[3],
+            PH=triton.next_power_of_2(count), PD=lanes(width), PV=lanes(v.shape[3]),
+            BIASED=bias is not None, ACTIVATION=activation, ADD=add is not None, BS=MOST_STEPS, BN=TILE,
+            num_warps=WARPS,
+        )  # fmt: skip
+    if not known or not few:
+        mixed = q.new_empty(batch, queries, weight.shape[1])
+        attention.launch(q, k, v, None, None, scale, gain, kind, causal, mixed, 1 - few)
+        small_linear.launch(mixed, weight, bias, None, add, activation, None, None, None, out, 1 - few)
     return out
 
 

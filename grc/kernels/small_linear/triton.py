@@ -5,13 +5,14 @@ one row, or of some steps of one user, and all of their depth at once, without t
 some. Rows go to the tensor cores where there are more than a few; steps of one user where they are normalised first, since a
 program that takes more columns normalises for all of them, or are deep. Whatever a program reads, it asks for before it waits
 for any of it: a wait is most of its time. Weights are constant, so it asks for them before the kernel before it has ended.
+Some hundred rows are cut into blocks; there a product costs what it does in cuBLAS, and what it saves are launches.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.library import wrap_triton
@@ -29,6 +30,13 @@ DEPTH = 2048  # numbers of a column that are read at once
 ONE_WARP = 1024  # numbers up to which one warp is enough for that
 TILE = 16  # rows of a program on the tensor cores, and columns of one that normalises
 NORMALISED = 1024  # numbers of a row that it normalises, each quarter by one warp; deeper rows are read in eighths
+# The same for 80 rows, layers of 512 to 2048 columns: of a block of TILE rows, which lies in registers as a whole, or not.
+HELD = 1 << 15  # numbers of a weight that a program asks for at once
+WIDE = 1024  # columns from which on it has twice as many
+SHALLOW = (
+    512  # numbers of a row up to which blocks are read at once; deeper ones, where nothing is normalised, bit by bit
+)
+BIT, BITS = 128, 4  # numbers of a row at a time, and how many of them are on their way
 
 
 @triton.jit
@@ -170,6 +178,68 @@ def grc_tile_linear(  # type: ignore[no-untyped-def]
     tl.store(out + row[:, None] * N + column[None, :], answer.to(out.dtype.element_ty), mask=seen)
 
 
+@triton.jit
+def block_at(x, row, step, k, K, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = x + row[:, None] * step + k[None, :]
+    return tl.load(place) if WHOLE else tl.load(place, mask=(k < K)[None, :], other=0.0)
+
+
+@triton.jit
+def grc_block_linear(  # type: ignore[no-untyped-def]
+    x, weight, bias, mul, add, scale, shift, out, R, N, K, x_row, mul_row, add_row,
+    BIASED: tl.constexpr, ACTIVATION: tl.constexpr, MUL: tl.constexpr, ADD: tl.constexpr,
+    NORM: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr, EPS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The same for more rows: a block of rows times a block of columns, of all their depth at once where BLOCKS is 1."""
+    across = tl.cdiv(N, BN)
+    column, k = (tl.program_id(0) % across) * BN + tl.arange(0, BN), tl.arange(0, BK)
+    # Rows and columns beyond the last are the last once more, and not stored.
+    close = tl.minimum(column, N - 1)
+    if BLOCKS == 1:
+        right = block_at(weight, close, K, k, K, WHOLE)
+    row = (ready(tl.program_id(0)) // across).to(tl.int64) * BM + tl.arange(0, BM)
+    near = tl.minimum(row, R - 1)
+    if BLOCKS == 1:
+        left = block_at(x, near, x_row, k, K, WHOLE)
+    if SCALED:
+        scales = tl.load(scale + k, mask=k < K, other=0.0).to(tl.float32)
+    if SHIFTED:
+        shifts = tl.load(shift + k, mask=k < K, other=0.0).to(tl.float32)
+    if BIASED:
+        start = tl.load(bias + close)
+    if MUL:
+        factor = tl.load(mul + near[:, None] * mul_row + close[None, :])
+    if ADD:
+        term = tl.load(add + near[:, None] * add_row + close[None, :])
+    if NORM:
+        wide = left.to(tl.float32)
+        wide = tl.where((k < K)[None, :], wide - (tl.sum(wide, 1) / K)[:, None], 0.0)
+        wide *= tl.rsqrt(tl.sum(wide * wide, 1) / K + EPS)[:, None]
+        if SCALED:
+            wide *= scales[None, :]
+        if SHIFTED:
+            wide += shifts[None, :]
+        left = wide.to(right.dtype)
+    if BLOCKS == 1:
+        answer = tl.dot(left, tl.trans(right))
+    else:
+        answer = tl.zeros([BM, BN], tl.float32)
+        for at in tl.range(0, K, BK, num_stages=STAGES):
+            right = block_at(weight, close, K, at + k, K, WHOLE)
+            left = block_at(x, near, x_row, at + k, K, WHOLE)
+            answer = tl.dot(left, tl.trans(right), answer)
+    if BIASED:
+        answer += start.to(tl.float32)[None, :]
+    answer = activate(answer, ACTIVATION)
+    if MUL:
+        answer *= factor.to(tl.float32)
+    if ADD:
+        answer += term.to(tl.float32)
+    seen = (row < R)[:, None] & (column < N)[None, :]
+    tl.store(out + row[:, None] * N + column[None, :], answer.to(out.dtype.element_ty), mask=seen)
+
+
 def small_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -190,18 +260,31 @@ def small_linear(
     columns, depth = weight.shape
     if eps is not None and depth > DEPTH:
         raise LoweringError(f"small_linear normalises no rows of {depth} numbers", f"give it {DEPTH} at most")
-    weight = weight.contiguous()
+    out = x.new_empty(*x.shape[:-1], columns)
+    launch(x, weight, bias, mul, add, activation, scale, shift, eps, out, 1)
+    return out
 
-    def rows(t: torch.Tensor, width: int) -> torch.Tensor:
-        t = t.reshape(-1, width)
-        return t if t.stride(1) == 1 else t.contiguous()
 
-    left = rows(x, depth)
-    first, last = (left if t is None else rows(t, columns) for t in (mul, add))
+def launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    mul: torch.Tensor | None,
+    add: torch.Tensor | None,
+    activation: int,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    eps: float | None,
+    out: torch.Tensor,
+    asked: Any,
+) -> None:
+    """Write a layer to `out`, if that is asked for by 1, and not by 0."""
+    columns, depth = weight.shape
+    left = rows_of(x, depth)
+    first, last = (left if t is None else rows_of(t, columns) for t in (mul, add))
     count = left.shape[0]
-    out = x.new_empty(count, columns)
     operands = (
-        left, weight, left if bias is None else bias, first, last,
+        left, weight.contiguous(), left if bias is None else bias, first, last,
         *(left if t is None else t for t in (scale, shift)),
         out, count, columns, depth, left.stride(0), first.stride(0), last.stride(0),
     )  # fmt: skip
@@ -209,29 +292,72 @@ def small_linear(
         BIASED=bias is not None, ACTIVATION=activation, MUL=mul is not None, ADD=add is not None
     )
     given |= dict(NORM=eps is not None, SCALED=scale is not None, SHIFTED=shift is not None, EPS=eps or 0.0)
-    for kernel, high, across, sizes, asked in ways(x, count, depth, eps is not None):
-        grid = (triton.cdiv(count, high) * triton.cdiv(columns, across) * asked,)
-        wrap_triton(kernel)[grid](*operands, **given, **sizes)
-    return out.reshape(*x.shape[:-1], columns)
+    for way, chosen in ways(x, count, columns, depth, eps is not None):
+        grid = (triton.cdiv(count, way.rows) * triton.cdiv(columns, way.columns) * chosen * asked,)
+        wrap_triton(way.kernel)[grid](*operands, **given, **way.sizes)
 
 
-def ways(x: torch.Tensor, count: Any, depth: int, norm: bool) -> list[tuple[Any, int, int, dict[str, int], Any]]:
-    """How to launch: the kernel, its rows and columns, its sizes, and 1 or 0: of two, for rows whose number is unknown, a run
-    takes one."""
-    steps, wide, half = steps_of(x.shape[:-1]), triton.next_power_of_2(depth), x.dtype != torch.float32
-    high, across, block = at_once(steps), COLUMNS if steps == 1 else STEP_COLUMNS, min(DEPTH, wide)
-    warps = 1 if depth <= ONE_WARP else 4 if steps == 1 else 2
-    plain = dict(ROWS=high, BN=across, BK=block, BLOCKS=triton.cdiv(depth, block), num_warps=warps)
-    parts, beside = (4, TILE) if depth <= NORMALISED else (8, TILE // 2)
-    block = max(wide // parts, 16)
-    tiled = dict(BM=TILE, BN=beside, PARTS=parts, BK=block, WHOLE=depth == parts * block, num_warps=parts)
-    few, many = (grc_small_linear, high, across, plain), (grc_tile_linear, TILE, beside, tiled)
-    if steps > 1 or not half or depth > DEPTH:
-        return [(*(many if steps > 1 and half and on_tensor_cores(depth, norm) else few), 1)]
+def rows_of(t: torch.Tensor, width: int) -> torch.Tensor:
+    t = t.reshape(-1, width)
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+class Way(NamedTuple):
+    """A kernel, the rows and columns of a program, and its sizes."""
+
+    kernel: Any
+    rows: int
+    columns: int
+    sizes: dict[str, Any]
+
+
+def ways(x: torch.Tensor, count: Any, columns: int, depth: int, norm: bool) -> list[tuple[Way, Any]]:
+    """How to launch, each way with 1 or 0: of several, for rows whose number is unknown, a run takes one."""
+    steps, blocks = steps_of(x.shape[:-1]), blocked(columns, depth, norm)
+    few = plain(steps, depth)
+    if x.dtype == torch.float32:
+        return [(few, 1)]
+    found = [(few, TILE)]  # with the rows up to which each is the fastest
+    if steps == 1 and depth <= DEPTH:
+        found = [(few, FEW), (tiled(depth), TILE)]
+    elif steps > 1 and on_tensor_cores(depth, norm):
+        found = [(tiled(depth), TILE)]
+    found = [(way, most) for way, most in found if steps <= most]
     if isinstance(count, int):
-        return [(*(few if count <= FEW else many), 1)]
-    asked = torch.sym_min(FEW // torch.sym_max(count, 1), 1)
-    return [(*few, asked), (*many, 1 - asked)]
+        return [(next((way for way, most in found if count <= most), blocks), 1)]
+    launches, fewer = [], 0
+    for way, most in found:
+        asked = torch.sym_min(most // torch.sym_max(count, 1), 1)
+        launches.append((way, asked - fewer))
+        fewer = asked
+    return [*launches, (blocks, 1 - fewer)]
+
+
+def plain(steps: int, depth: int) -> Way:
+    """Without tensor cores."""
+    high, across, block = (
+        at_once(steps),
+        COLUMNS if steps == 1 else STEP_COLUMNS,
+        min(DEPTH, triton.next_power_of_2(depth)),
+    )
+    warps = 1 if depth <= ONE_WARP else 4 if steps == 1 else 2
+    sizes = dict(ROWS=high, BN=across, BK=block, BLOCKS=triton.cdiv(depth, block), num_warps=warps)
+    return Way(grc_small_linear, high, across, sizes)
+
+
+def tiled(depth: int) -> Way:
+    parts, across = (4, TILE) if depth <= NORMALISED else (8, TILE // 2)
+    block = max(triton.next_power_of_2(depth) // parts, 16)
+    sizes = dict(BM=TILE, BN=across, PARTS=parts, BK=block, WHOLE=depth == parts * block, num_warps=parts)
+    return Way(grc_tile_linear, TILE, across, sizes)
+
+
+def blocked(columns: int, depth: int, norm: bool) -> Way:
+    once = norm or depth <= SHALLOW
+    deep = max(triton.next_power_of_2(depth), 16) if once else BIT
+    across, warps = min(64 if columns >= WIDE else 32, max(HELD // deep, 16)), 4 if deep <= SHALLOW else 8
+    sizes = dict(BM=TILE, BN=across, BK=deep, BLOCKS=triton.cdiv(depth, deep), STAGES=BITS, WHOLE=depth % deep == 0)
+    return Way(grc_block_linear, TILE, across, sizes | dict(num_warps=warps))
 
 
 def steps_of(sizes: Sequence[Any]) -> int:
