@@ -26,7 +26,11 @@ def hold_nan(answers: Sequence[torch.Tensor]) -> bool:
         return answers.nan
     for answer in answers:
         if answer.is_floating_point():
-            if answer.numel() <= COMPARED and not answer.is_cuda:
+            count = answer.numel()
+            if count == 1:
+                if (number := answer.item()) != number:
+                    return True
+            elif count <= COMPARED and not answer.is_cuda:
                 if not torch.equal(answer, answer):
                     return True
             elif (total := answer.sum().item()) != total:
