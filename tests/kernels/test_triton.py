@@ -165,6 +165,20 @@ def test_bag_fm(name: str, linear: str, dtype: torch.dtype) -> None:
 
 
 @runs
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize(("name", "dtype"), crossed(list(FMS), DTYPES), ids=str)
+def test_bi_interaction(name: str, dtype: torch.dtype, keep: bool) -> None:
+    a = make(FMS[name], dtype)
+    given = (a["arena"], None, a["ids"], a["bases"], a["rows"], a["dims"][0], a["padding"], [], False, keep)
+    (flat, wide), bad = counted(bag_fm.register(), *given)
+    assert bad == outside(a)
+    rows = torch.stack(pooled(a), 1)
+    assert torch.equal(flat.double().cpu(), rows.flatten(1)[:, : None if keep else 0])
+    close(wide, 0.5 * (rows.sum(1) ** 2 - (rows**2).sum(1)), rows.abs().sum(1) ** 2 + (rows**2).sum(1))
+
+
+@runs
 @pytest.mark.parametrize("choice", lookup.CONFIGS, ids=str)
 def test_every_lookup_config_is_right(choice: lookup.Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookup, "config", lambda *_: choice)
@@ -274,6 +288,8 @@ def test_refuses_what_it_can_not_compute() -> None:
     with pytest.raises(LoweringError, match="numbered by rows"):
         ids = torch.zeros(1, 1, dtype=torch.int64)
         bag_fm.bag_fm(torch.zeros(80), torch.zeros(10), ids, [0], [10], 8, [NO_PADDING])
+    with pytest.raises(LoweringError, match="a linear term belongs to the sum"):
+        bag_fm.bag_fm(torch.zeros(10, 8), torch.zeros(10), ids, [0], [10], 8, [NO_PADDING], [], False)
 
 
 def test_a_large_batch_and_an_unknown_one_take_the_same_tile() -> None:

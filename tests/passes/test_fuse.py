@@ -208,6 +208,43 @@ class TestBagFm:
         assert made(changes, "bag-fm") == 1
         check(graph, f"CHECK: grc.bag_fm(%table_weight, {'None' if deep else '%weights_weight'}, %inputs_0")
 
+    @pytest.mark.parametrize(
+        "form",
+        [
+            lambda e: 0.5 * (e.sum(1).pow(2) - e.pow(2).sum(1)),
+            lambda e: (e.sum(1, keepdim=True) ** 2 - (e * e).sum(1, keepdim=True)).squeeze(1) * 0.5,
+            lambda e: (e.sum(1).square() - e.square().sum(1)) / 2,
+            lambda e: e.sum(1) ** 2 - (e**2).sum(1),
+        ],
+        ids=["pow", "kept dims", "divided", "not halved"],
+    )
+    @pytest.mark.parametrize("deep", [False, True], ids=["alone", "beside the rows"])
+    def test_bi_interaction_pooling(self, form, deep):
+        """A neural factorisation machine's layers read every number of the second-order term; rows are kept for others."""
+
+        def forward(self, x):
+            e = torch.stack(looked_up(self, x), 1)
+            pooled = self.layer(self.norm(form(e)).relu())
+            return (pooled, e.flatten(1)) if deep else pooled
+
+        layer, norm = nn.Linear(WIDTH, 3), nn.BatchNorm1d(WIDTH)
+        graph, changes = fused(forward, ids(4, COUNT), tables=tables(), layer=layer, norm=norm)
+        assert made(changes, "bag-fm") == 1
+        check(graph, f"CHECK: grc.bag_fm(%arena, None, %inputs_0{{{{.*}}}}, [], False, {deep})\nCHECK-NOT: grc.lookup")
+
+    def test_rows_that_nothing_else_reads_are_not_kept(self):
+        graph, _ = fused(lambda self, x: sum_square(torch.stack(looked_up(self, x), 1)), ids(4, COUNT), tables=tables())
+        check(graph, "CHECK: grc.bag_fm(%arena, None, %inputs_0{{.*}}, [], True, False)\nCHECK-NOT: grc.lookup")
+
+    def test_the_linear_term_beside_bi_interaction_stays(self):
+        def forward(self, x):
+            e = torch.stack(looked_up(self, x), 1)
+            return 0.5 * (e.sum(1) ** 2 - (e**2).sum(1)) + torch.cat([t(x[:, :1]) for t in self.linear], 1).sum(1)
+
+        graph, changes = fused(forward, ids(4, COUNT), tables=tables(), linear=tables(width=1))
+        assert made(changes, "bag-fm") == 1
+        check(graph, "CHECK: grc.bag_fm(%arena{{.*}}, None,")
+
     def test_several_ids_a_feature(self):
         def forward(self, x):
             e = torch.stack([t(x[:, 2 * i : 2 * i + 2]).sum(1) for i, t in enumerate(self.tables)], 1)

@@ -296,6 +296,7 @@ MODELS = (
     ThirdParty("torchrec-deepfm", "torchrec", torchrec_deepfm, (ONE,), missed=(("bag-fm", FLAT),), no_onnx=NO_SEARCH),
     ThirdParty("torchrec-sequence", "torchrec", torchrec_sequence),
     ThirdParty("deepctr-deepfm", "deepctr_torch", lambda: deepctr_model("DeepFM"), (ONE, ONE), ("bag-fm",)),
+    ThirdParty("deepctr-nfm", "deepctr_torch", lambda: deepctr_model("NFM"), (ONE, ONE), ("bag-fm",)),
     ThirdParty(
         "deepctr-dcn-matrix",
         "deepctr_torch",

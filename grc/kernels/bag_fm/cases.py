@@ -20,6 +20,8 @@ def _case(
     linear: int | None = 2,
     padding: int = NO_PADDING,
     dtype: torch.dtype = torch.float32,
+    summed: bool = True,
+    keep: bool = True,
 ) -> Case:
     """`linear` is the rank of the linear weights, None for none."""
 
@@ -29,7 +31,8 @@ def _case(
         arena, bases = random_arena(rows, [dim] * features, False, dtype, seed)
         weights = torch.randn(arena.shape[0], generator=torch.Generator().manual_seed(seed)).to(dtype)
         first = None if linear is None else weights.view(-1, *[1] * (linear - 1))
-        return arena, first, random_ids(rows, [1] * features, batch, pads, seed), bases, rows, dim, pads
+        ids = random_ids(rows, [1] * features, batch, pads, seed)
+        return arena, first, ids, bases, rows, dim, pads, [], summed, keep
 
     return Case(name, build)
 
@@ -39,6 +42,11 @@ CASES = (
     _case("deepfm, large batch", features=39, batch=2500),
     _case("no linear term", linear=None),
     _case("flat linear weights", linear=1),
+    _case("bi-interaction", linear=None, features=39, batch=37, summed=False),
+    _case("bi-interaction, large batch", linear=None, batch=2500, summed=False, keep=False),
+    _case("bi-interaction, width 133", linear=None, dim=133, padding=0, summed=False),
+    _case("bi-interaction, bfloat16", linear=None, dim=12, dtype=torch.bfloat16, summed=False),
+    _case("rows unread", keep=False),
     _case("batch 0", batch=0),
     _case("batch 1", batch=1),
     _case("one feature", features=1),

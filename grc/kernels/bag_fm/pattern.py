@@ -1,4 +1,5 @@
-"""Where bag_fm applies: a factorisation machine over looked-up features, with its linear term where it reads the same ids."""
+"""Where bag_fm applies: a factorisation machine over looked-up features, with its linear term where it reads the same ids,
+and bi-interaction pooling, which is one before its last sum."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from grc.kernels.fusion import Fused, Fusion
 
 
 class BagFm(Fusion):
-    """Look up and take the second-order term 0.5 * sum((sum e)^2 - sum e^2) (Rendle 2010; DeepFM, Guo et al. 2017)."""
+    """Look up and take the second-order term 0.5 * sum((sum e)^2 - sum e^2) (Rendle 2010; DeepFM, Guo et al. 2017), or all
+    of its width (He & Chua 2017)."""
 
     name = "bag-fm"
     op = BAG_FM
@@ -27,7 +29,7 @@ class BagFm(Fusion):
         found = sum_square(node) if is_op(node, aten.sub) else pair_sum(edit.module, node)
         if found is None:
             return None
-        features, old = found
+        features, old, summed = found
         read = reading(edit.module, features if is_op(features, aten.embedding) else features.args[0])
         if read is None:
             raise Miss("the features do not come from look-ups that end in one cat")
@@ -36,21 +38,38 @@ class BagFm(Fusion):
             raise Miss("a feature has more than one id")
         if set(read.dims) != {dim} or len(read.dims) != count:
             raise Miss(f"features have widths {sorted(set(read.dims))}")
-        term = linear_term(edit.module, old, read)
+        term = linear_term(edit.module, old, read) if summed else None
         linear = term.table if term else None
         if term:
             edit.replace(term.sum, term.rest)
-        readers = len(read.node.users)
+        readers, keep = len(read.node.users), read_beside(read.node, old)
         with edit.at(read.node):  # every operand of the fused op is one of the look-up's, so it can stand in its place
-            both = edit.call(BAG_FM.overload, read.arena, linear, read.ids, read.bases, read.rows, dim, read.padding)
+            layout = (read.bases, read.rows, dim, read.padding)
+            both = edit.call(BAG_FM.overload, read.arena, linear, read.ids, *layout, [], summed, keep)
             both.meta["tables"] = read.node.meta.get("tables") or [str(read.arena.target)] * count
-            rows_out, fm = edit.item(both, 0), edit.item(both, 1)
-            if read.node is features:
-                rows_out = edit.reshape(rows_out, -1, count, dim)
-        edit.replace(read.node, rows_out)
+            fm = edit.item(both, 1)
+            if keep:
+                rows = edit.item(both, 0)
+                edit.replace(read.node, edit.reshape(rows, -1, count, dim) if read.node is features else rows)
         with edit.at(old):
             new = edit.reshape(fm, -1, *[int(s) for s in shape(old)[1:]])
-        return Fused(old, new, f"{6 + 2 * bool(term)} launches, {4 * count * dim * readers / 1024:.1f} KB a row")
+            if is_op(old, aten.sub):  # not halved
+                new = edit.call(aten.mul.Tensor, new, 2.0)
+        return Fused(
+            old, new, f"{5 + summed + 2 * bool(term)} launches, {4 * count * dim * readers / 1024:.1f} KB a row"
+        )
+
+
+def read_beside(rows: fx.Node, old: fx.Node) -> bool:
+    """Whether an answer needs rows for anything but what is replaced."""
+    waiting, seen = [rows], {old}
+    while waiting:
+        node = waiting.pop()
+        if node.op == "output":
+            return True
+        seen.add(node)
+        waiting += [user for user in node.users if user not in seen]
+    return False
 
 
 class Reading(NamedTuple):
@@ -83,8 +102,8 @@ def reading(module: fx.GraphModule, node: Any) -> Reading | None:
     return Reading(node, bag.table, bag.ids, list(bag.bases), rows, [bag.dim] * count, [bag.padding] * count, True)
 
 
-def sum_square(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """`(sum e)^2 - sum e^2` over features, then half of its sum over the width."""
+def sum_square(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
+    """`(sum e)^2 - sum e^2` over features, what may be replaced, and whether that is half of its sum over the width."""
     if len(node.args) != 2 or argument(node, "alpha") != 1:
         return None
     squared, summed = node.args
@@ -103,7 +122,7 @@ def sum_square(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     if not is_op(features, aten.reshape, aten.embedding) or value(features).dim() != 3:
         raise Miss("the features do not come from look-ups that end in one cat")
     end = halved_sum(node)
-    return (features, end) if end is not None else None  # type: ignore[return-value]
+    return (features, halved(node), False) if end is None else (features, end, True)  # type: ignore[return-value]
 
 
 def flat_sums(total: Any, squares: Any) -> bool:
@@ -146,7 +165,13 @@ def halved_sum(node: fx.Node) -> fx.Node | None:
     return node
 
 
-def pair_sum(module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+def halved(node: fx.Node) -> fx.Node:
+    """Half of a value where that is all that is read of it, else the value itself."""
+    user = only_user(node)
+    return user if is_op(user, aten.mul) and 0.5 in user.args else node  # type: ignore[union-attr, return-value]
+
+
+def pair_sum(module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
     """The sum of all pairwise dot products, taken from one strict triangle of `E @ E^T`."""
     picked = node.args[0]
     if not is_op(picked, aten.index, aten.index_select) or value(picked).dim() != 2 or axes(node, 2) != [1]:
@@ -158,7 +183,7 @@ def pair_sum(module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.Node] |
     _, diagonal = triangle(pairs, int(shape(features)[1]))  # type: ignore[arg-type]
     if diagonal or not is_op(features, aten.reshape):
         return None
-    return features, node  # type: ignore[return-value]
+    return features, node, True  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

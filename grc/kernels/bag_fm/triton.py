@@ -39,7 +39,7 @@ def grc_bag_fm(  # type: ignore[no-untyped-def]
     arena, linear, ids, tables, rows_out, fm_out, told, B, id_row, id_step,
     F: tl.constexpr, D: tl.constexpr, PITCH: tl.constexpr, SCALE: tl.constexpr, FORM: tl.constexpr, ALIGN: tl.constexpr,
     LINEAR_PITCH: tl.constexpr,
-    LINEAR: tl.constexpr, PADDED: tl.constexpr, TOLD: tl.constexpr,
+    LINEAR: tl.constexpr, SUMMED: tl.constexpr, KEEP: tl.constexpr, PADDED: tl.constexpr, TOLD: tl.constexpr,
     P: tl.constexpr, BLOCK: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
     feature = tl.arange(0, P)
@@ -63,16 +63,23 @@ def grc_bag_fm(  # type: ignore[no-untyped-def]
             found = fetch(arena, start, index, rows, PITCH, SCALE, wanted, at, D, BLOCK, ALIGN, FORM, 2)
             tile = found.to(rows_out.dtype.element_ty)
             place = sample * (F * D) + feature[:, None] * D + column[None, :]
-            tl.store(rows_out + place, tile, mask=live[:, None] & inside[None, :])
+            if KEEP:
+                tl.store(rows_out + place, tile, mask=live[:, None] & inside[None, :])
             wide = tile.to(tl.float32)
             total = tl.sum(wide, 0)
-            fm += 0.5 * tl.sum(total * total - tl.sum(wide * wide, 0), 0)
+            second = total * total - tl.sum(wide * wide, 0)
+            if SUMMED:
+                fm += 0.5 * tl.sum(second, 0)
+            else:
+                place = sample * D + column
+                tl.store(fm_out + place, (0.5 * second).to(fm_out.dtype.element_ty), mask=inside & (sample < B))
         if LINEAR:
             first = tl.load(tables + 3 * F + feature, mask=known, other=0)
             sound = wanted & (index >= 0) & (index < rows)
             term = tl.load(linear + (first + index) * LINEAR_PITCH, mask=sound, other=0.0)
             fm += tl.sum(term.to(tl.float32), 0)
-        tl.store(fm_out + sample, fm.to(fm_out.dtype.element_ty), mask=sample < B)
+        if SUMMED:
+            tl.store(fm_out + sample, fm.to(fm_out.dtype.element_ty), mask=sample < B)
     if TOLD:
         tell(bad, told)
 
@@ -98,27 +105,32 @@ def bag_fm(
     dim: int,
     padding: list[int],
     packing: list[int] | None = None,
+    summed: bool = True,
+    keep: bool = True,
     tables: torch.Tensor | None = None,
     told: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [B, F * dim], their factorisation machine [B, 1] (Rendle 2010; DeepFM, Guo et al. 2017).
+    """Rows [B, F * dim], their factorisation machine [B, 1] (Rendle 2010; DeepFM, Guo et al. 2017), or without `summed`
+    their bi-interaction pooling [B, dim] (He & Chua 2017). Without `keep` the rows are [B, 0].
 
     arena [R, dim], float32, float16 or bfloat16, or bytes with their `packing`, all of 8 or all of 4 bits, which give
     float16; linear [R] or [R, 1]; ids [B, F] of any strides, int32 or int64. The sums are taken in float32. Ids outside
     their table read nothing and give zeros; `told`, a `telling`, counts them. `tables` are this call's `lists` on the
     device; without them they are made here. Raises LoweringError for an arena whose rows are not contiguous, and for linear
-    weights beside a 1-D arena, whose bases don't count rows.
+    weights beside a 1-D arena, whose bases don't count rows, or beside a machine that is not summed.
     """
     check(arena, None, 0)
     if linear is not None and arena.dim() != 2 and not packing:
         raise LoweringError("linear weights are numbered by rows, and a 1-D arena counts elements", "use a 2-D arena")
+    if linear is not None and not summed:
+        raise LoweringError("a linear term belongs to the sum over the width", "sum, or leave out linear")
     count = len(bases)
     batch = ids.shape[0]
     form, _, pitch, scale, _, align = layout(arena, bases, [dim] * count, packing)
     dtype = answer_dtype(arena)
     choice = config(batch, count, dim, dtype)
-    flat = arena.new_empty(batch, count * dim, dtype=dtype)
-    fm = arena.new_empty(batch, 1, dtype=dtype)
+    flat = arena.new_empty(batch, count * dim if keep else 0, dtype=dtype)
+    fm = arena.new_empty(batch, 1 if summed else dim, dtype=dtype)
     id_row, id_step = strides(ids)
     if tables is None:
         tables = table(lists(arena, bases, rows, dim, padding, packing), arena.device)
@@ -127,6 +139,7 @@ def bag_fm(
         tables if told is None else told, batch, id_row, id_step,
         F=count, D=dim, PITCH=pitch[0], SCALE=scale[0], FORM=form,
         LINEAR_PITCH=0 if linear is None else linear.stride(0), ALIGN=align, LINEAR=linear is not None,
+        SUMMED=summed, KEEP=keep,
         PADDED=any(p != NO_PADDING for p in padding), TOLD=told is not None,
         P=triton.next_power_of_2(count), BLOCK=min(128, triton.next_power_of_2(dim)), SAMPLES=choice.samples,
         num_warps=choice.warps,
