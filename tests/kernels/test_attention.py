@@ -279,6 +279,18 @@ def by_bmm(m: Wrapped, x: Tensor) -> Tensor:
     return merged(torch.bmm(scores.softmax(-1), v).view(x.shape[0], HEADS, STEPS, -1))
 
 
+def by_shifted_softmax(m: Wrapped, x: Tensor) -> Tensor:
+    q, k, v = split(x)
+    scores = q @ k.transpose(-1, -2) * 0.25
+    return merged((scores - scores.amax(-1, keepdim=True)).softmax(-1) @ v)
+
+
+def by_shift_over_queries(m: Wrapped, x: Tensor) -> Tensor:
+    q, k, v = split(x)
+    scores = q @ k.transpose(-1, -2) * 0.25
+    return merged((scores - scores.amax(-2, keepdim=True)).softmax(-1) @ v)
+
+
 def one_head(m: Wrapped, x: Tensor) -> Tensor:
     q, k, v = x.chunk(3, -1)
     return torch.softmax(q @ k.transpose(1, 2) * 0.25, -1) @ v
@@ -324,7 +336,7 @@ def test_multihead_attention(need_weights: bool) -> None:
     assert not left & ((VIEWS | OTHERS) - {"reshape", "masked_fill"})
 
 
-@pytest.mark.parametrize("attend", [sdpa, sdpa_per_head, sdpa_unbound, by_einsum, by_bmm, one_head])
+@pytest.mark.parametrize("attend", [sdpa, sdpa_per_head, sdpa_unbound, by_einsum, by_bmm, by_shifted_softmax, one_head])
 def test_fuses(attend: Callable[..., Tensor]) -> None:
     left, args = call_of(Wrapped(attend))
     assert not left & (VIEWS | OTHERS)
@@ -387,6 +399,34 @@ def masked_softmax(m: Wrapped, x: Tensor, pad: Tensor) -> Tensor:
     return merged(((q @ k.transpose(-1, -2)).softmax(-1) * pad[:, None, None].float()) @ v)
 
 
+def capped(m: Wrapped, x: Tensor, pad: Tensor) -> Tensor:
+    """As Gemma 2 does."""
+    q, k, v = split(x)
+    scores = torch.tanh(q @ k.transpose(-1, -2) * 0.3 / 50.0) * 50.0
+    return merged(scores.masked_fill(pad[:, None, None], -torch.inf).softmax(-1) @ v)
+
+
+def with_sink(m: Wrapped, x: Tensor, pad: Tensor) -> Tensor:
+    """As gpt-oss does: a logit of each head takes its share of the weights, and has no value."""
+    q, k, v = split(x)
+    scores = (q @ k.transpose(-1, -2) * 0.3).masked_fill(pad[:, None, None], -torch.inf)
+    sink = m.out.bias[:HEADS].view(1, -1, 1, 1).expand(x.shape[0], -1, STEPS, 1)
+    scores = torch.cat([scores, sink], -1)
+    scores = scores - scores.max(-1, keepdim=True).values
+    return merged(scores.softmax(-1)[..., :-1] @ v)
+
+
+def sink_first(m: Wrapped, x: Tensor) -> Tensor:
+    q, k, v = split(x)
+    sink = m.out.bias[:HEADS].view(1, -1, 1, 1).expand(x.shape[0], -1, STEPS, 1)
+    return merged(torch.cat([sink, q @ k.transpose(-1, -2)], -1).softmax(-1)[..., 1:] @ v)
+
+
+def fewer_values(m: Wrapped, x: Tensor) -> Tensor:
+    q, k, v = split(x)
+    return merged((q @ k.transpose(-1, -2)).softmax(-1)[..., 1:] @ v[:, :, 1:])
+
+
 def double_precision(m: Wrapped, x: Tensor) -> Tensor:
     return sdpa(m, x.double()).float()
 
@@ -400,6 +440,10 @@ def double_precision(m: Wrapped, x: Tensor) -> Tensor:
         (read_weights, (), "the attention weights are read outside of the attention too"),
         (scaled_mask, (real,), "the mask is multiplied by a number"),
         (masked_softmax, (real,), "what softmax gives is multiplied by a mask"),
+        (capped, (real,), "the scores are capped by tanh"),
+        (with_sink, (real,), "other logits, as a sink's, are joined to the scores"),
+        (sink_first, (), "other logits, as a sink's, are joined to the scores"),
+        (fewer_values, (), "the weights of some keys are left out"),
         (double_precision, (), "values are float64"),
         (heads_first, (steps,), "a mask is added to scores whose first dimension are the heads"),
     ],
@@ -408,6 +452,11 @@ def double_precision(m: Wrapped, x: Tensor) -> Tensor:
 def test_says_why_not(attend: Callable[..., Tensor], masks: tuple[Callable[[int], Tensor], ...], reason: str) -> None:
     _, made, missed = fuse(Wrapped(attend), *masks)
     assert not made and reason in missed
+
+
+def test_what_differs_from_key_to_key_is_no_shift() -> None:
+    _, made, missed = fuse(Wrapped(by_shift_over_queries))
+    assert not made and not missed
 
 
 def test_other_products_are_not_attention() -> None:

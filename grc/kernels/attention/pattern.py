@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -124,6 +125,8 @@ def written_out(module: fx.GraphModule, node: fx.Node) -> Found | None:
         return None
     if weights.shared or len(read.product.node.users) > 1:
         raise Miss("the attention weights are read outside of the attention too")
+    if weights.cut:
+        raise Miss("the weights of some keys are left out")
     left, right = layout(read.product.left_layout, "n"), layout(read.product.right_layout, "m")
     if weights.kind == STRICT_SOFTMAX and weights.masks.factors:
         raise Miss("what softmax gives is multiplied by a mask")
@@ -168,6 +171,7 @@ class Weights:
     gain: float = 1.0
     masks: Masks = field(default_factory=Masks)
     shared: bool = False
+    cut: bool = False  # the weights of some keys are left out
     launches: int = 1
 
     @staticmethod
@@ -176,9 +180,13 @@ class Weights:
             return None
         found: Weights | None = None
         if is_op(node, aten.softmax, aten._softmax) and argument(node, "dim") in (-1, value(node).dim() - 1):
-            found = Weights(STRICT_SOFTMAX, node.args[0])  # type: ignore[arg-type]
+            found = Weights(STRICT_SOFTMAX, unshifted(node.args[0]))  # type: ignore[arg-type]
         elif is_op(node, aten.silu):
             found = Weights(SILU, node.args[0])  # type: ignore[arg-type]
+        elif is_op(node, aten.slice) and argument(node, "dim") in (-1, value(node).dim() - 1):
+            found = Weights.read(node.args[0])
+            if found is not None:
+                found.cut = True
         elif scaled(node) is not None or leads(node):
             found = Weights.read(node.args[0])
             if found is not None:
@@ -247,9 +255,22 @@ class Scores:
             inner = Scores.read(module, node.args[1], masks)
             if inner is not None:
                 masks.fill(node.args[0], number(module, node.args[2]), hides=False)  # type: ignore[arg-type]
+        elif is_op(node, aten.tanh) and Scores.read(module, node.args[0], masks) is not None:
+            raise Miss("the scores are capped by tanh")
+        elif is_op(node, aten.cat) and any(Scores.read(module, part, masks) is not None for part in node.args[0]):  # type: ignore[union-attr]
+            raise Miss("other logits, as a sink's, are joined to the scores")
         if inner is not None:
             inner.launches += not is_view(node)
         return inner
+
+
+def unshifted(scores: fx.Node) -> fx.Node:
+    """x of x - max(x) over the keys, of which softmax is the same."""
+    x, largest = scores.args[:2] if is_op(scores, aten.sub) else (scores, None)
+    if not isinstance(largest, fx.Node) or not same_size(shape(largest)[-1], 1):
+        return scores
+    found: Any = largest.args[0] if largest.target is operator.getitem else largest
+    return x if is_op(found, aten.amax, aten.max) and found.args[0] is x else scores  # type: ignore[return-value]
 
 
 def number(module: fx.GraphModule, arg: Any) -> Any:
