@@ -19,6 +19,7 @@ from grc.passes.manager import Change, Pass
 from grc.passes.pairs import pairs_of_cats, pairs_of_loop, sum_of_loop
 from grc.passes.pieces import cat_of_pieces, flatten_cat, inferred_sizes, piece_of_cat, pieces_across, stack_to_cat
 from grc.passes.products import (
+    activated_layers,
     bias_of_linear,
     column_arithmetic,
     drop_zero,
@@ -360,6 +361,7 @@ RULES: tuple[Rule, ...] = (
     multiply_add,
     column_arithmetic,
     bias_of_linear,
+    activated_layers,
     weighted_sum,
     norm_after_linear,
     norm_before_linear,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from typing import Any
 
 from torch import Tensor, fx
@@ -20,8 +21,10 @@ from grc.graph.match import (
     value,
 )
 from grc.graph.rewrite import Rewriter
+from grc.passes.pieces import inferred_sizes
 
 ARITHMETIC = (aten.add, aten.sub, aten.mul)
+ACTIVATIONS = (aten.relu, aten.gelu, aten.silu, aten.sigmoid, aten.tanh)
 FEW = 1 << 12  # numbers of a constant that is looked through for zeros
 
 
@@ -30,7 +33,11 @@ def one_product(edit: Rewriter, node: fx.Node) -> fx.Node | None:
     if is_op(node, aten.einsum):
         equation = str(node.args[0]).replace(" ", "")
         operands = list(node.args[1])  # type: ignore[arg-type]
-        return einsum_product(edit, equation, operands) or einsum_layer(edit, equation, operands)
+        return (
+            einsum_product(edit, equation, operands)
+            or einsum_layer(edit, equation, operands)
+            or einsum_layers(edit, node, equation, operands)
+        )
     if is_op(node, aten.matmul):
         a, b = node.args[:2]
         dims = value(a).dim(), value(b).dim()
@@ -115,6 +122,8 @@ def bias_of_linear(edit: Rewriter, node: fx.Node) -> fx.Node | None:
     if not is_op(node, aten.add) or len(node.args) != 2 or argument(node, "alpha") != 1:
         return None
     for product, other in (node.args, node.args[::-1]):
+        if (layers := bias_of_layers(edit, product, other)) is not None:
+            return layers
         if not is_op(product, aten.linear) or argument(product, "bias") is not None or only_user(product) is None:  # type: ignore[arg-type]
             continue
         bias = attribute(edit.module, other)
@@ -122,6 +131,32 @@ def bias_of_linear(edit: Rewriter, node: fx.Node) -> fx.Node | None:
             continue
         return edit.call(aten.linear.default, *product.args[:2], other)  # type: ignore[union-attr]
     return None
+
+
+def bias_of_layers(edit: Rewriter, layers: Any, other: Any) -> fx.Node | None:
+    """`[B, E, O]` that one linear layer gives, plus a constant `[E, O]`: its bias."""
+    if not is_op(layers, aten.reshape) or not is_op(layers.args[0], aten.linear) or len(shape(layers)) < 3:
+        return None
+    layer, bias = layers.args[0], attribute(edit.module, other)
+    alone = only_user(layer) is layers and only_user(layers) is not None and argument(layer, "bias") is None
+    if not alone or value(layer).dim() != 2 or bias is None or bias.dtype != value(layer).dtype:
+        return None
+    if bias.shape != shape(layers)[1:]:
+        return None
+    flat = edit.parameter(f"{other.name}_flat", bias.detach().reshape(-1))
+    return edit.call(aten.reshape.default, edit.call(aten.linear.default, *layer.args[:2], flat), layers.args[1])
+
+
+def activated_layers(edit: Rewriter, node: fx.Node) -> fx.Node | None:
+    """An activation of `[B, E, O]` that one linear layer gives is that layer's, which computes it as it stores its rows."""
+    layers: Any = node.args[0] if is_op(node, *ACTIVATIONS) else None
+    if not is_op(layers, aten.reshape) or only_user(layers) is None or not is_op(layers.args[0], aten.linear):
+        return None
+    layer: Any = layers.args[0]
+    if only_user(layer) is not layers or value(layer).dim() != 2 or value(layers).dim() != 3:
+        return None
+    active = edit.call(node.target, layer, *node.args[1:], **node.kwargs)  # type: ignore[arg-type]
+    return edit.call(aten.reshape.default, active, layers.args[1])  # type: ignore[union-attr]
 
 
 def one_column(edit: Rewriter, node: fx.Node) -> fx.Node | None:
@@ -208,6 +243,47 @@ def einsum_layer(edit: Rewriter, equation: str, operands: list[fx.Node]) -> fx.N
         if whole and its[1] == k and attribute(edit.module, weight) is not None:
             return edit.call(aten.linear.default, x, weight, None)
     return None
+
+
+def einsum_layers(edit: Rewriter, node: fx.Node, equation: str, operands: list[fx.Node]) -> fx.Node | None:
+    """`bi,eio->beo` with a constant second operand, and `bei,eio->beo` of one row for all e: a linear layer for all e.
+
+    Experts and heads are written so (MMoE, Ma et al. 2018; the experts of DCNv2, Wang et al. 2021). Torch would multiply
+    e times, after it has turned the weight or stored a row for each e.
+    """
+    if len(operands) != 2 or "->" not in equation or "." in equation:
+        return None
+    sides, out = equation.split("->")
+    for (x, mine), (weight, its) in permutations(zip(operands, sides.split(","), strict=True)):
+        tensor, one = attribute(edit.module, weight), repeated_row(x)
+        if one is not None and mine[1:2] in its and mine[1:2] in out:
+            x, mine = one, mine[0] + mine[2:]
+        rows, k = mine[:-1], mine[-1:]
+        made = out[len(rows) :]
+        distinct = len(set(mine)) == len(mine) and not set(rows) & set(its)
+        if tensor is None or len(made) < 2 or not distinct or out != rows + made or sorted(its) != sorted(made + k):
+            continue
+        sizes = inferred_sizes(shape(node))
+        if sizes is None or len(set(its)) != len(its):
+            continue
+        turned = tensor.detach().permute([its.index(letter) for letter in made + k]).flatten(0, -2).contiguous()
+        layer = edit.call(aten.linear.default, x, edit.parameter(f"{weight.name}_layers", turned))
+        return edit.call(aten.reshape.default, layer, sizes)
+    return None
+
+
+def repeated_row(node: fx.Node) -> fx.Node | None:
+    """`[B, K]` of `[B, E, K]` that holds it E times."""
+    source: Any = node.args[0] if is_op(node, aten.reshape, aten.expand, aten.repeat) else None
+    row: Any = None
+    if is_op(node, aten.reshape) and is_op(source, aten.cat) and len(set(source.args[0])) == 1:
+        row = source.args[0][0] if argument(source, "dim") in (1, -1) else None
+    elif is_op(node, aten.expand, aten.repeat) and is_op(source, aten.reshape) and value(source).dim() == 3:
+        row = source.args[0] if same_size(shape(source)[1], 1) else None
+    if row is None or value(node).dim() != 3 or value(row).dim() != 2:
+        return None
+    batch, _, width = shape(node)
+    return row if same_size(shape(row)[0], batch) and same_size(shape(row)[1], width) else None
 
 
 def permuted(edit: Rewriter, node: fx.Node, have: str, want: str) -> fx.Node:

@@ -82,6 +82,55 @@ def test_other_einsums_with_a_weight_stay(equation):
     check(graph, "CHECK: aten.einsum(")
 
 
+EXPERTS = {
+    "rows": ("bi,eio->beo", (4, 3, 5), lambda x: x),
+    "weight first": ("eoi,bi->beo", (4, 5, 3), lambda x: x),
+    "outputs first": ("bi,eio->boe", (4, 3, 5), lambda x: x),
+    "stacked": ("ijk,jkl->ijl", (4, 3, 5), lambda x: torch.stack([x] * 4, 1)),
+    "expanded": ("bei,eio->beo", (4, 3, 5), lambda x: x.unsqueeze(1).expand(-1, 4, -1)),
+    "repeated": ("bei,eoi->beo", (4, 5, 3), lambda x: x.unsqueeze(1).repeat(1, 4, 1)),
+}
+
+
+@pytest.mark.parametrize(("equation", "weight", "rows_of"), EXPERTS.values(), ids=EXPERTS)
+def test_experts_of_one_row_are_one_linear_layer(equation, weight, rows_of):
+    """Their biases and activation are that layer's."""
+
+    def forward(self, x):
+        sides = (self.weight, rows_of(x)) if equation[:2] == "eo" else (rows_of(x), self.weight)
+        return (torch.einsum(equation, *sides) + self.bias).relu()
+
+    last = (5, 4) if equation.endswith("oe") else (4, 5)
+    graph = normalised(forward, rows(6, 3), weight=nn.Parameter(rows(*weight)), bias=nn.Parameter(rows(*last)))
+    check(
+        graph,
+        f"""
+        CHECK: %linear{{{{.*}}}} : float32[{{{{.*}}}}, 20] = aten.linear(%inputs_0, %weight_layers, %bias_flat
+        CHECK-NEXT: aten.relu(%linear
+        CHECK-NEXT: aten.reshape(%relu{{{{.*}}}}, [-1, {last[0]}, {last[1]}])
+        CHECK-NOT: aten.
+        """,
+    )
+
+
+@pytest.mark.parametrize(
+    ("equation", "rows_of"),
+    [
+        ("bei,eio->beo", lambda x: torch.stack([x, x * 2, x, x], 1)),
+        ("bei,eio->beo", lambda x: x.reshape(-1, 1, 3).repeat(2, 4, 1)),
+        ("bei,eio->bo", lambda x: torch.stack([x] * 4, 1)),
+        ("bi,eio->beio", lambda x: x),
+        ("bi,eio->ebo", lambda x: x),
+    ],
+    ids=["other rows", "more rows", "summed", "not summed", "experts first"],
+)
+def test_other_experts_stay(equation, rows_of):
+    graph = normalised(
+        lambda self, x: torch.einsum(equation, rows_of(x), self.weight), rows(6, 3), weight=nn.Parameter(rows(4, 3, 5))
+    )
+    check(graph, "CHECK: aten.einsum(\nCHECK-NOT: aten.linear(")
+
+
 def test_a_product_of_columns_is_a_linear_layer_with_a_bias():
     """deepctr's cross layer: W @ x of `[B, D, 1]`, plus a bias `[D, 1]`, times x0, plus x."""
 
