@@ -18,14 +18,6 @@ LENT = 64 << 20  # bytes of those answers that callers may hold for each bucket:
 ON_HOST = 1 << 12  # numbers of a single answer up to which one thread of the host finds NaN sooner than the device does
 
 
-@dataclass(frozen=True)
-class Way:
-    """What of a bucket's graphs is chosen by time."""
-
-    early: bool = True  # kernels that can, begin before those that they follow have ended
-    in_place: bool = False  # kernels read a request in the host's memory, which saves its copy
-
-
 @dataclass
 class Recorded:
     """A captured graph, what launches it on its lane's stream, and the answers as it leaves them on the device."""
@@ -45,7 +37,7 @@ class Bucket:
     host: Tensors
     device: Tensors
     answers: Tensors
-    way: Way = Way()
+    early: bool = True  # whether its graphs let kernels begin early, where any can
     graphs: dict[tuple[bool, bool, bool], Recorded] = field(default_factory=dict)
     cuts: dict[tuple[int, bool], Cut] = field(default_factory=dict)
     lent: list[StorageWeakRef] = field(default_factory=list)

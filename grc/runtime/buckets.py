@@ -12,7 +12,6 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -151,20 +150,15 @@ class Lane:
                 self.buckets[batch] = bucket
 
     def settle(self, bucket: Bucket) -> None:
-        """Record the graph that most requests need, in the way that is the fastest."""
-        best = self.record(bucket, True, True, True)
-        changes = [{"early": False}] if best.early else []
-        if self.by_kernel(bucket):
-            changes.append({"in_place": True})
-        for change in changes:
-            before, bucket.way = bucket.way, replace(bucket.way, **change)
-            other = self.record(bucket, True, True, True)
+        """Record the graph that most requests need, with kernels that begin early where that is faster."""
+        found = self.record(bucket, True, True, True)
+        if found.early:
+            bucket.early = False
+            plain = self.record(bucket, True, True, True)
             with torch.cuda.stream(self.stream):
-                if faster(best.graph, other.graph):
-                    bucket.way = before
-                else:
-                    best = other
-        bucket.graphs[True, True, True] = best
+                bucket.early = faster(found.graph, plain.graph)
+            found = found if bucket.early else plain
+        bucket.graphs[True, True, True] = found
 
     def recorded(self, bucket: Bucket, taken: bool, given: bool, told: bool = True) -> Recorded:
         """The bucket's graph: whether it copies the request from pinned memory, small answers to it, and whether it tells of
@@ -182,25 +176,19 @@ class Lane:
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         used = layout(self.plan.inputs, bucket.batch)[1]
         tells = told and bucket.tells(given)
-        in_place = taken and bucket.way.in_place
         with self.recording(graph, bucket.batch):
-            if taken and not in_place:
-                if self.by_kernel(bucket):
-                    copy_by_kernel([self.device_in[:used]], [mapped(self.host_in[:used])])
-                else:
-                    self.device_in[:used].copy_(self.host_in[:used], non_blocking=True)
-            kept = self.run([mapped(host) for host in bucket.host] if in_place else list(bucket.device))
+            if taken and used <= BY_KERNEL:
+                copy_by_kernel([self.device_in[:used]], [mapped(self.host_in[:used])])
+            elif taken:
+                self.device_in[:used].copy_(self.host_in[:used], non_blocking=True)
+            kept = self.run(list(bucket.device))
             if tells:
                 find_strange([kept[i] for i in bucket.floating], self.tell_strange, self.one)
             if given:
                 out = [i for i in range(len(kept)) if i not in bucket.apart]
                 copy_by_kernel([mapped(bucket.answers[i]) for i in out], [kept[i] for i in out])
-        early = instantiate(graph, bucket.way.early)
+        early = instantiate(graph, bucket.early)
         return Recorded(graph, launcher(graph, self.stream), kept, tells, early)
-
-    def by_kernel(self, bucket: Bucket) -> bool:
-        """Whether kernels, not the copy engine, bring a request from the host."""
-        return layout(self.plan.inputs, bucket.batch)[1] <= BY_KERNEL
 
     def warm_up(self, device: Tensors, batch: int) -> None:
         with torch.cuda.stream(self.stream):

@@ -56,7 +56,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(buckets, "on", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(buckets, "instantiate", lambda graph, early: 0)
     monkeypatch.setattr(buckets, "launcher", lambda graph, stream: graph.replay)
-    monkeypatch.setattr(buckets, "faster", lambda one, other: True)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
     monkeypatch.setattr(torch.cuda, "graph", capturing)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
