@@ -374,9 +374,10 @@ def build_and_choose(
     choice.plan = plan
     won = [f"batch {b}: {c.built.engine} {microseconds(c.median(b))}" for b, c in choice.winners]
     progress.end("   ".join([learnt, *won] if learnt else won))
-    for candidate in candidates:
-        if candidate not in choice.parts:
-            (parts / candidate.built.file).unlink()
+    kept = {candidate.built.file for candidate in choice.parts}
+    for file in parts.iterdir():  # also of engines that were built and refused
+        if file.name not in kept:
+            file.unlink()
     return choice, target, {"build": built - start, "measure": time.perf_counter() - built}
 
 

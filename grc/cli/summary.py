@@ -96,6 +96,8 @@ def show_closing(summary: dict[str, Any], path: str, count: int) -> None:
     put(f"  {path}   {size(count)}   {how}   largest error {summary['error']:.1e}")
     for note in summary["notes"]:
         say(f"note: {note}")
+    for engine, reason in summary["rejected"].items():
+        say(f"note: without {engine}: {reason}")
     put(f"  try: grc run {path} --example")
     for step in summary["next"]:
         put(f"       {step}")

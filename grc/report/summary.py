@@ -112,7 +112,6 @@ def next_steps(manifest: dict[str, Any], missed: list[dict[str, Any]]) -> list[s
     steps = [f"grc opt {model} --passes {r['pass']} --print-after all" for r in rolled_back(manifest)]
     if missed:
         steps.append(f"grc explain {model}")
-    steps += [f"grc doctor  ({engine}: {reason})" for engine, reason in manifest["rejected"].items()]
     return steps
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from grc import Artifact, Program
-from grc.errors import ArtifactError
+from grc.errors import ArtifactError, LoweringError
+from grc.lowering.eager import Eager
 from grc.passes.pipeline import NAMES
 from grc.runtime.artifact import writing
 from grc.runtime.triton_repository.slices import write_stage
@@ -82,6 +83,23 @@ def test_a_rolled_back_pass_is_told(grc: Grc, model: Path, artifact_path: Path, 
     assert ran.code == 0
     assert any(line.split()[:2] == ["rolled", "back"] for line in ran.out.splitlines())
     assert any("against fp64" in line and "broken" in line for line in ran.out.splitlines())
+
+
+def test_an_engine_that_is_left_out_says_why_and_leaves_no_file(
+    grc: Grc, model: Path, artifact_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Refused(Eager):
+        name = "refused"
+
+        def build(self, lowerable, target, folder):
+            (folder / "refused.json").write_text("{}")
+            raise LoweringError("it has no kernel for sort")
+
+    monkeypatch.setattr("grc.compiler.engines_for", lambda ours, *_: [(Eager(), ours), (Refused(), ours)])
+    ran = grc("compile", model, "-o", artifact_path, "--batches", "4")
+    assert ran.code == 0
+    assert ran.told == ["note: without refused: it has no kernel for sort"]
+    assert [file.name for file in (artifact_path / "parts").iterdir()] == ["eager.json"]
 
 
 def test_strict_makes_a_broken_pass_an_error(
