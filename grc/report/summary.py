@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bisect
+import shlex
+from itertools import pairwise
 from typing import Any
 
 MODEL = "model"  # the model itself, run eagerly
@@ -106,9 +108,14 @@ def speed(manifest: dict[str, Any]) -> dict[str, Any] | None:
     return {"batch": batch, **ratios}
 
 
+SHARED = ("--on-bad-id", "--disable")  # flags of `grc compile` that `grc explain` and `grc opt` take too
+
+
 def next_steps(manifest: dict[str, Any], missed: list[dict[str, Any]]) -> list[str]:
     """Commands that are worth a try after this compilation, the most useful first."""
-    model = manifest["command"].removeprefix("grc compile ")
+    model, *flags = shlex.split(manifest["command"].removeprefix("grc compile "))
+    shared = [word for pair in pairwise(flags) if pair[0] in SHARED for word in pair]
+    model = shlex.join([model, *shared])
     steps = [f"grc opt {model} --passes {r['pass']} --print-after all" for r in rolled_back(manifest)]
     if missed:
         steps.append(f"grc explain {model}")

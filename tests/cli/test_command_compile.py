@@ -15,6 +15,7 @@ from grc import Artifact, Program
 from grc.errors import ArtifactError, LoweringError
 from grc.lowering.eager import Eager
 from grc.passes.pipeline import NAMES
+from grc.report.summary import summarise
 from grc.runtime.artifact import writing
 from grc.runtime.triton_repository.slices import write_stage
 from tests.cli.session import Grc, Ran, refused
@@ -83,6 +84,24 @@ def test_a_rolled_back_pass_is_told(grc: Grc, model: Path, artifact_path: Path, 
     assert ran.code == 0
     assert any(line.split()[:2] == ["rolled", "back"] for line in ran.out.splitlines())
     assert any("against fp64" in line and "broken" in line for line in ran.out.splitlines())
+
+
+def test_what_is_told_to_try_next_can_be_run(
+    grc: Grc, model: Path, artifact_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    flags = (*QUICK, "--max-batch", "9", "--on-bad-id", "clamp", "--disable", "fuse")
+    with monkeypatch.context() as patched:
+        break_pass(patched)
+        ran = grc("compile", model, "-o", artifact_path, *flags, "--json")
+    assert json.loads(ran.out)["next"] == [
+        f"grc opt {model} --on-bad-id clamp --disable fuse --passes broken --print-after all"
+    ]
+    lone = {"what": "look-up", "where": "tiny.py:13", "missed": "it stands alone", "source": "", "saves": ""}
+    record = {"pass": "merge-tables", "rolled_back": None, "changes": [lone]}
+    manifest = {**Artifact.open(artifact_path).manifest, "passes": [record]}
+    (step,) = summarise(manifest)["next"]
+    assert step == f"grc explain {model} --on-bad-id clamp --disable fuse"
+    assert grc(*step.split()[1:]).code == 0
 
 
 def test_an_engine_that_is_left_out_says_why_and_leaves_no_file(
