@@ -24,6 +24,36 @@ class Tied(nn.Module):
         return self.items(history) @ self.items.weight.t()
 
 
+class Jagged(nn.Module):
+    """Bags of any length, some of them empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags, self.words = nn.EmbeddingBag(50, 8, mode="mean"), nn.EmbeddingBag(90, 8, mode="sum")
+
+    def forward(self, tags: Tensor, tag_offsets: Tensor, words: Tensor, word_offsets: Tensor) -> Tensor:
+        return torch.cat([self.tags(tags, tag_offsets), self.words(words, word_offsets)], 1)
+
+
+def jagged_inputs(batch: int) -> tuple[Tensor, ...]:
+    make = torch.Generator().manual_seed(batch)
+    lengths = torch.randint(0, 4, (2, batch), generator=make)
+    ends = lengths.cumsum(1)
+    ids = [torch.randint(0, 50, (int(end[-1]),), generator=make) for end in ends]
+    return ids[0], (ends - lengths)[0], ids[1], (ends - lengths)[1]
+
+
+def test_bags_with_offsets(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Jagged().eval()
+    options = grc.Options(output=tmp_path / "bags.grc", engine="onnxruntime", batches=(2,))
+    grc.compile(model, jagged_inputs, options=options)
+    for batch in (1, 7, 40):
+        request = jagged_inputs(batch)
+        with torch.inference_mode():
+            torch.testing.assert_close(grc.load(tmp_path / "bags.grc")(*request), model(*request))
+
+
 def test_a_table_that_is_transposed_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     model = Tied().eval()

@@ -17,8 +17,7 @@ Inputs = Callable[[int], Any]
 
 @dataclass(frozen=True)
 class ThirdParty:
-    """One model: how to build it, which fusions and reasons for a miss its compilation must show, and what keeps ONNX
-    Runtime from it."""
+    """One model: how to build it and which fusions and reasons for a miss its compilation must show."""
 
     name: str
     package: str
@@ -26,7 +25,6 @@ class ThirdParty:
     merged: tuple[str, ...] = ()
     fused: tuple[str, ...] = ()
     missed: tuple[tuple[str, str], ...] = ()
-    no_onnx: str = ""
     built: bool = False  # by Inductor too, in every run of the tests; the others where GRC_THIRDPARTY=all
     slow: bool = False  # left to make test-slow: the others write their layers in the same ways
 
@@ -287,13 +285,12 @@ def rechub_youtube_dnn() -> tuple[nn.Module, Inputs]:
 
 FLAT = "the sums run over features and width at once, so every number is a feature of its own"
 VECTOR = "the cross layer weighs by one vector (DCN, 2017); only the matrix form has a kernel"
-NO_SEARCH = "No ONNX function found for <OpOverload(op='aten.searchsorted'"
 ONE = f"{FEATURES} look-ups of {FEATURES} tables -> 1"
 
 MODELS = (
-    ThirdParty("torchrec-dlrm", "torchrec", torchrec_dlrm, (ONE,), ("bag-dot",), no_onnx=NO_SEARCH, built=True),
-    ThirdParty("torchrec-dlrm-dcn", "torchrec", torchrec_dlrm_dcn, (ONE,), ("cross",) * 3, no_onnx=NO_SEARCH),
-    ThirdParty("torchrec-deepfm", "torchrec", torchrec_deepfm, (ONE,), missed=(("bag-fm", FLAT),), no_onnx=NO_SEARCH),
+    ThirdParty("torchrec-dlrm", "torchrec", torchrec_dlrm, (ONE,), ("bag-dot",), built=True),
+    ThirdParty("torchrec-dlrm-dcn", "torchrec", torchrec_dlrm_dcn, (ONE,), ("cross",) * 3),
+    ThirdParty("torchrec-deepfm", "torchrec", torchrec_deepfm, (ONE,), missed=(("bag-fm", FLAT),)),
     ThirdParty("torchrec-sequence", "torchrec", torchrec_sequence),
     ThirdParty("deepctr-deepfm", "deepctr_torch", lambda: deepctr_model("DeepFM"), (ONE, ONE), ("bag-fm",)),
     ThirdParty("deepctr-nfm", "deepctr_torch", lambda: deepctr_model("NFM"), (ONE, ONE), ("bag-fm",)),
@@ -330,7 +327,6 @@ MODELS = (
         torchrec_dlrm_transformer,
         (ONE,),
         ("attention",) * 2,
-        no_onnx=NO_SEARCH,
         slow=True,
     ),
     ThirdParty("deepctr-afm", "deepctr_torch", deepctr_afm, (ONE, ONE), slow=True),

@@ -138,7 +138,7 @@ def _jagged(
     batch = (offsets.shape[0] - 1) // len(bases)
     first, bags = features.start * batch, len(features) * batch
     position = torch.arange(ids.shape[0], device=ids.device)
-    bag = torch.searchsorted(offsets[1:].to(torch.int64), position, right=True) - first
+    bag = ended(offsets[1:].to(torch.int64), position) - first
     keep = (bag >= 0) & (bag < bags) & (position >= offsets[0])
     # One bag more than there are collects everything that belongs to none of them.
     bag = torch.where(keep, bag, bags)
@@ -160,6 +160,12 @@ def _jagged(
         if pooling == MEAN:
             total = total / _counts(bag, bags).clamp(min=1).unsqueeze(-1)
     return total[:bags].view(len(features), batch, width).transpose(0, 1).to(table.dtype)
+
+
+def ended(ends: Tensor, position: Tensor) -> Tensor:
+    """How many bags end at or before each position: searchsorted, which ONNX has not, for positions that are counted up."""
+    ends = ends.clamp(0, position.shape[0])
+    return position.new_zeros(position.shape[0] + 1).index_add(0, ends, torch.ones_like(ends)).cumsum(0)[:-1]
 
 
 def _counts(bag: Tensor, bags: int) -> Tensor:
