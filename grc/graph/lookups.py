@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from grc.graph.match import argument, aten, attribute, constant_list, is_op, shape, static, value
+from grc.graph.match import argument, aten, attribute, constant_list, is_op, same_size, shape, static, value
 
 SUM, MEAN, MAX = 0, 1, 2
 NO_PADDING = -(2**63)
@@ -20,7 +20,7 @@ INTEGERS = (torch.int32, torch.int64)
 class Bag:
     """One look-up: `features` ids a row, each read from `table` at its base; pooled over `length` ids each.
 
-    Without offsets, `ids` is `[B, features * length]` (or `[B]` for one id); with offsets it is `[V]`, of one feature.
+    Without offsets, `ids` is `[B, features * length]` or flat, `[B * length]` of one feature; with offsets it is `[V]`, of one.
     Weights are one for each id, in the shape of the ids or as `[B, 1, L]`.
     """
 
@@ -126,10 +126,10 @@ def embedding_bag(module: fx.GraphModule, node: fx.Node, bag: fx.Node) -> Bag | 
     padding = NO_PADDING if padding is None or padding < 0 else int(padding)
     length = regular_length(offsets)
     if length is not None and not argument(bag, "include_last_offset"):
-        flat = rows_of(ids, length)  # type: ignore[arg-type]
-        flat_weights = rows_of(weights, length) if weights is not None else None
-        if flat is not None and (weights is None or flat_weights is not None):
-            return Bag(node, table, flat, 1, length, (0,), pooling, padding, weights=flat_weights)  # type: ignore[arg-type]
+        count = length * shape(offsets)[0]  # type: ignore[arg-type]
+        if same_size(shape(ids)[0], count):  # type: ignore[arg-type]
+            read = None if weights is None else rows_of(weights, length)
+            return Bag(node, table, rows_of(ids, length), 1, length, (0,), pooling, padding, weights=read)  # type: ignore[arg-type]
     last = bool(argument(bag, "include_last_offset"))
     return Bag(node, table, ids, 1, 0, (0,), pooling, padding, offsets, last, weights)  # type: ignore[arg-type]
 
@@ -144,15 +144,12 @@ def regular_length(offsets: Any) -> int | None:
     return step if start == 0 and isinstance(step, int) else None
 
 
-def rows_of(ids: fx.Node, length: int) -> fx.Node | None:
-    """The `[B, L]` matrix that was flattened to `[B * L]`."""
-    if is_op(ids, aten.reshape):
-        inner = ids.args[0]
-        if value(inner).dim() == 2 and shape(inner)[1] == length:  # type: ignore[arg-type]
-            return inner  # type: ignore[return-value]
-        if value(inner).dim() == 1 and length == 1:  # type: ignore[arg-type]
-            return inner  # type: ignore[return-value]
-    return ids if length == 1 and value(ids).dim() == 1 else None
+def rows_of(flat: fx.Node, length: int) -> fx.Node:
+    """The `[B, L]` matrix that was flattened to `[B * L]`, or that one itself."""
+    inner = flat.args[0] if is_op(flat, aten.reshape) else flat
+    if value(inner).dim() == 2 and shape(inner)[1] == length:  # type: ignore[arg-type]
+        return inner  # type: ignore[return-value]
+    return flat
 
 
 def is_table(module: fx.GraphModule, node: Any) -> bool:

@@ -226,11 +226,10 @@ def emit(edit: Rewriter, bags: Sequence[Bag], arena: Arena) -> fx.Node:
     padding = [b.padding for b in bags for _ in b.bases]
     pooling = next((b.pooling for b in bags if b.length != 1), bags[0].pooling if bags[0].weights is not None else SUM)
     if bags[0].offsets is None:
-        ids = join_columns(edit, [columns_of(b.ids) for b in bags])
+        ids = join_columns(edit, [columns_of(matrix(edit, b.ids, b.length)) for b in bags])
         weights = None
         if bags[0].weights is not None:
-            columns = [b.weights if value(b.weights).dim() < 3 else edit.reshape(b.weights, -1, b.length) for b in bags]  # type: ignore[arg-type]
-            weights = join_columns(edit, [columns_of(column) for column in columns])  # type: ignore[arg-type]
+            weights = join_columns(edit, [columns_of(matrix(edit, b.weights, b.length)) for b in bags])  # type: ignore[arg-type]
         lengths = [b.length for b in bags for _ in b.bases]
         offsets = None
     else:
@@ -240,6 +239,12 @@ def emit(edit: Rewriter, bags: Sequence[Bag], arena: Arena) -> fx.Node:
     node = edit.call(op, arena.node, ids, offsets, weights, bases, rows, dims, lengths, pooling, padding)
     node.meta["tables"] = [str(b.table.target) for b in bags for _ in b.bases]
     return node
+
+
+def matrix(edit: Rewriter, node: fx.Node, length: int) -> fx.Node:
+    """Ids or weights as `[B, T]`, of which `[B]` is the one column where a row has one."""
+    dims = value(node).dim()
+    return edit.reshape(node, -1, length) if dims == 3 or (dims == 1 and length > 1) else node
 
 
 def join_columns(edit: Rewriter, pieces: Sequence[Columns]) -> fx.Node:

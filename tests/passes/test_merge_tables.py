@@ -236,6 +236,27 @@ def test_a_bag_of_fixed_length_that_stands_alone(length):
     check(graph, f"CHECK: grc.lookup(%bag_weight, %inputs_0, None, None, [0], [10], [4], [{length}]")
 
 
+def test_a_bag_of_each_candidate_of_a_user():
+    """Ids `[B, N, L]`, flattened: the offsets say nothing, and the look-up needs none."""
+    graph, _ = merged(
+        lambda self, x: self.bag(x.reshape(x.shape[0] * 6, -1)).view(-1, 6, 4).relu(),
+        ids(4, 18).view(4, 6, 3), bag=nn.EmbeddingBag(10, 4, mode="mean"),
+    )  # fmt: skip
+    check(
+        graph,
+        "CHECK: aten.reshape(%inputs_0, [-1, 3])\nCHECK-NEXT: grc.lookup(%bag_weight, %reshape{{.*}}, None, None\n"
+        "CHECK-NOT: aten.arange",
+    )
+
+
+def test_offsets_that_leave_the_last_bag_more_are_kept():
+    graph, _ = merged(
+        lambda self, v: self.bag(v, torch.arange(0, v.shape[0] - 2, 3)).relu(), ids(12, 1).squeeze(1),
+        bag=nn.EmbeddingBag(10, 4, mode="sum"),
+    )  # fmt: skip
+    check(graph, "CHECK: grc.lookup(%bag_weight, %inputs_0, %cat")
+
+
 MASKED = {
     "rows by weights": lambda self, x, w: (self.e(x) * w.unsqueeze(2)).sum(1).relu(),
     "weights by rows": lambda self, x, w: torch.sum(w[:, :, None] * self.e(x), dim=1, keepdim=True).squeeze(1).relu(),
