@@ -49,7 +49,7 @@ class Options:
     disable: tuple[str, ...] = ()
     """Passes to leave out."""
     bisect_limit: int | None = None
-    """Stop after this many changes: halve it to find the change that breaks a model."""
+    """Stop after this many passes have changed something: halve it to find the pass that breaks a model."""
     strict: bool = False
     """A pass that fails its proof is an error instead of being rolled back."""
     force: bool = False

@@ -29,7 +29,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Pass:
-    """A graph-to-graph rewrite. Fields of a subclass become options of `grc opt`."""
+    """A graph-to-graph rewrite. Fields of a subclass are its options, which the pipeline gives it."""
 
     name: ClassVar[str]
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -157,3 +160,15 @@ def test_an_unknown_pass_is_named():
     with pytest.raises(GrcError, match="there is no pass typo") as caught:
         pipeline(Options(disable=("typo",)), ())
     assert "merge-tables" in str(caught.value.hint)
+
+
+def test_the_pass_of_the_docs_is_one():
+    text = (Path(__file__).parents[2] / "docs" / "adding-a-pass.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, type[Pass]] = {"__name__": __name__}
+    exec(textwrap.dedent(code), names)
+    graph = graph_of(lambda self, x: x.relu().relu().relu() + 1, rows(3, 4))
+    proof = Proof([[rows(3, 4)], [rows(5, 4)]]).prepare(graph)
+    graph, (record,) = run_passes(graph, [names["OneRelu"]()], proof)
+    assert (len(record.made), record.rolled_back) == (2, None)
+    check(graph, "CHECK: %relu : float32[{{.*}}, 4] = aten.relu(%inputs_0)\nCHECK-NEXT: aten.add(%relu, 1)")
