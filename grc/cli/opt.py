@@ -55,7 +55,8 @@ def command(
         graph, records = run_passes(
             source.graph, steps, held, strict=strict, limit=bisect_limit, after=after, progress=progress.detail
         )
-        progress.end(", ".join(f"{r.name} {len(r.made)}" for r in records if r.made) or "no pass changed anything")
+        kept = [f"{r.name} {len(r.made)}" for r in records if r.made and not r.rolled_back]
+        progress.end(", ".join(kept) or "no pass changed anything")
     for record in records:
         if record.rolled_back:
             say(f"  rolled back {record.name}: {record.rolled_back}")

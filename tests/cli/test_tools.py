@@ -107,6 +107,14 @@ def test_opt_proves_at_the_end_too(grc: Grc, model: Path, monkeypatch: pytest.Mo
     ]
 
 
+def test_opt_counts_no_change_that_is_rolled_back(grc: Grc, model: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("grc.passes.manager.Proof.check", lambda self, graph: (1.0, "wrong"))
+    ran = grc("opt", model, "--passes", "merge-tables")
+    (line,) = [line for line in ran.err.splitlines() if line.startswith("  passes ")]
+    assert "no pass changed anything" in line
+    assert "  rolled back merge-tables: wrong" in ran.err.splitlines()
+
+
 def test_opt_refuses_an_unknown_pass(grc: Grc, model: Path):
     ran = grc("opt", model, "--passes", "normalise,polish")
     assert ran.told[0] == "error: there is no pass polish"
