@@ -12,6 +12,7 @@ import torch
 
 from grc.errors import GrcError
 from grc.runtime.triton_repository import launcher, wheel
+from grc.runtime.triton_repository.replay import read_requests
 from grc.runtime.triton_repository.repository import Repository
 from tests.cli.conftest import grc as grc  # the command line as a function
 from tests.cli.session import Grc, edit_manifest, refused
@@ -199,8 +200,14 @@ def test_requests_that_are_no_json_are_refused(
     refused(
         grc("export-triton", artifact, "-o", tmp_path / "repo", "--verify", "--requests", tmp_path / "requests.json"),
         f"error: {tmp_path / 'requests.json'} holds no JSON requests: {reason}",
-        "hint: write a JSON list, or one request a line",
+        "hint: write one request, a JSON list, or one request a line",
     )
+
+
+@pytest.mark.parametrize("text", ['[{"user": 1}]', '{\n  "user": 1\n}\n', '{"user": 1}\n', '{"user": 1}\n{"user": 2}\n'])
+def test_requests_are_a_list_or_one_or_one_a_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "requests.json").write_text(text)
+    assert read_requests(tmp_path / "requests.json") == [{"user": 1}, {"user": 2}][: text.count("user")]
 
 
 def test_requests_need_verify(grc: Grc, artifact: Path, tmp_path: Path) -> None:

@@ -89,15 +89,21 @@ def check_requests(program: Program, requests: Sequence[Any]) -> None:
 
 
 def read_requests(path: Path | None) -> list[Any]:
-    """A JSON list, or a JSON request a line. Raises InputError where it is neither."""
+    """A JSON list, a single request, or a JSON request a line. Raises InputError where it is none of them."""
     if path is None:
         return []
     try:
         data = path.read_bytes()
-        return json.loads(data) if data.lstrip().startswith(b"[") else json_lines(data)
+        try:
+            whole = json.loads(data)
+        except ValueError:  # one a line, or no JSON at all
+            if data.lstrip().startswith(b"["):
+                raise
+            return json_lines(data)
+        return whole if isinstance(whole, list) else [whole]
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path} holds no JSON requests: {error}", "write a JSON list, or one request a line"
+            f"{path} holds no JSON requests: {error}", "write one request, a JSON list, or one request a line"
         ) from error
 
 
