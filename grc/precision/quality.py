@@ -96,11 +96,13 @@ class Truth:
             return overlap(self.answers, answers, limit.k or 1)
         assert self.labels is not None
         labels = torch.cat([label.reshape(-1) for label in self.labels])
+        rank = 1 if limit.metric == AUC else 2
+        before, after = (scores_of(rows, rank) for rows in (self.answers, answers))
+        if len(labels) != len(before):
+            raise GrcError(f"the calibration data has {len(labels)} labels for {len(before)} rows", "give one label a row")
         if limit.metric == AUC:
-            before, after = (auc(scores_of(rows, 1), labels) for rows in (self.answers, answers))
-        else:
-            before, after = (ndcg(scores_of(rows, 2), labels, limit.k or 1) for rows in (self.answers, answers))
-        return before - after
+            return auc(before, labels) - auc(after, labels)
+        return ndcg(before, labels, limit.k or 1) - ndcg(after, labels, limit.k or 1)
 
 
 @torch.no_grad()
@@ -175,7 +177,7 @@ def scores_of(batches: Sequence[Sequence[Tensor]], rank: int) -> Tensor:
 
 def auc(scores: Tensor, labels: Tensor) -> float:
     """The area under the ROC curve, ties counted half. Raises GrcError where all labels are alike."""
-    positive = labels.double() > 0.5
+    positive = labels == 1
     count, others = int(positive.sum()), int((~positive).sum())
     if not count or not others:
         raise GrcError("the labels of the calibration data are all alike", "give labels of both kinds for auc-drop")

@@ -73,6 +73,13 @@ def test_overlap_is_of_the_ranking_that_changed_most() -> None:
         overlap(truth, same, 9)
 
 
+@pytest.mark.parametrize("limit", ["auc-drop=0.1", "ndcg-drop@2=0.1"])
+def test_every_row_needs_a_label(limit: str) -> None:
+    truth = Truth([[torch.zeros(3, 5), torch.zeros(3)]], [torch.tensor([0, 1])])
+    with pytest.raises(GrcError, match="the calibration data has 2 labels for 3 rows"):
+        truth.measure(truth.answers, budget([limit]))
+
+
 def test_errors_are_relative_to_each_output_and_nan_is_never_inside() -> None:
     truth = Truth([[torch.tensor([0.001, 0.002]), torch.tensor([100.0])]])
     (limit,) = budget([])
