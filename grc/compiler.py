@@ -24,6 +24,7 @@ from grc.lowering.cuda import Gpu, described, full_precision, gpu_engines, gpu_t
 from grc.lowering.engine import Built, Engine, Lowerable, Target
 from grc.lowering.export import written_out
 from grc.lowering.stages import BuiltStage, Line
+from grc.lowering.timing import Processors
 from grc.lowering.traffic import interpolated, learn, read_traffic, told
 from grc.manifest import describe
 from grc.options import Options
@@ -360,7 +361,9 @@ def build_and_choose(
     progress.end(", ".join(f"{c.built.engine} {c.build_seconds:.0f} s" for c in candidates))
     built = time.perf_counter()
     progress.begin("measure")
+    before = Processors.now() if target.device == "cpu" else None
     eager_times = measure(candidates, model, requests, progress.detail)
+    after = Processors.now() if before else None
     learnt = ""
     if relearn is not None:
         known = {b: min(c.median(b) for c in candidates if b in c.times) for b in eager_times}
@@ -372,6 +375,8 @@ def build_and_choose(
         eager_times = measure(candidates, model, requests, progress.detail)
     choice = choose(candidates, rejected, eager_times)
     choice.plan = plan
+    if before and after and (note := before.crowded(after, target.threads, os.cpu_count() or 1)):
+        choice.notes.append(note)
     won = [f"batch {b}: {c.built.engine} {microseconds(c.median(b))}" for b, c in choice.winners]
     progress.end("   ".join([learnt, *won] if learnt else won))
     kept = {candidate.built.file for candidate in choice.parts}

@@ -68,7 +68,8 @@ def command(
         Path | None, typer.Option(metavar="FOLDER", help="Virtual environment of the models (EXECUTION_ENV_PATH).")
     ] = None,
     requests: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="JSON requests that --verify also sends: one, a list, or one a line.")
+        Path | None,
+        typer.Option(metavar="FILE", help="JSON requests that --verify also sends: one, a list, or one a line."),
     ] = None,
     kserve: Annotated[
         str | None, typer.Option(metavar="URI", help="Write KServe manifests for the repository at this storage URI.")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 BURST = 0.1  # seconds: long beside a call, short beside the drift of a shared machine
@@ -16,6 +18,7 @@ BURST = 0.1  # seconds: long beside a call, short beside the drift of a shared m
 SETTLE = 0.06
 LEAD_IN = 0.005  # the engine's own weights come back to the caches meanwhile
 FEWEST = 5
+CROWDED = 0.25  # of a core: what an idle host's own housekeeping never takes
 
 
 @dataclass(frozen=True)
@@ -122,3 +125,32 @@ def interleave(
     finally:
         if enabled:
             gc.enable()
+
+
+@dataclass(frozen=True)
+class Processors:
+    """Seconds that this host's processors worked, those that this process had of them, and the clock."""
+
+    busy: float
+    own: float
+    clock: float
+
+    @classmethod
+    def now(cls, stat: Path = Path("/proc/stat")) -> Processors | None:
+        """None where the host does not tell, which only Linux does."""
+        try:
+            user, nice, system, _, _, *others = map(int, stat.read_text().split("\n")[0].split()[1:9])
+        except (OSError, ValueError):
+            return None
+        busy = (user + nice + system + sum(others)) / os.sysconf("SC_CLK_TCK")
+        return cls(busy, time.process_time(), time.perf_counter())
+
+    def crowded(self, later: Processors, threads: int, cores: int) -> str | None:
+        """What is to be told where others took processors that `threads` of ours were waiting for."""
+        others = (later.busy - self.busy - later.own + self.own) / max(later.clock - self.clock, 1e-9)
+        if others < CROWDED or others + threads < cores + CROWDED:
+            return None
+        return (
+            f"other programs took {others:.1f} of {cores} cores while the engines were measured: times and winners may be "
+            "wrong; compile again when the host is idle"
+        )

@@ -99,7 +99,9 @@ class Truth:
         rank = 1 if limit.metric == AUC else 2
         before, after = (scores_of(rows, rank) for rows in (self.answers, answers))
         if len(labels) != len(before):
-            raise GrcError(f"the calibration data has {len(labels)} labels for {len(before)} rows", "give one label a row")
+            raise GrcError(
+                f"the calibration data has {len(labels)} labels for {len(before)} rows", "give one label a row"
+            )
         if limit.metric == AUC:
             return auc(before, labels) - auc(after, labels)
         return ndcg(before, labels, limit.k or 1) - ndcg(after, labels, limit.k or 1)

@@ -17,7 +17,7 @@ def summarise(manifest: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": manifest["name"],
         "stages": manifest.get("stages", []),
-        "notes": manifest["capture"]["notes"],
+        "notes": [*manifest["capture"]["notes"], *manifest["notes"]],
         "fused": fused,
         "missed": missed,
         "rolled_back": rolled_back(manifest),

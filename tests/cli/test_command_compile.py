@@ -117,8 +117,16 @@ def test_an_engine_that_is_left_out_says_why_and_leaves_no_file(
     monkeypatch.setattr("grc.compiler.engines_for", lambda ours, *_: [(Eager(), ours), (Refused(), ours)])
     ran = grc("compile", model, "-o", artifact_path, "--batches", "4")
     assert ran.code == 0
-    assert ran.told == ["note: without refused: it has no kernel for sort"]
+    assert "note: without refused: it has no kernel for sort" in ran.told
     assert [file.name for file in (artifact_path / "parts").iterdir()] == ["eager.json"]
+
+
+def test_times_that_other_programs_had_a_part_in_are_told(
+    grc: Grc, model: Path, artifact_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("grc.lowering.timing.Processors.crowded", lambda *_: "other programs took 1.0 of 2 cores")
+    ran = grc("compile", model, "-o", artifact_path, *QUICK)
+    assert "note: other programs took 1.0 of 2 cores" in ran.told
 
 
 def test_strict_makes_a_broken_pass_an_error(

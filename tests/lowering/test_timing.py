@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grc.lowering.timing import FEWEST, Turn, interleave, quantile, summarise
+from grc.lowering.timing import FEWEST, Processors, Turn, interleave, quantile, summarise
 
 
 def test_a_summary_is_in_microseconds():
@@ -88,3 +90,28 @@ def test_a_device_keeps_its_own_clock():
     interleave([turn], 2, 0.1, burst=0.0, lead_in=0.0, settle=0.0)
     assert set(turn.device_seconds) == {0.5}
     assert len(turn.device_seconds) == len(turn.seconds)
+
+
+@pytest.mark.parametrize(
+    ("busy", "own", "threads", "cores", "told"),
+    [
+        (20.0, 19.0, 2, 2, None),  # seconds in ten: the host's own housekeeping
+        (25.0, 18.0, 2, 2, "other programs took 0.7 of 2 cores"),
+        (25.0, 18.0, 1, 2, None),  # there was a core for each
+        (90.0, 10.0, 4, 64, None),
+        (640.0, 10.0, 4, 64, "other programs took 63.0 of 64 cores"),
+    ],
+)
+def test_others_are_told_where_they_took_what_was_waited_for(
+    busy: float, own: float, threads: int, cores: int, told: str | None
+):
+    found = Processors(100.0, 7.0, 50.0).crowded(Processors(100.0 + busy, 7.0 + own, 60.0), threads, cores)
+    assert found is None if told is None else (found or "").startswith(f"{told} while the engines were measured")
+
+
+def test_what_processors_did_is_read_from_the_host(tmp_path: Path):
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  100 20 30 5000 60 7 8 9 0 0\ncpu0 1 1 1 1\n")
+    monitored = Processors.now(stat)
+    assert monitored is not None and monitored.busy * os.sysconf("SC_CLK_TCK") == 100 + 20 + 30 + 7 + 8 + 9
+    assert Processors.now(tmp_path / "none") is None

@@ -204,7 +204,9 @@ def test_requests_that_are_no_json_are_refused(
     )
 
 
-@pytest.mark.parametrize("text", ['[{"user": 1}]', '{\n  "user": 1\n}\n', '{"user": 1}\n', '{"user": 1}\n{"user": 2}\n'])
+@pytest.mark.parametrize(
+    "text", ['[{"user": 1}]', '{\n  "user": 1\n}\n', '{"user": 1}\n', '{"user": 1}\n{"user": 2}\n']
+)
 def test_requests_are_a_list_or_one_or_one_a_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "requests.json").write_text(text)
     assert read_requests(tmp_path / "requests.json") == [{"user": 1}, {"user": 2}][: text.count("user")]
