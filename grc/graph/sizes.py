@@ -40,7 +40,8 @@ def find_sizes(samples: dict[int, list[torch.Tensor]], names: Sequence[str]) -> 
     if len(counts) != 1:
         raise ModelFileError(
             "get_inputs(batch) returns different numbers of tensors at different batch sizes",
-            "return the same structure for every batch size",
+            "return the same structure for every batch size; a feature of any length is one tensor, padded, or its values and "
+            "their offsets, and no list of a tensor a row",
         )
     found: list[tuple[Size, ...]] = []
     free: dict[tuple[int, ...], str] = {}

@@ -278,5 +278,6 @@ def test_input_names_that_do_not_fit() -> None:
 
 
 def test_inputs_of_changing_structure() -> None:
-    with pytest.raises(ModelFileError, match="different numbers of tensors"):
+    with pytest.raises(ModelFileError, match="different numbers of tensors") as refused:
         captured(Forward(lambda self, *x: x[0]), lambda b: tuple(rows(b, 4) for _ in range(b)))
+    assert "padded, or its values and their offsets" in str(refused.value.hint)
