@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,31 +47,21 @@ def guard_fused(edit: Rewriter, node: fx.Node, policy: BadIdPolicy) -> None:
     given = call_arguments(node)
     ids, rows, padding = given["ids"], list(given["rows"]), list(given["padding"])
     lengths = given.get("lengths") or [1] * len(rows)
-    jagged = given.get("offsets") is not None
+    # Padding may lie outside of the table and must stay what it is; 0, which every policy leaves alone, where there is none.
+    kept = [0 if p == NO_PADDING else p for p in padding]
     if policy == "zero":
         padding = [-1 if p == NO_PADDING else p for p in padding]
-    if jagged and (len(set(rows)) > 1 or len(set(padding)) > 1):
-        limits, pads = spread_jagged(edit, given, rows, padding)
-    elif jagged:
-        limits, pads = rows[0], padding[0]
+    wanted = [rows, kept, padding] if policy == "zero" else [rows, kept]
+    if given.get("offsets") is None:
+        spread = [row_constant(edit, values, lengths, value(ids).dtype) for values in wanted]
     else:
-        limits = row_constant(edit, rows, lengths, value(ids).dtype)
-        pads = row_constant(edit, padding, lengths, value(ids).dtype) if policy == "zero" else NO_PADDING
-    safe = guarded(edit, ids, limits, pads, policy)
-    kept = keep_padding(edit, ids, safe, given["padding"], lengths, jagged)
-    given["ids"], given["padding"] = kept, padding
+        spread = spread_jagged(edit, ids, given["offsets"], wanted)
+    safe = guarded(edit, ids, spread[0], spread[-1], policy)
+    if any(kept):
+        name = aten.eq.Scalar if isinstance(spread[1], int) else aten.eq.Tensor
+        safe = edit.call(aten.where.self, edit.call(name, ids, spread[1]), ids, safe)
+    given["ids"], given["padding"] = safe, padding
     node.args = tuple(given.values())
-
-
-def keep_padding(edit: Rewriter, ids: fx.Node, safe: fx.Node, padding: Any, lengths: Any, jagged: bool) -> fx.Node:
-    """Padding may lie outside of the table and must stay what it is."""
-    if all(p == NO_PADDING for p in padding):
-        return safe
-    original = (
-        padding[0] if len(set(padding)) == 1 or jagged else row_constant(edit, padding, lengths, value(ids).dtype)
-    )
-    name = aten.eq.Scalar if isinstance(original, int) else aten.eq.Tensor
-    return edit.call(aten.where.self, edit.call(name, ids, original), ids, safe)
 
 
 def row_constant(edit: Rewriter, values: list[int], lengths: list[int], dtype: torch.dtype) -> int | fx.Node:
@@ -80,24 +72,28 @@ def row_constant(edit: Rewriter, values: list[int], lengths: list[int], dtype: t
 
 
 def spread_jagged(
-    edit: Rewriter, given: dict[str, Any], rows: list[int], padding: list[int]
-) -> tuple[fx.Node, fx.Node]:
-    """The limit of each value, by the feature whose bag it lies in."""
-    ids, offsets = given["ids"], given["offsets"]
+    edit: Rewriter, ids: fx.Node, offsets: fx.Node, wanted: Sequence[Sequence[int]]
+) -> list[int | fx.Node]:
+    """For each list of a number a feature, the number of each value, by the feature whose bag it lies in."""
+    if all(len(set(values)) == 1 for values in wanted):
+        return [values[0] for values in wanted]
     count = edit.call(aten.sym_size.int, ids, 0)
     place = edit.call(aten.arange.default, count, dtype=torch.int64, device=value(ids).device)
     ends = edit.call(aten.slice.Tensor, offsets, 0, 1)
     bag = edit.call(aten.searchsorted.Tensor, ends, place, right=True)
     last = edit.call(aten.sym_size.int, offsets, 0)
-    import operator
-
-    batch = edit.call(operator.floordiv, edit.call(operator.sub, last, 1), len(rows))
+    features = len(wanted[0])
+    batch = edit.call(operator.floordiv, edit.call(operator.sub, last, 1), features)
     feature = edit.call(aten.floor_divide.default, bag, edit.call(aten.full.default, [1], batch, dtype=torch.int64))
-    feature = edit.call(aten.clamp.default, feature, 0, len(rows) - 1)
-    limits, pads = (edit.parameter("id_limits", torch.tensor(v, dtype=value(ids).dtype)) for v in (rows, padding))
-    return edit.call(aten.index_select.default, limits, 0, feature), edit.call(
-        aten.index_select.default, pads, 0, feature
-    )
+    feature = edit.call(aten.clamp.default, feature, 0, features - 1)
+
+    def spread(values: Sequence[int]) -> int | fx.Node:
+        if len(set(values)) == 1:
+            return values[0]
+        limits = edit.parameter("id_limits", torch.tensor(values, dtype=value(ids).dtype))
+        return edit.call(aten.index_select.default, limits, 0, feature)
+
+    return [spread(values) for values in wanted]
 
 
 def guarded(edit: Rewriter, ids: fx.Node, rows: Any, pad: Any, policy: BadIdPolicy) -> fx.Node:

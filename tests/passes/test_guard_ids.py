@@ -49,3 +49,32 @@ def test_padding_keeps_its_meaning():
         step.run(graph)
     assert torch.equal(graph(request)[0], wanted)
     assert torch.equal(graph(torch.tensor([[2, 99, 2, 2]]))[0], torch.zeros(1, 8))
+
+
+@pytest.mark.parametrize("policy", MEANING)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("jagged", [False, True])
+@torch.no_grad()
+def test_the_padding_of_one_table_is_a_bad_id_of_another(policy, dtype, jagged):
+    a, b = nn.EmbeddingBag(13, 4, mode="sum", padding_idx=12), nn.EmbeddingBag(10, 4, mode="sum")
+    good = torch.tensor([[12, 3, 1, 2], [1, 12, 3, 4]], dtype=dtype)
+    bad = torch.tensor([[12, 3, 12, 2], [1, 99, 3, 4]], dtype=dtype)
+    if jagged:
+        offsets = torch.tensor([0, 2], dtype=dtype)
+        forward = lambda self, x, y, o: torch.cat([self.a(x, o), self.b(y, o)], 1)  # noqa: E731
+        good, bad = ((r[:, :2].flatten(), r[:, 2:].flatten(), offsets) for r in (good, bad))
+    else:
+        forward = lambda self, x: torch.cat([self.a(x[:, :2]), self.b(x[:, 2:])], 1)  # noqa: E731
+        good, bad = (good,), (bad,)
+    graph = graph_of(forward, *(t.clone() for t in good), a=a, b=b)
+    wanted = graph(*good)[0].clone()
+    for step in (*MERGED, GuardIds(policy)):
+        step.run(graph)
+    assert sum(str(node.target) == "grc.lookup.default" for node in graph.graph.nodes) == 1
+    assert torch.equal(graph(*good)[0], wanted)
+    found = graph(*bad)[0]
+    twelve, ninety_nine = {"zero": (None, None), "clamp": (9, 12), "hash": (2, 8)}[policy]
+    first = b.weight[2] if twelve is None else b.weight[twelve] + b.weight[2]
+    second = a.weight[1] if ninety_nine in (None, 12) else a.weight[1] + a.weight[ninety_nine]
+    assert torch.equal(found[0], torch.cat([a.weight[3], first]))
+    assert torch.equal(found[1], torch.cat([second, b.weight[3] + b.weight[4]]))
