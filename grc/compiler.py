@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from grc.errors import BudgetError, GrcError, LoweringError
+from grc.errors import BudgetError, GrcError, LoweringError, PassError
 from grc.graph.capture import EXPORT_BATCH, Source, capture
 from grc.graph.cut import Stage, cut
 from grc.graph.model_file import Model, from_module, load_model
@@ -28,6 +28,7 @@ from grc.lowering.timing import Processors
 from grc.lowering.traffic import interpolated, learn, read_traffic, told
 from grc.manifest import describe
 from grc.options import Options
+from grc.passes.guard_ids import GuardIds
 from grc.passes.manager import Proof, Record, run_passes
 from grc.passes.pipeline import pipeline
 from grc.precision.apply import with_tables
@@ -81,6 +82,11 @@ def compile(
     if options.stages and (options.device != "cpu" or options.precision != "fp32"):
         raise LoweringError(
             "stages are built for the CPU in fp32 only", "leave out --stages, or --device cuda and --precision"
+        )
+    if options.on_bad_id != "error" and GuardIds.name in options.disable:
+        raise GrcError(
+            f"--on-bad-id {options.on_bad_id} is what the pass {GuardIds.name} does, which is disabled",
+            f"leave out --on-bad-id, or --disable {GuardIds.name}",
         )
     target = target_of(options)  # a GPU that is not there, or a precision that has no kernels, is told before any work
     check_precision(options.precision, options.device, target.sm)
@@ -163,6 +169,7 @@ def optimise(
         after=seen,
         progress=progress.detail,
     )
+    check_guarded(records, options)
     fused: dict[str, int] = {}
     for record in records:
         for change in record.made if record.name not in QUIET and not record.rolled_back else ():
@@ -170,6 +177,16 @@ def optimise(
             fused[key] = fused.get(key, 0) + 1
     progress.end(", ".join(f"{k} {v}" for k, v in fused.items()) or "nothing to fuse")
     return Optimised(graph, records, proof, canonical, {"passes": time.perf_counter() - start})
+
+
+def check_guarded(records: Sequence[Record], options: Options) -> None:
+    """Raises PassError where the ids that a policy is for would be read as they are."""
+    for record in records:
+        if record.name == GuardIds.name and record.rolled_back:
+            raise PassError(
+                f"pass {record.name}: {record.rolled_back}",
+                f"leave out --on-bad-id {options.on_bad_id}: requests are checked",
+            )
 
 
 def lower_in_fewer_bits(
@@ -280,7 +297,8 @@ def lower_stages(line: Line, options: Options, folder: Path, progress: Progress)
         progress.begin("stage")
         plain = written_out(stage.graph)  # the oracle widens what operators of torch read, and no arena of ours
         proof = Proof([line.inputs(stage, batch) for batch in source.proof_batches()]).prepare(plain)
-        graph, _ = run_passes(stage.graph, pipeline(options, FUSIONS), proof, strict=options.strict)
+        graph, records = run_passes(stage.graph, pipeline(options, FUSIONS), proof, strict=options.strict)
+        check_guarded(records, options)
         single = Proof([line.inputs(stage, 1)] if source.min_batch == 1 else []).prepare(plain)
         requests = Requests(
             proof.inputs + single.inputs,

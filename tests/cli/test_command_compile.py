@@ -121,6 +121,29 @@ def test_an_engine_that_is_left_out_says_why_and_leaves_no_file(
     assert [file.name for file in (artifact_path / "parts").iterdir()] == ["eager.json"]
 
 
+def test_a_policy_for_bad_ids_is_held_or_refused(
+    grc: Grc, model: Path, artifact_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def stumble(self, graph):
+        raise RuntimeError("value cannot be converted")
+
+    monkeypatch.setattr("grc.passes.guard_ids.GuardIds.run", stumble)
+    ran = grc("compile", model, "-o", artifact_path, *QUICK, "--on-bad-id", "clamp")
+    assert (ran.code, ran.told) == (
+        1,
+        [
+            "error: pass guard-ids: failed: RuntimeError: value cannot be converted",
+            "hint: leave out --on-bad-id clamp: requests are checked",
+        ],
+    )
+    refused(
+        grc("compile", model, "-o", artifact_path, *QUICK, "--on-bad-id", "clamp", "--disable", "guard-ids"),
+        "error: --on-bad-id clamp is what the pass guard-ids does, which is disabled",
+        "hint: leave out --on-bad-id, or --disable guard-ids",
+    )
+    assert not artifact_path.exists()
+
+
 def test_times_that_other_programs_had_a_part_in_are_told(
     grc: Grc, model: Path, artifact_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
