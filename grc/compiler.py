@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from grc.errors import BudgetError, GrcError, LoweringError, PassError
+from grc.errors import BudgetError, GrcError, LoweringError
 from grc.graph.capture import EXPORT_BATCH, Source, capture
 from grc.graph.cut import Stage, cut
 from grc.graph.model_file import Model, from_module, load_model
@@ -24,11 +24,11 @@ from grc.lowering.cuda import Gpu, described, full_precision, gpu_engines, gpu_t
 from grc.lowering.engine import Built, Engine, Lowerable, Target
 from grc.lowering.export import written_out
 from grc.lowering.stages import BuiltStage, Line
-from grc.lowering.timing import Processors
+from grc.lowering.timing import crowding
 from grc.lowering.traffic import interpolated, learn, read_traffic, told
 from grc.manifest import describe
 from grc.options import Options
-from grc.passes.guard_ids import GuardIds
+from grc.passes.guard_ids import check_enabled, check_guarded
 from grc.passes.manager import Proof, Record, run_passes
 from grc.passes.pipeline import pipeline
 from grc.precision.apply import with_tables
@@ -40,7 +40,7 @@ from grc.precision.search import HALF_LAYERS, SPENT, Lowered, Search
 from grc.precision.sites import Site, find_sites
 from grc.progress import Progress, Silent, Timed
 from grc.report.html import write_report
-from grc.report.summary import size
+from grc.report.summary import microseconds, size
 from grc.runtime.artifact import Artifact, write_manifest, writing
 from grc.runtime.device import DeviceWeights
 from grc.runtime.engines import Run
@@ -83,11 +83,7 @@ def compile(
         raise LoweringError(
             "stages are built for the CPU in fp32 only", "leave out --stages, or --device cuda and --precision"
         )
-    if options.on_bad_id != "error" and GuardIds.name in options.disable:
-        raise GrcError(
-            f"--on-bad-id {options.on_bad_id} is what the pass {GuardIds.name} does, which is disabled",
-            f"leave out --on-bad-id, or --disable {GuardIds.name}",
-        )
+    check_enabled(options)
     target = target_of(options)  # a GPU that is not there, or a precision that has no kernels, is told before any work
     check_precision(options.precision, options.device, target.sm)
     budget(options.budget)
@@ -169,7 +165,7 @@ def optimise(
         after=seen,
         progress=progress.detail,
     )
-    check_guarded(records, options)
+    check_guarded(records, options.on_bad_id)
     fused: dict[str, int] = {}
     for record in records:
         for change in record.made if record.name not in QUIET and not record.rolled_back else ():
@@ -177,16 +173,6 @@ def optimise(
             fused[key] = fused.get(key, 0) + 1
     progress.end(", ".join(f"{k} {v}" for k, v in fused.items()) or "nothing to fuse")
     return Optimised(graph, records, proof, canonical, {"passes": time.perf_counter() - start})
-
-
-def check_guarded(records: Sequence[Record], options: Options) -> None:
-    """Raises PassError where the ids that a policy is for would be read as they are."""
-    for record in records:
-        if record.name == GuardIds.name and record.rolled_back:
-            raise PassError(
-                f"pass {record.name}: {record.rolled_back}",
-                f"leave out --on-bad-id {options.on_bad_id}: requests are checked",
-            )
 
 
 def lower_in_fewer_bits(
@@ -298,7 +284,7 @@ def lower_stages(line: Line, options: Options, folder: Path, progress: Progress)
         plain = written_out(stage.graph)  # the oracle widens what operators of torch read, and no arena of ours
         proof = Proof([line.inputs(stage, batch) for batch in source.proof_batches()]).prepare(plain)
         graph, records = run_passes(stage.graph, pipeline(options, FUSIONS), proof, strict=options.strict)
-        check_guarded(records, options)
+        check_guarded(records, options.on_bad_id)
         single = Proof([line.inputs(stage, 1)] if source.min_batch == 1 else []).prepare(plain)
         requests = Requests(
             proof.inputs + single.inputs,
@@ -379,9 +365,8 @@ def build_and_choose(
     progress.end(", ".join(f"{c.built.engine} {c.build_seconds:.0f} s" for c in candidates))
     built = time.perf_counter()
     progress.begin("measure")
-    before = Processors.now() if target.device == "cpu" else None
-    eager_times = measure(candidates, model, requests, progress.detail)
-    after = Processors.now() if before else None
+    with crowding(target.threads if target.device == "cpu" else 1) as notes:
+        eager_times = measure(candidates, model, requests, progress.detail)
     learnt = ""
     if relearn is not None:
         known = {b: min(c.median(b) for c in candidates if b in c.times) for b in eager_times}
@@ -392,15 +377,10 @@ def build_and_choose(
             candidate.run = gpu.load(candidate.built, parts)
         eager_times = measure(candidates, model, requests, progress.detail)
     choice = choose(candidates, rejected, eager_times)
-    choice.plan = plan
-    if before and after and (note := before.crowded(after, target.threads, os.cpu_count() or 1)):
-        choice.notes.append(note)
-    won = [f"batch {b}: {c.built.engine} {microseconds(c.median(b))}" for b, c in choice.winners]
+    choice.plan, choice.notes = plan, notes
+    won = [f"batch {b}: {c.built.engine} {microseconds(c.median(b) * 1e6)}" for b, c in choice.winners]
     progress.end("   ".join([learnt, *won] if learnt else won))
-    kept = {candidate.built.file for candidate in choice.parts}
-    for file in parts.iterdir():  # also of engines that were built and refused
-        if file.name not in kept:
-            file.unlink()
+    choice.tidy(parts)
     return choice, target, {"build": built - start, "measure": time.perf_counter() - built}
 
 
@@ -418,7 +398,3 @@ def timed_batches(source: Source, options: Options, buckets: Sequence[int] = ())
     wanted = buckets or options.batches
     sizes = [b for b in wanted if source.min_batch <= b <= options.max_batch] if source.dynamic else [1]
     return sizes or [options.max_batch]
-
-
-def microseconds(seconds: float) -> str:
-    return f"{seconds * 1e6:.0f} us" if seconds < 1e-3 else f"{seconds * 1e3:.1f} ms"

@@ -64,6 +64,13 @@ class Choice:
                 used.append(candidate)
         return used
 
+    def tidy(self, folder: Path) -> None:
+        """Delete the files of engines that lost, and of those that were built and refused."""
+        kept = {candidate.built.file for candidate in self.parts}
+        for file in folder.iterdir():
+            if file.name not in kept:
+                file.unlink()
+
 
 @dataclass(frozen=True)
 class Requests:

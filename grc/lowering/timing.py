@@ -6,8 +6,8 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,3 +154,14 @@ class Processors:
             f"other programs took {others:.1f} of {cores} cores while the engines were measured: times and winners may be "
             "wrong; compile again when the host is idle"
         )
+
+
+@contextmanager
+def crowding(threads: int) -> Iterator[list[str]]:
+    """A list that holds at the end what is to be told about other programs meanwhile."""
+    notes: list[str] = []
+    before = Processors.now()
+    yield notes
+    after = Processors.now()
+    if before and after and (note := before.crowded(after, threads, os.cpu_count() or 1)):
+        notes.append(note)

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from grc.errors import GrcError, PassError
 from grc.graph.lookups import NO_PADDING
 from grc.graph.match import argument, aten, call_arguments, is_op, shape, value
 from grc.graph.rewrite import Rewriter
-from grc.options import BadIdPolicy
-from grc.passes.manager import Change, Pass
+from grc.options import BadIdPolicy, Options
+from grc.passes.manager import Change, Pass, Record
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,24 @@ class GuardIds(Pass):
                 changes.append(Change(f"{self.policy} in {node.name}"))
         edit.finish()
         return changes
+
+
+def check_enabled(options: Options) -> None:
+    """Raises GrcError where the pass is disabled that a policy for bad ids needs."""
+    if options.on_bad_id != "error" and GuardIds.name in options.disable:
+        raise GrcError(
+            f"--on-bad-id {options.on_bad_id} is what the pass {GuardIds.name} does, which is disabled",
+            f"leave out --on-bad-id, or --disable {GuardIds.name}",
+        )
+
+
+def check_guarded(records: Sequence[Record], policy: BadIdPolicy) -> None:
+    """Raises PassError where the ids that a policy is for would be read as they are."""
+    for record in records:
+        if record.name == GuardIds.name and record.rolled_back:
+            raise PassError(
+                f"pass {record.name}: {record.rolled_back}", f"leave out --on-bad-id {policy}: requests are checked"
+            )
 
 
 def guard_fused(edit: Rewriter, node: fx.Node, policy: BadIdPolicy) -> None:
