@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from grc.graph.lookups import Bag
 from grc.graph.match import argument, aten, is_op, same_shape, shape, value
@@ -84,3 +84,9 @@ def same_matrix(a: fx.Node, b: fx.Node) -> bool:
     if a is b:
         return True
     return is_op(a, aten.reshape) and is_op(b, aten.reshape) and a.args[0] is b.args[0] and same_shape(a, b)
+
+
+def ended(ends: Tensor, position: Tensor) -> Tensor:
+    """How many bags end at or before each position: searchsorted, which ONNX has not, for positions that are counted up."""
+    ends = ends.clamp(0, position.shape[0])
+    return position.new_zeros(position.shape[0] + 1).index_add(0, ends, ends.new_ones(ends.shape)).cumsum(0)[:-1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import fx
 
 from grc.errors import GrcError, PassError
+from grc.graph.jagged import ended
 from grc.graph.lookups import NO_PADDING
 from grc.graph.match import argument, aten, call_arguments, is_op, shape, value
 from grc.graph.rewrite import Rewriter
@@ -96,15 +96,8 @@ def spread_jagged(
     """For each list of a number a feature, the number of each value, by the feature whose bag it lies in."""
     if all(len(set(values)) == 1 for values in wanted):
         return [values[0] for values in wanted]
-    count = edit.call(aten.sym_size.int, ids, 0)
-    place = edit.call(aten.arange.default, count, dtype=torch.int64, device=value(ids).device)
-    ends = edit.call(aten.slice.Tensor, offsets, 0, 1)
-    bag = edit.call(aten.searchsorted.Tensor, ends, place, right=True)
-    last = edit.call(aten.sym_size.int, offsets, 0)
     features = len(wanted[0])
-    batch = edit.call(operator.floordiv, edit.call(operator.sub, last, 1), features)
-    feature = edit.call(aten.floor_divide.default, bag, edit.call(aten.full.default, [1], batch, dtype=torch.int64))
-    feature = edit.call(aten.clamp.default, feature, 0, features - 1)
+    feature = edit.inline(lambda ids, offsets: feature_of(ids, offsets, features), ids, offsets)
 
     def spread(values: Sequence[int]) -> int | fx.Node:
         if len(set(values)) == 1:
@@ -113,6 +106,13 @@ def spread_jagged(
         return edit.call(aten.index_select.default, limits, 0, feature)
 
     return [spread(values) for values in wanted]
+
+
+def feature_of(ids: torch.Tensor, offsets: torch.Tensor, features: int) -> torch.Tensor:
+    """Which feature each of the values [V] belongs to, of the bags of one feature after those of another."""
+    bag = ended(offsets[1:].to(torch.int64), torch.arange(ids.shape[0], device=ids.device))
+    batch = (offsets.shape[0] - 1) // features
+    return (bag // batch).clamp(0, features - 1)
 
 
 def guarded(edit: Rewriter, ids: fx.Node, rows: Any, pad: Any, policy: BadIdPolicy) -> fx.Node:

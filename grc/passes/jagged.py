@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from grc.graph.jagged import ended
 from grc.graph.match import argument, attribute, source_text, where
 from grc.graph.rewrite import Rewriter
 from grc.graph.segments import beneath
@@ -111,7 +112,7 @@ def taken(dense: Tensor, offsets: Sequence[Tensor], total: int) -> Tensor:
         raise Unsupported(f"a jagged tensor of {len(offsets)} levels")
     ends = offsets[0]
     position = torch.arange(total, device=ends.device, dtype=ends.dtype)
-    row = torch.searchsorted(ends[1:].contiguous(), position, right=True)
+    row = ended(ends[1:], position)
     column = position - ends[row]
     found = dense[row, column.clamp(max=dense.shape[1] - 1)]
     inside = (column < dense.shape[1]).view(-1, *[1] * (dense.dim() - 2))
@@ -148,7 +149,7 @@ def permute_features(
     ordered = lengths[permute]
     ends = ordered.flatten().cumsum(0, dtype=lengths.dtype)
     position = torch.arange(total, device=values.device, dtype=lengths.dtype)
-    segment = torch.searchsorted(ends, position, right=True)
+    segment = ended(ends, position)
     place = begin[segment] + position - (ends - ordered.flatten())[segment]
     return [ordered, values[place], None if weights is None else weights[place]]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import grc
+from grc.options import BadIdPolicy
 
 pytest.importorskip("onnxruntime", reason="the engine needs it")
 
@@ -43,10 +44,11 @@ def jagged_inputs(batch: int) -> tuple[Tensor, ...]:
     return ids[0], (ends - lengths)[0], ids[1], (ends - lengths)[1]
 
 
-def test_bags_with_offsets(tmp_path: Path) -> None:
+@pytest.mark.parametrize("policy", ["error", "zero", "clamp"])
+def test_bags_with_offsets(policy: BadIdPolicy, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Jagged().eval()
-    options = grc.Options(output=tmp_path / "bags.grc", engine="onnxruntime", batches=(2,))
+    options = grc.Options(output=tmp_path / "bags.grc", engine="onnxruntime", batches=(2,), on_bad_id=policy)
     grc.compile(model, jagged_inputs, options=options)
     for batch in (1, 7, 40):
         request = jagged_inputs(batch)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from grc.graph.jagged import ended
 from grc.kernels.lookup.row_formats import ROW_FORMATS, row_bytes, unpacked
 
 SUM, MEAN, MAX = 0, 1, 2
@@ -160,12 +161,6 @@ def _jagged(
         if pooling == MEAN:
             total = total / _counts(bag, bags).clamp(min=1).unsqueeze(-1)
     return total[:bags].view(len(features), batch, width).transpose(0, 1).to(table.dtype)
-
-
-def ended(ends: Tensor, position: Tensor) -> Tensor:
-    """How many bags end at or before each position: searchsorted, which ONNX has not, for positions that are counted up."""
-    ends = ends.clamp(0, position.shape[0])
-    return position.new_zeros(position.shape[0] + 1).index_add(0, ends, torch.ones_like(ends)).cumsum(0)[:-1]
 
 
 def _counts(bag: Tensor, bags: int) -> Tensor:
