@@ -27,14 +27,22 @@ def with_checked_ids(graph: fx.GraphModule) -> fx.GraphModule:
             continue
         ids: fx.Node = node.args[1]  # type: ignore[assignment]
         asked = [matrix for matrix, _, _ in origins(ids) if matrix.op == "placeholder"]
-        sizes = value(ids).shape
-        if not asked or value(ids).dtype not in TYPES or sum(not isinstance(size, int) for size in sizes) > 1:
+        if not asked or value(ids).dtype not in TYPES:
             continue
         key = ids, len(table)
         if key not in made:
             with edit.at(node):
                 flat = edit.call(CHECKED_IDS.overload, edit.reshape(ids, -1), len(table))
-                made[key] = edit.reshape(flat, *(size if isinstance(size, int) else -1 for size in sizes))
+                made[key] = edit.call(aten.reshape.default, flat, sizes_of(edit, ids))
         node.update_arg(1, made[key])
     edit.finish()
     return copy
+
+
+def sizes_of(edit: Rewriter, node: fx.Node) -> list[int | fx.Node]:
+    """The sizes of a node, for a reshape: -1 for the only one that varies, values of the graph for several."""
+    sizes = value(node).shape
+    varying = [dim for dim, size in enumerate(sizes) if not isinstance(size, int)]
+    if len(varying) == 1:
+        return [-1 if dim in varying else size for dim, size in enumerate(sizes)]
+    return [edit.call(aten.sym_size.int, node, dim) if dim in varying else size for dim, size in enumerate(sizes)]

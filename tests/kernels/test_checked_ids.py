@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,13 +44,20 @@ class History(nn.Module):
         return self.head(seen * self.items(item) + torch.sigmoid(self.users(user)))
 
 
-def requests(batch: int) -> tuple[Tensor, Tensor, Tensor]:
+def requests(batch: int, steps: int = 6) -> tuple[Tensor, Tensor, Tensor]:
     make = torch.Generator().manual_seed(batch)
-    return tuple(torch.randint(20, size, generator=make) for size in ((batch,), (batch,), (batch, 6)))  # type: ignore[return-value]
+    return tuple(torch.randint(20, size, generator=make) for size in ((batch,), (batch,), (batch, steps)))  # type: ignore[return-value]
+
+
+def requests_of_any_length(batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    return requests(batch, 4 + batch % 5)
 
 
 @pytest.mark.engine
-def test_a_package_checks_the_ids_of_look_ups_that_are_not_ours(tmp_path: Path) -> None:
+@pytest.mark.parametrize("requests", [requests, requests_of_any_length])
+def test_a_package_checks_the_ids_of_look_ups_that_are_not_ours(
+    requests: Callable[[int], tuple[Tensor, Tensor, Tensor]], tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     model = History().eval()
     program = grc.load(
