@@ -365,7 +365,7 @@ def build_and_choose(
     progress.end(", ".join(f"{c.built.engine} {c.build_seconds:.0f} s" for c in candidates))
     built = time.perf_counter()
     progress.begin("measure")
-    with crowding(target.threads if target.device == "cpu" else 1) as notes:
+    with crowding(target.threads if target.device == "cpu" else 1) as told_of:
         eager_times = measure(candidates, model, requests, progress.detail)
     learnt = ""
     if relearn is not None:
@@ -377,7 +377,7 @@ def build_and_choose(
             candidate.run = gpu.load(candidate.built, parts)
         eager_times = measure(candidates, model, requests, progress.detail)
     choice = choose(candidates, rejected, eager_times)
-    choice.plan, choice.notes = plan, notes
+    choice.plan, choice.crowded = plan, next(iter(told_of), None)
     won = [f"batch {b}: {c.built.engine} {microseconds(c.median(b) * 1e6)}" for b, c in choice.winners]
     progress.end("   ".join([learnt, *won] if learnt else won))
     choice.tidy(parts)

@@ -91,7 +91,7 @@ def describe(
         "quality": {c.built.engine: c.error for c in choice.candidates},
         "budget_quality": {c.built.engine: c.quality for c in choice.candidates if c.quality},
         "capture": {"mode": source.mode, "notes": source.notes},
-        "notes": choice.notes,
+        "crowded": choice.crowded,
         "layers": [asdict(layer) for layer in layers(source.graph)],
         "processing": bundle(model, folder),
         **({"cut": cut} if cut else {}),

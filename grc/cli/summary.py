@@ -91,7 +91,7 @@ def show_closing(summary: dict[str, Any], path: str, count: int) -> None:
     times = [
         f"{speed[k]:.1f}x {title}" for k, title in (("eager", "eager"), ("aotinductor", "AOTInductor")) if k in speed
     ]
-    how = f"{', '.join(times)} at batch {speed['batch']}" if times else "not measured"
+    how = f"{', '.join(times)} at batch {speed['batch']}" if times else "speed not measured"
     put()
     put(f"  {path}   {size(count)}   {how}   largest error {summary['error']:.1e}")
     for note in summary["notes"]:

@@ -54,7 +54,7 @@ class Choice:
     eager_times: dict[int, float]
     winners: list[tuple[int, Candidate]]
     plan: Plan | None = None  # of a GPU's buckets
-    notes: list[str] = field(default_factory=list)  # on what was measured
+    crowded: str | None = None  # what other programs took meanwhile, if it was much
 
     @property
     def parts(self) -> list[Candidate]:

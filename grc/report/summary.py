@@ -17,7 +17,7 @@ def summarise(manifest: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": manifest["name"],
         "stages": manifest.get("stages", []),
-        "notes": [*manifest["capture"]["notes"], *manifest["notes"]],
+        "notes": [*manifest["capture"]["notes"], *filter(None, [manifest["crowded"]])],
         "fused": fused,
         "missed": missed,
         "rolled_back": rolled_back(manifest),
@@ -93,9 +93,10 @@ def winners(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def speed(manifest: dict[str, Any]) -> dict[str, Any] | None:
-    """How many times faster than the eager model and than plain AOTInductor, at the middle measured batch."""
+    """How many times faster than the eager model and than plain AOTInductor, at the middle measured batch; None where nothing
+    was measured, or other programs had a part in it."""
     measured = batches(manifest)
-    if not measured:
+    if not measured or manifest["crowded"]:
         return None
     batch = measured[len(measured) // 2]
     times = medians(manifest)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grc.runtime.artifact import read_manifest
+from grc.runtime.artifact import FORMAT, read_manifest
 from grc.runtime.weights import read_weights, write_weights
 from tests.cli.session import Grc, edit_manifest, refused
 
@@ -83,7 +83,7 @@ HOSTS = {
     other_isa: ("tiny.grc was built for avx512; this CPU has avx2", "rebuild it here: {command}"),
     other_torch: (f"tiny.grc was built with torch 2.4.1; this is torch {torch.__version__.split('+')[0]}",
                   "rebuild it here: {command}"),
-    other_format: ("tiny.grc has format 99; this grc reads format 2", "rebuild the artifact"),
+    other_format: (f"tiny.grc has format 99; this grc reads format {FORMAT}", "rebuild the artifact"),
     lost_operators: ("tiny.grc needs the operators abacus:: of no_such_package", "pip install no_such_package"),
 }  # fmt: skip
 

@@ -18,6 +18,7 @@ from grc.passes.pipeline import NAMES
 from grc.report.summary import summarise
 from grc.runtime.artifact import writing
 from grc.runtime.triton_repository.slices import write_stage
+from tests.cli.conftest import idle_host
 from tests.cli.session import Grc, Ran, refused
 
 QUICK = ("--engine", "eager", "--batches", "4")
@@ -45,7 +46,10 @@ def test_timing_tells_the_cost_of_each_pass(compiled: tuple[Path, Ran]):
     assert float(merge[2]) >= 0
 
 
-def test_json_is_the_summary_and_nothing_else(grc: Grc, model: Path, artifact_path: Path):
+def test_json_is_the_summary_and_nothing_else(
+    grc: Grc, model: Path, artifact_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    idle_host(monkeypatch)
     ran = grc("compile", model, "-o", artifact_path, *QUICK, "--json")
     summary = json.loads(ran.out)
     assert ran.code == 0
@@ -150,6 +154,7 @@ def test_times_that_other_programs_had_a_part_in_are_told(
     monkeypatch.setattr("grc.lowering.timing.Processors.crowded", lambda *_: "other programs took 1.0 of 2 cores")
     ran = grc("compile", model, "-o", artifact_path, *QUICK)
     assert "note: other programs took 1.0 of 2 cores" in ran.told
+    assert "speed not measured" in ran.out and "x eager" not in ran.out
 
 
 def test_strict_makes_a_broken_pass_an_error(
