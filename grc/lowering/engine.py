@@ -29,9 +29,7 @@ class Built:
     file: str
     constants: dict[str, torch.Tensor]
     notes: list[str] = field(default_factory=list)
-    checks_ids: bool = (
-        False  # whether its kernels meet every id that has no row: on a CPU they refuse it, on a GPU count it
-    )
+    checks_ids: bool = False  # whether its kernels see every id that has no row: a CPU's refuse it, a GPU's count it
     graphs: bool = False  # on a GPU: whether its runs are captured as CUDA graphs
     bucket: int | None = None  # on a GPU: the one batch size that it was built for
     counts_bad_ids: bool = False  # on a GPU: whether its kernels count ids outside of their tables, where COUNTER says

@@ -1,4 +1,4 @@
-// Tensors across AOTInductor's C ABI: a view of an argument, an owned result, and exceptions turned into error codes.
+// Tensors across AOTInductor's C ABI: a view of an argument, and an owned result.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
