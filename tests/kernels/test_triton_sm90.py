@@ -461,10 +461,3 @@ def test_attention_is_launched_once(heads: int, masks: bool, steps_of_a_user: in
 
 def test_a_wide_head_has_fewer_keys_on_their_way_at_once() -> None:
     assert [attention.configs(200, 200, 1, width, False)[0][0].keys for width in (32, 64, 100)] == [256, 256, 128]
-
-
-@pytest.mark.parametrize("rows", [0, 1, score_topk.MOST_OF_FEW, score_topk.MOST_OF_FEW + 1, 10**5])
-def test_scores_are_launched_once(rows: int) -> None:
-    for known in (rows, np.int64(rows)):
-        chosen = [way for way, asked in score_topk.ways(known) if asked]
-        assert chosen == [score_topk.FEW if rows <= score_topk.MOST_OF_FEW else score_topk.MANY]

@@ -11,6 +11,7 @@ from grc.kernels.dependent import ready
 from grc.kernels.gpu_op import registering
 from grc.kernels.rows import LOG2E, sigmoid, tl, triton
 from grc.kernels.tiles import lanes
+from grc.kernels.ways import by_count
 
 DTYPES = (torch.float16, torch.bfloat16)
 WIDEST = 128  # of a head: keys and values of a block lie in shared memory as a whole
@@ -148,14 +149,7 @@ def configs(queries: Any, keys: Any, heads: Any, width: int, masked: bool) -> li
     last = fitted(MANY_WITH_MASKS if masked else MANY, queries, keys)
     found = [(way, most) for config, most in found if (way := fitted(config, queries, keys))[:3] != last[:3]]
     programs = heads * triton.cdiv(queries, ALONE.queries)
-    if isinstance(programs, int):
-        return [(next((config for config, most in found if programs <= most), last), 1)]
-    launches, fewer = [], 0
-    for config, most in found:
-        asked = torch.sym_min(most // torch.sym_max(programs, 1), 1)
-        launches.append((config, asked - fewer))
-        fewer = asked
-    return [*launches, (last, 1 - fewer)]
+    return by_count(programs, found, last)
 
 
 def fitted(config: Config, queries: Any, keys: Any) -> Config:

@@ -18,6 +18,7 @@ from grc.kernels.gpu_op import registering
 from grc.kernels.layer_chain import decode, outputs
 from grc.kernels.rows import tl, triton
 from grc.kernels.small_linear.triton import activate
+from grc.kernels.ways import by_count
 
 # The fastest on an H200 for 200 to 25,600 rows. A wide layer at the end is shared by several programs, as long as that many
 # fit on the device at once.
@@ -206,15 +207,7 @@ def configs(steps: Sequence[kinds.Step], count: Any) -> list[tuple[Config, Any]]
     """
     wide = max((int(step[5]) // BLOCK.value for step in steps if step[0] == kinds.WIDE), default=1)
     smaller = [(Config(16, wide), FEW), (Config(64, min(wide, 4)), SOME)] if wide > 1 else [(Config(16, 1), NARROW)]
-    most = Config(64, 1)
-    if isinstance(count, int):
-        return [(next((config for config, limit in smaller if count <= limit), most), 1)]
-    found, fewer = [], 0
-    for config, limit in smaller:
-        asked = torch.sym_min(limit // torch.sym_max(count, 1), 1)
-        found.append((config, asked - fewer))
-        fewer = asked
-    return [*found, (most, 1 - fewer)]
+    return by_count(count, smaller, Config(64, 1))
 
 
 register = registering(layer_chain)

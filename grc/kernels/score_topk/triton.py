@@ -16,6 +16,7 @@ from grc.kernels.dependent import ready
 from grc.kernels.gpu_op import registering
 from grc.kernels.rows import tl, triton
 from grc.kernels.tiles import lanes
+from grc.kernels.ways import by_count
 
 DTYPES = (torch.float16, torch.bfloat16)
 WIDEST = 256  # of a row: it lies in registers as a whole
@@ -145,14 +146,6 @@ def group_of(items: int, k: int) -> int:
     return min(reversed(fitting), key=lambda size: sum(sizes[size]), default=0)
 
 
-def ways(rows: Any) -> list[tuple[tuple[int, int], Any]]:
-    """How to score so many rows, each way with 1 or 0: of two, where their number is unknown, a run takes one."""
-    if isinstance(rows, int):
-        return [(FEW if rows <= MOST_OF_FEW else MANY, 1)]
-    asked = torch.sym_min(MOST_OF_FEW // torch.sym_max(rows, 1), 1)
-    return [(FEW, asked), (MANY, 1 - asked)]
-
-
 def score_topk(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,7 +161,7 @@ def score_topk(
     rows, group = flat.shape[0], group_of(items, k)
     groups = triton.cdiv(items, group)
     keys, best = (flat.new_empty(rows, count, dtype=torch.int16) for count in (items, groups))
-    for (high, warps), asked in ways(rows):
+    for (high, warps), asked in by_count(rows, [(FEW, MOST_OF_FEW)], MANY):
         wrap_triton(grc_score_keys)[(triton.cdiv(items, ITEMS) * asked, triton.cdiv(rows, SPAN))](
             flat, weight, flat if bias is None else bias.contiguous(), keys, best, rows, items, groups,
             flat.stride(0), weight.stride(0), D=width, PD=lanes(width), BIASED=bias is not None,

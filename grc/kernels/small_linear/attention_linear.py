@@ -19,6 +19,7 @@ from grc.kernels.rows import sigmoid, tl, triton
 from grc.kernels.small_linear import triton as small_linear
 from grc.kernels.small_linear.triton import TILE, activate, rows_of
 from grc.kernels.tiles import lanes
+from grc.kernels.ways import by_count
 
 MOST_STEPS = 16  # queries, and keys, which lie in registers
 MOST_COLUMNS = 512  # of all heads together
@@ -110,22 +111,21 @@ def attention_linear(
     last = q if add is None else rows_of(add, columns)
     out = q.new_empty(batch, queries, columns)
     programs = triton.cdiv(columns, TILE)
-    known = isinstance(batch, int)
-    few = int(batch <= MOST_USERS) if known else torch.sym_min(MOST_USERS // torch.sym_max(batch, 1), 1)
-    if not known or few:
-        wrap_triton(grc_attention_linear)[(batch * programs * few,)](
-            q, k, v, weight, q if bias is None else bias, last, out,
-            queries, k.shape[1], columns, last.stride(0), *q.stride(), *k.stride(), *v.stride(),
-            SCALE=scale, GAIN=gain,  # as arguments they would be float64 in a package
-            KIND=kind, CAUSAL=causal, H=count, D=width, V=v.shape[3],
-            PH=triton.next_power_of_2(count), PD=lanes(width), PV=lanes(v.shape[3]),
-            BIASED=bias is not None, ACTIVATION=activation, ADD=add is not None, BS=MOST_STEPS, BN=TILE,
-            num_warps=WARPS,
-        )  # fmt: skip
-    if not known or not few:
-        mixed = q.new_empty(batch, queries, weight.shape[1])
-        attention.launch(q, k, v, None, None, scale, gain, kind, causal, mixed, 1 - few)
-        small_linear.launch(mixed, weight, bias, None, add, activation, None, None, None, out, 1 - few)
+    for together, asked in by_count(batch, [(True, MOST_USERS)], False):
+        if together:
+            wrap_triton(grc_attention_linear)[(batch * programs * asked,)](
+                q, k, v, weight, q if bias is None else bias, last, out,
+                queries, k.shape[1], columns, last.stride(0), *q.stride(), *k.stride(), *v.stride(),
+                SCALE=scale, GAIN=gain,  # as arguments they would be float64 in a package
+                KIND=kind, CAUSAL=causal, H=count, D=width, V=v.shape[3],
+                PH=triton.next_power_of_2(count), PD=lanes(width), PV=lanes(v.shape[3]),
+                BIASED=bias is not None, ACTIVATION=activation, ADD=add is not None, BS=MOST_STEPS, BN=TILE,
+                num_warps=WARPS,
+            )  # fmt: skip
+        else:
+            mixed = q.new_empty(batch, queries, weight.shape[1])
+            attention.launch(q, k, v, None, None, scale, gain, kind, causal, mixed, asked)
+            small_linear.launch(mixed, weight, bias, None, add, activation, None, None, None, out, asked)
     return out
 
 

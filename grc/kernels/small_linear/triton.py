@@ -21,6 +21,7 @@ from grc.errors import LoweringError
 from grc.kernels.dependent import ready
 from grc.kernels.gpu_op import registering
 from grc.kernels.rows import sigmoid, tl, triton
+from grc.kernels.ways import by_count
 
 # The fastest on an H200 for layers of 400 to 2048 columns: of one row, and of 10 to 40.
 COLUMNS = 2  # of a program with one row
@@ -322,24 +323,13 @@ def ways(x: torch.Tensor, count: Any, columns: int, depth: int, norm: bool) -> l
         found = [(few, FEW), (tiled(depth), TILE)]
     elif steps > 1 and on_tensor_cores(depth, norm):
         found = [(tiled(depth), TILE)]
-    found = [(way, most) for way, most in found if steps <= most]
-    if isinstance(count, int):
-        return [(next((way for way, most in found if count <= most), blocks), 1)]
-    launches, fewer = [], 0
-    for way, most in found:
-        asked = torch.sym_min(most // torch.sym_max(count, 1), 1)
-        launches.append((way, asked - fewer))
-        fewer = asked
-    return [*launches, (blocks, 1 - fewer)]
+    return by_count(count, [(way, most) for way, most in found if steps <= most], blocks)
 
 
 def plain(steps: int, depth: int) -> Way:
     """Without tensor cores."""
-    high, across, block = (
-        at_once(steps),
-        COLUMNS if steps == 1 else STEP_COLUMNS,
-        min(DEPTH, triton.next_power_of_2(depth)),
-    )
+    high, across = at_once(steps), COLUMNS if steps == 1 else STEP_COLUMNS
+    block = min(DEPTH, triton.next_power_of_2(depth))
     warps = 1 if depth <= ONE_WARP else 4 if steps == 1 else 2
     sizes = dict(ROWS=high, BN=across, BK=block, BLOCKS=triton.cdiv(depth, block), num_warps=warps)
     return Way(grc_small_linear, high, across, sizes)
