@@ -54,6 +54,11 @@ def check_enabled(options: Options) -> None:
 
 def check_guarded(records: Sequence[Record], policy: BadIdPolicy) -> None:
     """Raises PassError where the ids that a policy is for would be read as they are."""
+    if policy != "error" and all(record.name != GuardIds.name for record in records):
+        raise PassError(
+            f"--bisect-limit ends before the pass {GuardIds.name}, which --on-bad-id {policy} needs",
+            "bisect without --on-bad-id",
+        )
     for record in records:
         if record.name == GuardIds.name and record.rolled_back:
             raise PassError(

@@ -112,7 +112,7 @@ def run_passes(
     waiting = list(passes)
     while waiting:
         step = waiting.pop(0)
-        if limit is not None and sum(bool(r.made) for r in records) >= limit:
+        if limit is not None and sum(bool(r.made) and not r.rolled_back for r in records) >= limit:
             break
         if progress:
             progress(step.name)

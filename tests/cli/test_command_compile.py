@@ -145,6 +145,11 @@ def test_a_policy_for_bad_ids_is_held_or_refused(
         "error: --on-bad-id clamp is what the pass guard-ids does, which is disabled",
         "hint: leave out --on-bad-id, or --disable guard-ids",
     )
+    refused(
+        grc("compile", model, "-o", artifact_path, *QUICK, "--on-bad-id", "clamp", "--bisect-limit", "1"),
+        "error: --bisect-limit ends before the pass guard-ids, which --on-bad-id clamp needs",
+        "hint: bisect without --on-bad-id",
+    )
     assert not artifact_path.exists()
 
 

@@ -142,6 +142,8 @@ def test_the_bisect_limit_stops_after_passes_that_changed_something(graph, proof
     assert len(run_passes(graph, steps, proof, limit=1)[1]) == 2
     assert len(run_passes(graph, steps, proof, limit=0)[1]) == 0
     assert len(run_passes(graph, steps, proof, limit=None)[1]) == 4
+    broken = [Swap(), Nothing(), Swap(aten.relu.default), Nothing()]
+    assert len(run_passes(graph, broken, proof, limit=1)[1]) == 3, "what is rolled back has changed nothing"
 
 
 def test_after_sees_the_graph_of_each_pass(graph, proof):
