@@ -141,7 +141,7 @@ def tritonserver() -> Finding:
     reason = launcher.missing()
     found = launcher.find()
     if reason is None and found is not None:
-        return Finding("software", "tritonserver", True, str(found.binary))
+        return Finding("software", "tritonserver", True, f"{found.binary}, for grc export-triton --verify")
     fetch = None if found or wheel.obstacle() else "python -m grc.runtime.triton_repository.wheel"
     return Finding("software", "tritonserver", False, reason or "", fetch)
 

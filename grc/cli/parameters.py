@@ -24,7 +24,10 @@ BisectLimit = Annotated[
     typer.Option("--bisect-limit", metavar="N", min=0, help="Stop after N passes have changed something."),
 ]
 OnBadId = Annotated[
-    BadIdPolicy, typer.Option("--on-bad-id", help="An id outside its table: refuse, read zeros, clamp or hash it.")
+    BadIdPolicy,
+    typer.Option(
+        "--on-bad-id", help="An id outside its table: refuse it, read zeros (bags leave it out), clamp or hash it."
+    ),
 ]
 Precision = Annotated[
     Literal["fp32", "bf16", "fp16", "int8", "int4", "fp8", "auto"],
