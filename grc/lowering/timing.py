@@ -18,7 +18,7 @@ BURST = 0.1  # seconds: long beside a call, short beside the drift of a shared m
 SETTLE = 0.06
 LEAD_IN = 0.005  # the engine's own weights come back to the caches meanwhile
 FEWEST = 5
-CROWDED = 0.25  # of a core: what an idle host's own housekeeping never takes
+CROWDED = 0.25  # the share of our threads' processors that others may take: what runs in turns loses that much alike
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Processors:
     def crowded(self, later: Processors, threads: int, cores: int) -> str | None:
         """What is to be told where others took processors that `threads` of ours were waiting for."""
         others = (later.busy - self.busy - later.own + self.own) / max(later.clock - self.clock, 1e-9)
-        if others < CROWDED or others + threads < cores + CROWDED:
+        if others + threads - cores <= CROWDED * threads:
             return None
         return (
             f"other programs took {others:.1f} of {cores} cores while the engines were measured: times and winners may be "

@@ -96,6 +96,7 @@ def test_a_device_keeps_its_own_clock():
     ("busy", "own", "threads", "cores", "told"),
     [
         (20.0, 19.0, 2, 2, None),  # seconds in ten: the host's own housekeeping
+        (160.0, 140.0, 16, 16, None),  # one of sixteen
         (25.0, 18.0, 2, 2, "other programs took 0.7 of 2 cores"),
         (25.0, 18.0, 1, 2, None),  # there was a core for each
         (90.0, 10.0, 4, 64, None),
