@@ -165,7 +165,7 @@ def optimise(
         after=seen,
         progress=progress.detail,
     )
-    check_guarded(records, options.on_bad_id)
+    check_guarded(records, options)
     fused: dict[str, int] = {}
     for record in records:
         for change in record.made if record.name not in QUIET and not record.rolled_back else ():
@@ -284,7 +284,7 @@ def lower_stages(line: Line, options: Options, folder: Path, progress: Progress)
         plain = written_out(stage.graph)  # the oracle widens what operators of torch read, and no arena of ours
         proof = Proof([line.inputs(stage, batch) for batch in source.proof_batches()]).prepare(plain)
         graph, records = run_passes(stage.graph, pipeline(options, FUSIONS), proof, strict=options.strict)
-        check_guarded(records, options.on_bad_id)
+        check_guarded(records, options)
         single = Proof([line.inputs(stage, 1)] if source.min_batch == 1 else []).prepare(plain)
         requests = Requests(
             proof.inputs + single.inputs,

@@ -52,15 +52,16 @@ def check_enabled(options: Options) -> None:
         )
 
 
-def check_guarded(records: Sequence[Record], policy: BadIdPolicy) -> None:
+def check_guarded(records: Sequence[Record], options: Options) -> None:
     """Raises PassError where the ids that a policy is for would be read as they are."""
-    if policy != "error" and all(record.name != GuardIds.name for record in records):
+    guards, policy = [record for record in records if record.name == GuardIds.name], options.on_bad_id
+    if policy != "error" and options.bisect_limit is not None and not guards:
         raise PassError(
             f"--bisect-limit ends before the pass {GuardIds.name}, which --on-bad-id {policy} needs",
             "bisect without --on-bad-id",
         )
-    for record in records:
-        if record.name == GuardIds.name and record.rolled_back:
+    for record in guards:
+        if record.rolled_back:
             raise PassError(
                 f"pass {record.name}: {record.rolled_back}", f"leave out --on-bad-id {policy}: requests are checked"
             )
