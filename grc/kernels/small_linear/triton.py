@@ -128,6 +128,38 @@ def grc_small_linear(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def beside(  # type: ignore[no-untyped-def]
+    bias, mul, add, row, column, mul_row, add_row, BIASED: tl.constexpr, MUL: tl.constexpr, ADD: tl.constexpr
+):  # fmt: skip
+    """What a tile of a product is finished with, and 0.0 for what there is none of."""
+    start, factor, term = 0.0, 0.0, 0.0
+    if BIASED:
+        start = tl.load(bias + column)
+    if MUL:
+        factor = tl.load(mul + row[:, None] * mul_row + column[None, :])
+    if ADD:
+        term = tl.load(add + row[:, None] * add_row + column[None, :])
+    return start, factor, term
+
+
+@triton.jit
+def finish(  # type: ignore[no-untyped-def]
+    answer, start, factor, term, out, row, column, R, N,
+    BIASED: tl.constexpr, ACTIVATION: tl.constexpr, MUL: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """Bias, activation, factor and sum of a tile of a product, which is then stored."""
+    if BIASED:
+        answer += start.to(tl.float32)[None, :]
+    answer = activate(answer, ACTIVATION)
+    if MUL:
+        answer *= factor.to(tl.float32)
+    if ADD:
+        answer += term.to(tl.float32)
+    seen = (row < R)[:, None] & (column < N)[None, :]
+    tl.store(out + row[:, None] * N + column[None, :], answer.to(out.dtype.element_ty), mask=seen)
+
+
+@triton.jit
 def grc_tile_linear(  # type: ignore[no-untyped-def]
     x, weight, bias, mul, add, scale, shift, out, R, N, K, x_row, mul_row, add_row,
     BIASED: tl.constexpr, ACTIVATION: tl.constexpr, MUL: tl.constexpr, ADD: tl.constexpr,
@@ -151,12 +183,7 @@ def grc_tile_linear(  # type: ignore[no-untyped-def]
         scales = tl.load(scale + k, mask=deep, other=0.0)
     if SHIFTED:
         shifts = tl.load(shift + k, mask=deep, other=0.0)
-    if BIASED:
-        start = tl.load(bias + close)
-    if MUL:
-        factor = tl.load(mul + near[:, None] * mul_row + close[None, :])
-    if ADD:
-        term = tl.load(add + near[:, None] * add_row + close[None, :])
+    start, factor, term = beside(bias, mul, add, near, close, mul_row, add_row, BIASED, MUL, ADD)
     if NORM:
         wide = left.to(tl.float32)
         mean = tl.sum(tl.sum(wide, 2), 0) / K
@@ -168,15 +195,7 @@ def grc_tile_linear(  # type: ignore[no-untyped-def]
             wide += shifts.to(tl.float32)[:, None, :]
         left = wide.to(right.dtype)
     answer = tl.sum(tl.dot(left, right), 0)
-    if BIASED:
-        answer += start.to(tl.float32)[None, :]
-    answer = activate(answer, ACTIVATION)
-    if MUL:
-        answer *= factor.to(tl.float32)
-    if ADD:
-        answer += term.to(tl.float32)
-    seen = (row < R)[:, None] & (column < N)[None, :]
-    tl.store(out + row[:, None] * N + column[None, :], answer.to(out.dtype.element_ty), mask=seen)
+    finish(answer, start, factor, term, out, row, column, R, N, BIASED, ACTIVATION, MUL, ADD)
 
 
 @triton.jit
@@ -207,12 +226,7 @@ def grc_block_linear(  # type: ignore[no-untyped-def]
         scales = tl.load(scale + k, mask=k < K, other=0.0).to(tl.float32)
     if SHIFTED:
         shifts = tl.load(shift + k, mask=k < K, other=0.0).to(tl.float32)
-    if BIASED:
-        start = tl.load(bias + close)
-    if MUL:
-        factor = tl.load(mul + near[:, None] * mul_row + close[None, :])
-    if ADD:
-        term = tl.load(add + near[:, None] * add_row + close[None, :])
+    start, factor, term = beside(bias, mul, add, near, close, mul_row, add_row, BIASED, MUL, ADD)
     if NORM:
         wide = left.to(tl.float32)
         wide = tl.where((k < K)[None, :], wide - (tl.sum(wide, 1) / K)[:, None], 0.0)
@@ -230,15 +244,7 @@ def grc_block_linear(  # type: ignore[no-untyped-def]
             right = block_at(weight, close, K, at + k, K, WHOLE)
             left = block_at(x, near, x_row, at + k, K, WHOLE)
             answer = tl.dot(left, tl.trans(right), answer)
-    if BIASED:
-        answer += start.to(tl.float32)[None, :]
-    answer = activate(answer, ACTIVATION)
-    if MUL:
-        answer *= factor.to(tl.float32)
-    if ADD:
-        answer += term.to(tl.float32)
-    seen = (row < R)[:, None] & (column < N)[None, :]
-    tl.store(out + row[:, None] * N + column[None, :], answer.to(out.dtype.element_ty), mask=seen)
+    finish(answer, start, factor, term, out, row, column, R, N, BIASED, ACTIVATION, MUL, ADD)
 
 
 def small_linear(
