@@ -367,15 +367,15 @@ def build_and_choose(
     progress.begin("measure")
     with crowding(target.threads if target.device == "cpu" else 1) as told_of:
         eager_times = measure(candidates, model, requests, progress.detail)
-    learnt = ""
-    if relearn is not None:
-        known = {b: min(c.median(b) for c in candidates if b in c.times) for b in eager_times}
-        gpu, requests, learnt = relearn(known)
-        plan = gpu.plan
-        for candidate in candidates:
-            candidate.times = {}
-            candidate.run = gpu.load(candidate.built, parts)
-        eager_times = measure(candidates, model, requests, progress.detail)
+        learnt = ""
+        if relearn is not None:
+            known = {b: min(c.median(b) for c in candidates if b in c.times) for b in eager_times}
+            gpu, requests, learnt = relearn(known)
+            plan = gpu.plan
+            for candidate in candidates:
+                candidate.times = {}
+                candidate.run = gpu.load(candidate.built, parts)
+            eager_times = measure(candidates, model, requests, progress.detail)
     choice = choose(candidates, rejected, eager_times)
     choice.plan, choice.crowded = plan, next(iter(told_of), None)
     won = [f"batch {b}: {c.built.engine} {microseconds(c.median(b) * 1e6)}" for b, c in choice.winners]

@@ -15,9 +15,7 @@ class Answers(list[torch.Tensor]):
         self.nan = nan
 
 
-COMPARED = (
-    512  # numbers of an answer up to which one call that compares it with itself is cheaper than the two of a sum
-)
+COMPARED = 512  # numbers of an answer up to which comparing it with itself is cheaper than the two calls of a sum
 
 
 def hold_nan(answers: Sequence[torch.Tensor]) -> bool:

@@ -1,9 +1,10 @@
 """Edges of a CUDA graph: where a kernel waits by itself for those before it, the graph lets it begin while they still run.
 
-Kernels of grc wait where they first touch what others write (`grc.kernels.dependent`), and their names begin with PREFIX.
-AOTInductor launches kernels one after another's end, so a capture orders them so; here the edges into such kernels become
-programmatic (CUDA driver API, CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC). A launch is most of a
-small kernel's time, but large ones can stand in each other's way: each bucket is measured both ways.
+Kernels of grc wait where they first touch what others write (`grc.kernels.dependent`), those that Inductor generates for it
+before anything else (`grc.lowering.dependent`), and the names of both begin with PREFIX. AOTInductor launches kernels one after
+another's end, so a capture orders them so; here the edges into such kernels become programmatic (CUDA driver API,
+CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC). A launch is most of a small kernel's time, but large ones can stand in each other's way:
+each bucket is measured both ways.
 """
 
 from __future__ import annotations
