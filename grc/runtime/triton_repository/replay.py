@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import time
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from grc.runtime.values import json_lines
 
 AT_ONCE = 16  # clients
 ROUNDS = 5  # of all requests at once, until the server was seen to merge some
-PATIENCE = 500  # times that a request is sent again after a 503
+PATIENCE = 60.0  # seconds for which a request that gets a 503 is sent again
 REQUEST = Tensor("request", "uint8", (-1,), ("n",))
 ANSWER = Tensor("answer", "uint8", (-1,), ("n",))
 
@@ -155,12 +156,14 @@ class Replay:
 
     def ask(self, client: Client, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Until there is room in the queue and time: a refusal for want of either is no wrong answer."""
-        for _ in range(PATIENCE):
+        deadline = time.monotonic() + PATIENCE
+        while True:
             try:
                 return self.ask_once(client, inputs)
             except Unavailable:
-                time.sleep(0.01)
-        return self.ask_once(client, inputs)
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(random.uniform(0.005, 0.02))  # never in step with the server's delay
 
     def ask_once(self, client: Client, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         if not self.repository.preprocesses:
