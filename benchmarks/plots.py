@@ -1,4 +1,5 @@
-"""Draw docs/performance-*.svg and the tables of docs/performance.md and docs/serving.md from benchmarks/results/*.jsonl.
+"""Draw docs/performance-*.svg and the tables of README.md, docs/performance.md and docs/serving.md from
+benchmarks/results/*.jsonl.
 
     python -m benchmarks.plots [--check]
 
@@ -22,7 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "performance.md"
 SERVING = ROOT / "docs" / "serving.md"
+README = ROOT / "README.md"
 NOT_MEASURED = "Not measured yet."
+COMPILERS = {"cpu": {"compile", "aoti", "onnxruntime"}, "gpu": {"compile", "aoti"}}
+MOST = 4  # of the zoo's seven models
 BLOCK = re.compile(r"(<!-- begin: ([\w-]+) -->\n).*?(<!-- end: \2 -->)", re.S)
 
 
@@ -30,13 +34,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only compare the document with the rows")
     options = parser.parse_args()
-    for document in (DOCUMENT, SERVING):
+    for document in (README, DOCUMENT, SERVING):
         text = document.read_text()
         fresh = filled(text, RESULTS)
         if options.check and fresh != text:
-            sys.stderr.write(
-                f"error: docs/{document.name} is not what the rows say\nhint: python -m benchmarks.plots\n"
-            )
+            sys.stderr.write(f"error: {document.name} is not what the rows say\nhint: python -m benchmarks.plots\n")
             return 1
         if not options.check:
             document.write_text(fresh)
@@ -53,6 +55,8 @@ def filled(text: str, results: Path) -> str:
 
 
 def block(name: str, results: Path) -> str:
+    if name == "headline":
+        return headline(results)
     if name == "overhead":
         return overhead(results / "overhead.jsonl")
     if name == "precision":
@@ -62,9 +66,37 @@ def block(name: str, results: Path) -> str:
     if name in FIGURES:
         return figures(results / f"{name}.jsonl", FIGURES[name])
     if name not in ("cpu", "gpu"):
-        raise KeyError(f"docs/performance.md has a marker {name}, which nothing fills")
+        raise KeyError(f"a document has a marker {name}, which nothing fills")
     rows = read(results / f"{name}.jsonl")
     return section(name, rows) if rows else NOT_MEASURED
+
+
+def headline(results: Path) -> str:
+    """How many times faster grc is, over the cells in which every general compiler was measured too, on each machine that
+    has such cells of most models."""
+    lines = [
+        "| machine | precision | cells | over the best of its peers | over eager PyTorch |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for name in reversed(measured(results)):
+        whole = [
+            cell
+            for cell in cells(read(results / f"{name}.jsonl"))
+            if cell.ratio is not None and COMPILERS[name] <= {row["engine"] for row in cell.rows}
+        ]
+        for machine, precision in sorted({(cell.machine, cell.precision) for cell in whole}):
+            own = [cell for cell in whole if (cell.machine, cell.precision) == (machine, precision)]
+            if len({cell.model for cell in own}) < MOST:
+                continue
+            best = [cell.ratio for cell in own if cell.ratio is not None]
+            eager = [ratio for cell in own if (ratio := cell.over(cell.row("eager"))) is not None]
+            lines.append(f"| {machine} | {precision} | {len(own)} | {spread(best)} | {spread(eager)} |")
+    return "\n".join(lines) if len(lines) > 2 else NOT_MEASURED
+
+
+def spread(ratios: list[float]) -> str:
+    """The geometric mean, and the least and the most."""
+    return f"**{geometric_mean(ratios):.1f}x** ({min(ratios):.2f} to {max(ratios):.1f})" if ratios else "-"
 
 
 def section(name: str, rows: list[Row]) -> str:

@@ -25,9 +25,13 @@ class Cell:
     machine: str
     rows: tuple[Row, ...]
 
+    def row(self, engine: str) -> Row | None:
+        """The engine's row, where it has a time."""
+        return next((row for row in self.rows if row["engine"] == engine and time_of(row) is not None), None)
+
     @property
     def grc(self) -> Row | None:
-        return next((row for row in self.rows if row["engine"] == "grc" and time_of(row) is not None), None)
+        return self.row("grc")
 
     @property
     def best_peer(self) -> Row | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cpu import GOALS, against_goals
-from benchmarks.plots import DOCUMENT, NOT_MEASURED, RESULTS, SERVING, filled
+from benchmarks.plots import DOCUMENT, NOT_MEASURED, README, RESULTS, SERVING, filled
 from grc.bench.rows import write
 from grc.bench.table import cells
 
@@ -36,7 +36,7 @@ def test_zipf_ids_are_held_to_the_floor_only():
     assert any("dlrm zipf at batch 64: 0.90 of 1.0" in line for line in against_goals(cells(slow)))
 
 
-@pytest.mark.parametrize("document", [DOCUMENT, SERVING], ids=lambda document: document.name)
+@pytest.mark.parametrize("document", [README, DOCUMENT, SERVING], ids=lambda document: document.name)
 def test_a_page_says_what_the_committed_rows_say(document: Path):
     assert document.read_text() == filled(document.read_text(), RESULTS)
 
@@ -64,6 +64,19 @@ def test_the_table_of_servers_puts_them_beside_each_other(tmp_path: Path):
         "| json | 8 | own | 1.50 ms | 2.50 ms | 900 | 450 us | 1.2x | 200 MB |",
         "| json | 8 | fused | 1.50 ms | 2.50 ms | 900 | 450 us | 1.2x | 200 MB |",
     ]
+
+
+def test_the_headline_counts_only_cells_with_all_compilers(tmp_path: Path):
+    def measured(models: int) -> str:
+        rows = [row("grc", 100.0, batch=1), row("eager", 5000.0, batch=1)]
+        for name in ("dlrm", "din", "gr", "hstu")[:models]:
+            times = {"grc": 100.0, "eager": 900.0, "compile": 400.0, "aoti": 250.0, "onnxruntime": None}
+            rows += [row(engine, p50, model=name) for engine, p50 in times.items()]
+        write(tmp_path / "cpu.jsonl", rows)
+        return filled("<!-- begin: headline -->\n<!-- end: headline -->\n", tmp_path)
+
+    assert NOT_MEASURED in measured(3)
+    assert "| CPU, 2 threads, avx512 | fp32 | 4 | **2.5x** (2.50 to 2.5) | **9.0x** (9.00 to 9.0) |" in measured(4)
 
 
 def test_the_page_is_filled_between_its_markers_only(tmp_path: Path):
