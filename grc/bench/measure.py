@@ -23,7 +23,7 @@ from grc.bench.subject import BenchError, Place, Subject
 from grc.bench.worker import RemoteTurn, Worker, WorkerError
 from grc.graph.capture import Source
 from grc.graph.oracle import run_fp64
-from grc.lowering.timing import Timing, interleave, summarise
+from grc.lowering.timing import Timing, crowding, interleave, summarise
 from grc.options import Options
 from grc.runtime.artifact import Artifact
 
@@ -254,7 +254,11 @@ def timed(run: Run, entries: Sequence[Entry], requests: Sequence[Request]) -> li
             trial.refused = error.message
         if trial.refused is None:
             turns.append((trial, RemoteTurn(entry.worker, entry.index)))
-    interleave([turn for _, turn in turns], len(requests), run.settings.seconds)
+    place, workers = run.staff.place, [entry.worker.process.pid for entry in entries]
+    with crowding(place.threads if place.device == "cpu" else 1, workers) as told_of:
+        interleave([turn for _, turn in turns], len(requests), run.settings.seconds)
+    for note in told_of:
+        run.progress(f"note: {note}")
     for trial, turn in turns:
         trial.refused = turn.fault
         if trial.refused is None:

@@ -6,7 +6,7 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,21 +129,23 @@ def interleave(
 
 @dataclass(frozen=True)
 class Processors:
-    """Seconds that this host's processors worked, those that this process had of them, and the clock."""
+    """Seconds that this host's processors worked, those that this process and its workers had of them, and the clock."""
 
     busy: float
     own: float
     clock: float
 
     @classmethod
-    def now(cls, stat: Path = Path("/proc/stat")) -> Processors | None:
-        """None where the host does not tell, which only Linux does."""
+    def now(cls, workers: Iterable[int] = (), proc: Path = Path("/proc")) -> Processors | None:
+        """None where the host does not tell, which only Linux does. `workers` are numbers of processes."""
+        second = os.sysconf("SC_CLK_TCK")
         try:
-            user, nice, system, _, _, *others = map(int, stat.read_text().split("\n")[0].split()[1:9])
+            user, nice, system, _, _, *others = map(int, (proc / "stat").read_text().split("\n")[0].split()[1:9])
+            theirs = [(proc / str(worker) / "stat").read_text().rpartition(")")[2].split()[11:13] for worker in workers]
         except (OSError, ValueError):
             return None
-        busy = (user + nice + system + sum(others)) / os.sysconf("SC_CLK_TCK")
-        return cls(busy, time.process_time(), time.perf_counter())
+        own = time.process_time() + sum(int(ticks) for times in theirs for ticks in times) / second
+        return cls((user + nice + system + sum(others)) / second, own, time.perf_counter())
 
     def crowded(self, later: Processors, threads: int, cores: int) -> str | None:
         """What is to be told where others took processors that `threads` of ours were waiting for."""
@@ -151,17 +153,17 @@ class Processors:
         if others + threads - cores <= CROWDED * threads:
             return None
         return (
-            f"other programs took {others:.1f} of {cores} cores while the engines were measured: times and winners may be "
-            "wrong; compile again when the host is idle"
+            f"other programs took {others:.1f} of {cores} cores while the engines were measured: times, and which of them is "
+            "the fastest, may be wrong; measure again when the host is idle"
         )
 
 
 @contextmanager
-def crowding(threads: int) -> Iterator[list[str]]:
+def crowding(threads: int, workers: Sequence[int] = ()) -> Iterator[list[str]]:
     """A list that holds at the end what is to be told about other programs meanwhile."""
     notes: list[str] = []
-    before = Processors.now()
+    before = Processors.now(workers)
     yield notes
-    after = Processors.now()
+    after = Processors.now(workers)
     if before and after and (note := before.crowded(after, threads, os.cpu_count() or 1)):
         notes.append(note)

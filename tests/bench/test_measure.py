@@ -18,6 +18,7 @@ from grc.bench.subject import BenchError
 from grc.errors import LoweringError
 from grc.graph.capture import capture
 from grc.graph.model_file import load_model
+from grc.lowering.timing import Processors
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = """
@@ -107,6 +108,21 @@ def test_a_batch_that_the_artifact_does_not_take_is_found_before_anything_is_mea
         measure(settings, told.append)
     assert error.value.hint == "measure smaller --batches, or compile with --max-batch 16"
     assert told == ["capture"]
+
+
+def test_what_other_programs_took_of_the_host_is_told(model_file: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[tuple[float, int, int]] = []
+
+    def crowded(before: Processors, after: Processors, threads: int, cores: int) -> str:
+        seen.append((after.own - before.own, threads, cores))
+        return "other programs took 1.0 of 2 cores"
+
+    monkeypatch.setattr("grc.lowering.timing.Processors.crowded", crowded)
+    told: list[str] = []
+    settings = Settings(str(model_file), ("eager",), (1,), threads=1, seconds=0.5, engine="eager", ids=("uniform",))
+    measure(settings, told.append)
+    assert told.count("note: other programs took 1.0 of 2 cores") == 1
+    assert seen[-1][0] > 0.5 and seen[-1][1:] == (1, os.cpu_count())  # half a second of each engine, in the workers
 
 
 def test_a_model_that_can_not_be_compiled_is_said_as_compile_says_it(tmp_path: Path):

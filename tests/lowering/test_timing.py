@@ -111,8 +111,12 @@ def test_others_are_told_where_they_took_what_was_waited_for(
 
 
 def test_what_processors_did_is_read_from_the_host(tmp_path: Path):
-    stat = tmp_path / "stat"
-    stat.write_text("cpu  100 20 30 5000 60 7 8 9 0 0\ncpu0 1 1 1 1\n")
-    monitored = Processors.now(stat)
-    assert monitored is not None and monitored.busy * os.sysconf("SC_CLK_TCK") == 100 + 20 + 30 + 7 + 8 + 9
-    assert Processors.now(tmp_path / "none") is None
+    (tmp_path / "stat").write_text("cpu  100 20 30 5000 60 7 8 9 0 0\ncpu0 1 1 1 1\n")
+    alone = Processors.now(proc=tmp_path)
+    second = os.sysconf("SC_CLK_TCK")
+    assert alone is not None and alone.busy * second == 100 + 20 + 30 + 7 + 8 + 9
+    (tmp_path / "71").mkdir()
+    (tmp_path / "71" / "stat").write_text("71 (a (b) c) S 1 71 71 0 -1 4194560 500 0 0 0 100000 20000 0 0 20 0 2\n")
+    with_a_worker = Processors.now([71], tmp_path)
+    assert with_a_worker is not None and with_a_worker.own - alone.own == pytest.approx(120000 / second, abs=5)
+    assert Processors.now([72], tmp_path) is None and Processors.now(proc=tmp_path / "none") is None
