@@ -18,9 +18,10 @@ from torch import fx, nn
 from torch.export import Dim
 
 from grc.errors import CaptureError, ModelFileError, first_line
-from grc.graph.faults import explain, find_fault, hint_for
+from grc.graph.faults import TO_LONGEST, explain, find_fault, hint_for
 from grc.graph.flat import flat_graph, followed_data, model_lines, quiet_export, without_fast_path
 from grc.graph.model_file import Model, user_line
+from grc.graph.packed_sequences import padded_sequences
 from grc.graph.sizes import Size, collection, find_sizes, named_by_symbol, named_dims, size_of
 from grc.runtime.structure import Json, fields_of, flatten, is_dataclass, leaf_names
 
@@ -113,13 +114,17 @@ def capture(model: Model) -> Source:
     failures: list[tuple[str, str, Exception | None]] = []
     for mode in ("saved",) if model.program else ("non-strict", "strict"):
         try:
-            graph = flat_graph(export(model, sizes, mode))
+            with padded_sequences() as to_longest:
+                graph = flat_graph(export(model, sizes, mode))
         except Exception as error:  # torch.export raises anything, from UserError to AssertionError
             failures.append((mode, explain(error), error))
             continue
         source = describe(model, graph, names, sizes, structure, smallest, mode)
         fault = find_fault(source)
+        if fault is not None and to_longest:
+            fault = TO_LONGEST
         if fault is None:
+            source.notes += notes_of_padding(model) if to_longest else []
             if pinned(source):
                 unpin(source)
             if written := [name.removeprefix("model.") for name in graph.meta.pop("written")]:
@@ -277,6 +282,20 @@ def nan_notes(outputs: dict[int, list[torch.Tensor]]) -> list[str]:
         if held:
             notes.append(f"output {i} of the model holds NaN at get_inputs({held[0]}), which was compared with nothing")
     return notes
+
+
+@torch.no_grad()
+def notes_of_padding(model: Model) -> list[str]:
+    """What no row of the model's inputs shows: how those are answered that end before the last step."""
+    args, kwargs = model.inputs(EXPORT_BATCH)
+    with padded_sequences() as to_longest:
+        model.module(*args, **kwargs)
+    if not all(bool((sequence.lengths == sequence.steps).all()) for sequence in to_longest):
+        return []
+    return [
+        f"pad_packed_sequence has no total_length, and all rows of get_inputs have {to_longest[0].steps} steps: shorter ones "
+        "are padded to as many, whoever stands beside them"
+    ]
 
 
 def drop_constant_placeholders(graph: fx.GraphModule, model: Model) -> None:

@@ -85,6 +85,7 @@ def resized(tensor: torch.Tensor, sizes: Sequence[Size], batch: int) -> torch.Te
     return tensor
 
 
+TO_LONGEST = "the model's answer for a row depends on the longest row beside it, to which pad_packed_sequence pads"
 ESCAPED = "a value is computed by numpy or Python, where no export can follow it"
 SPARSE_HINT = (
     "add up each row's neighbours instead: torch.zeros_like(x).index_add(0, rows, weights[:, None] * x[columns])"
@@ -94,9 +95,8 @@ SPARSE_HINT = (
 def explain(error: Exception) -> str:
     """What is wrong in the user's terms."""
     text, frames = str(error), traceback.extract_tb(error.__traceback__)
-    recurrent = any(frame.filename.endswith(("nn/utils/rnn.py", "nn/modules/rnn.py")) for frame in frames)
-    if recurrent and ("FakeTensor" in text or "data-dependent" in text):
-        return "a packed sequence has its lengths as numbers, which differ from request to request"
+    if "batch sizes of a packed sequence" in text:
+        return "forward loops over the batch sizes of a packed sequence, which differ from request to request"
     if "data-dependent" in text or "GuardOnDataDependent" in type(error).__name__ or "unbacked" in text.lower():
         if any("one_hot(" in (frame.line or "") for frame in frames):
             return "one_hot counts its classes in the values of a tensor"
@@ -114,7 +114,9 @@ def explain(error: Exception) -> str:
 
 def hint_for(reason: str) -> str:
     if "packed sequence" in reason:
-        return "run the layer over all steps and take each row's last: out[torch.arange(len(lengths)), lengths - 1]"
+        return "loop over all steps, and keep the state where a row has ended: torch.where((t < lengths)[:, None], new, state)"
+    if reason == TO_LONGEST:
+        return "give it total_length=x.size(1)"
     if "sparse tensor" in reason:
         return SPARSE_HINT
     if "one_hot" in reason:

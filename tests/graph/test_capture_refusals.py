@@ -120,18 +120,32 @@ def test_a_list_times_the_batch_is_told_what_to_write() -> None:
     assert "torch.full((len(x),), t)" in str(caught.value.hint)
 
 
-@pytest.mark.parametrize("layer", [nn.GRU, nn.LSTM])
-def test_packed_sequences(layer: type[nn.Module]) -> None:
+def test_a_loop_over_a_packed_sequence() -> None:
     def forward(self: Forward, steps: Tensor, lengths: Tensor) -> Tensor:
         packed = nn.utils.rnn.pack_padded_sequence(steps, lengths, batch_first=True, enforce_sorted=False)
-        states = self.layer(packed)[0]
-        return nn.utils.rnn.pad_packed_sequence(states, batch_first=True, total_length=5)[0]
+        data, batch_sizes, _, order = packed
+        state, begin = torch.zeros(len(steps), 4), 0
+        for some in batch_sizes:
+            state = torch.cat([self.layer(data[begin : begin + some], state[:some]), state[some:]])
+            begin += some
+        return state[order]
 
-    with pytest.raises(CaptureError, match="a packed sequence has its lengths as numbers") as caught:
-        captured(
-            Forward(forward, layer=layer(4, 3, batch_first=True)), lambda b: (rows(b, 5, 4), torch.arange(b) % 5 + 1)
-        )
-    assert __file__ in caught.value.message and "lengths - 1" in str(caught.value.hint)
+    with pytest.raises(CaptureError, match="forward loops over the batch sizes of a packed sequence") as caught:
+        captured(Forward(forward, layer=nn.GRUCell(4, 4)), lambda b: (rows(b, 5, 4), torch.arange(b) % 5 + 1))
+    assert __file__ in caught.value.message and "torch.where((t < lengths)" in str(caught.value.hint)
+
+
+def test_steps_that_depend_on_the_rows_beside() -> None:
+    def forward(self: Forward, steps: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(steps, lengths, batch_first=True, enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(self.layer(packed)[0], batch_first=True)[0].mean(1)
+
+    model = Forward(forward, layer=nn.GRU(4, 3, batch_first=True))
+    with pytest.raises(CaptureError, match="depends on the longest row beside it") as caught:
+        captured(model, lambda b: (rows(b, 5, 4), torch.arange(b) % 4 + 1))
+    assert caught.value.hint == "give it total_length=x.size(1)"
+    source = captured(model, lambda b: (rows(b, 5, 4), torch.full((b,), 5)))
+    assert "all rows of get_inputs have 5 steps" in source.notes[0]
 
 
 @pytest.mark.parametrize("made", [torch.jit.script, lambda layer: torch.jit.trace(layer, torch.ones(2, 4))])

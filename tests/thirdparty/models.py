@@ -283,6 +283,19 @@ def rechub_youtube_dnn() -> tuple[nn.Module, Inputs]:
     return model, rechub_inputs
 
 
+def rechub_narm() -> tuple[nn.Module, Inputs]:
+    """A packed GRU over the session. The model itself wants a session of full length in every batch."""
+    from torch_rechub.basic.features import SequenceFeature
+    from torch_rechub.models.matching.narm import NARM
+
+    def inputs(batch: int) -> tuple[dict[str, Tensor]]:
+        (given,) = rechub_inputs(batch)
+        given["history"][0] = torch.arange(1, 11)
+        return ({"history": given["history"]},)
+
+    return NARM(SequenceFeature("history", ROWS, WIDTH, pooling="concat", padding_idx=0), 16, 0.1, 0.1), inputs
+
+
 FLAT = "the sums run over features and width at once, so every number is a feature of its own"
 VECTOR = "the cross layer weighs by one vector (DCN, 2017); only the matrix form has a kernel"
 ONE = f"{FEATURES} look-ups of {FEATURES} tables -> 1"
@@ -319,6 +332,7 @@ MODELS = (
     ThirdParty("torchfm-fm", "torchfm", torchfm_fm, fused=("bag-fm",)),
     ThirdParty("rechub-mmoe", "torch_rechub", rechub_mmoe, (ONE,)),
     ThirdParty("rechub-youtube-dnn", "torch_rechub", rechub_youtube_dnn, (ONE, "look-up and pooling")),
+    ThirdParty("rechub-narm", "torch_rechub", rechub_narm, built=True),
     ThirdParty("transformers-gpt2", "transformers", gpt2, fused=("attention",) * 2, built=True),
     ThirdParty("transformers-bert", "transformers", bert, fused=("attention",) * 2),
     ThirdParty(
