@@ -7,7 +7,8 @@ did not see, so an export that specialised silently, returned fake tensors or fr
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,9 +20,9 @@ from torch.export import Dim
 
 from grc.errors import CaptureError, ModelFileError, first_line
 from grc.graph.faults import TO_LONGEST, explain, find_fault, hint_for
-from grc.graph.flat import flat_graph, followed_data, model_lines, quiet_export, without_fast_path
+from grc.graph.flat import counted_rows, flat_graph, followed_data, model_lines, quiet_export, without_fast_path
 from grc.graph.model_file import Model, user_line
-from grc.graph.packed_sequences import padded_sequences
+from grc.graph.packed_sequences import Steps, padded_sequences
 from grc.graph.sizes import Size, collection, find_sizes, named_by_symbol, named_dims, size_of
 from grc.runtime.structure import Json, fields_of, flatten, is_dataclass, leaf_names
 
@@ -114,7 +115,7 @@ def capture(model: Model) -> Source:
     failures: list[tuple[str, str, Exception | None]] = []
     for mode in ("saved",) if model.program else ("non-strict", "strict"):
         try:
-            with padded_sequences() as to_longest:
+            with followed(model.module, mode) as to_longest:
                 graph = flat_graph(export(model, sizes, mode))
         except Exception as error:  # torch.export raises anything, from UserError to AssertionError
             failures.append((mode, explain(error), error))
@@ -222,6 +223,18 @@ def export(model: Model, sizes: list[tuple[Size, ...]], mode: str) -> torch.expo
                 return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=strict)
             except Exception:
                 raise first from None
+
+
+@contextmanager
+def followed(module: nn.Module, mode: str) -> Iterator[list[Steps]]:
+    """What Python makes numbers of stays symbolic meanwhile. The strict mode follows Python itself, and would follow this too.
+
+    Gives padded_sequences'."""
+    if mode != "non-strict":
+        yield []
+        return
+    with counted_rows(module), padded_sequences() as to_longest:
+        yield to_longest
 
 
 def describe(

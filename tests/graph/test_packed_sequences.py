@@ -91,3 +91,23 @@ def test_a_model_with_packed_sessions_is_captured(kind: type[nn.RNNBase]) -> Non
     (items,) = sessions(6)
     with torch.no_grad():
         assert torch.allclose(source.graph(items)[0], model(items), atol=1e-6)
+
+
+def test_the_last_step_of_each_row_is_read_by_a_number_of_rows() -> None:
+    """`len()` of a tensor is a number to Python, and would fix the batch."""
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.LSTM(4, 3, batch_first=True)
+
+        def forward(self, steps: Tensor, lengths: Tensor) -> Tensor:
+            packed = pack_padded_sequence(steps, lengths, batch_first=True, enforce_sorted=False)
+            states, counts = pad_packed_sequence(self.layer(packed)[0], batch_first=True, total_length=5)
+            return states[torch.arange(len(counts)), counts - 1]
+
+    def inputs(batch: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(batch, 5, 4, generator=torch.Generator().manual_seed(batch)), torch.arange(batch) % 5 + 1
+
+    torch.manual_seed(0)
+    assert captured(Last().eval(), inputs).mode == "non-strict"
