@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import importlib.util
 import os
@@ -11,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,6 @@ from grc.errors import GrcError
 IMAGE = Path("/opt/tritonserver/bin/tritonserver")  # where the tritonserver image has it
 EXPORT = "grc.runtime.triton_repository"
 HINT = "run grc serve inside of a tritonserver image, or with --server own"
-PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 # Parameters of grc serve that are fields of an export's settings, and those that tritonserver itself is told.
 EXPORTED = {"workers": "instances", "max_rows": "max_batch", "max_queue": "max_queue", "timeout": "timeout_us"}
@@ -151,11 +149,12 @@ def obeying(words: Sequence[str], env: Mapping[str, str]) -> int:
     It has a session of its own: Ctrl-C at a terminal would reach it twice otherwise. When this process is killed, which it
     can't pass on, the program is told to end.
     """
+    launcher: Any = importlib.import_module(f"{EXPORT}.launcher")
     early: list[int] = []
     heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
     for number in heard:
         signal.signal(number, lambda got, frame: early.append(got))
-    process = subprocess.Popen(words, env=env, start_new_session=True, preexec_fn=ending_with_parent())
+    process = subprocess.Popen(words, env=env, start_new_session=True, preexec_fn=launcher.ending_with_parent())
     for number in heard:
         signal.signal(number, lambda got, frame: process.send_signal(got))
     for got in early:
@@ -164,16 +163,3 @@ def obeying(words: Sequence[str], env: Mapping[str, str]) -> int:
     with contextlib.suppress(ProcessLookupError):  # the stubs of a server that crashed outlive it
         os.killpg(process.pid, signal.SIGKILL)
     return code if code >= 0 else 128 - code
-
-
-def ending_with_parent() -> Callable[[], None]:
-    """What a child does before it becomes a program that gets SIGTERM when its parent's thread ends, however that comes."""
-    parent, prctl = os.getpid(), ctypes.CDLL(None).prctl  # found here: a child of threads should do as little as it can
-
-    def ask() -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler of ours would swallow it until the program is there
-        prctl(PR_SET_PDEATHSIG, signal.SIGTERM.value)
-        if os.getppid() != parent:  # it ended sooner than it was asked
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return ask

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from grc.runtime.triton_repository.replay import read_requests
 from grc.runtime.triton_repository.repository import Repository
 from tests.cli.conftest import grc as grc  # the command line as a function
 from tests.cli.session import Grc, edit_manifest, refused
+from tests.server.running import until
 
 pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed: pip install 'grc-compiler[triton]'")
 
@@ -272,6 +276,34 @@ def test_the_log_of_a_server_that_does_not_start_is_kept(
     assert ran.told[0] == "error: tritonserver ended with 3:"
     assert ran.told[-1] == f"hint: see its whole log: {log}"
     assert log.read_text().startswith("first words\n1\n")
+
+
+def test_the_server_of_a_command_that_is_killed_ends_as_well(dlrm: Path, tmp_path: Path) -> None:
+    binary, said = tmp_path / "triton/bin/tritonserver", tmp_path / "said"
+    binary.parent.mkdir(parents=True)
+    waiting = "echo $$ > said.new; mv said.new said; while :; do sleep 0.1; done"
+    binary.write_text(f"#!/bin/sh\ncd '{tmp_path}'\ntrap 'echo ended > said; exit' TERM\n{waiting}\n")
+    binary.chmod(0o755)
+    (tmp_path / "triton/backends/python").mkdir(parents=True)
+    (tmp_path / "tmp").mkdir()
+    words = [sys.executable, "-m", "grc", "export-triton", dlrm, "-o", tmp_path / "repo", "--verify"]
+    environment = {**os.environ, "TRITONSERVER": str(binary), "TMPDIR": str(tmp_path / "tmp")}
+    process = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for _ in until("the server"):
+        assert process.poll() is None, process.stderr.read()
+        if said.exists():
+            break
+    server = int(said.read_text())
+    process.kill()
+    process.communicate()
+    try:
+        for _ in until("the end of the server", 20):
+            if said.read_text() == "ended\n":
+                break
+    except AssertionError:
+        os.kill(server, signal.SIGKILL)
+        raise
 
 
 def test_without_tritonclient_it_says_what_to_install(

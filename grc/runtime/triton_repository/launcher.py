@@ -7,6 +7,7 @@ with serving(repository) as server:
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -19,7 +20,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from grc.runtime.triton_repository import wheel
 SYSTEM = Path("/opt/tritonserver/bin/tritonserver")  # where the tritonserver image has it
 READY_SECONDS = 200  # four models that import torch took 46 s on two busy cores
 EXIT_SECONDS = 10  # for requests in flight; a client that keeps its connection open holds the server for all of it
+PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 HINT = "install tritonserver, name its binary in TRITONSERVER, or run python -m grc.runtime.triton_repository.wheel"
 
 
@@ -142,7 +144,8 @@ def serving(
     env: Mapping[str, str] | None = None,
     timeout: float = READY_SECONDS,
 ) -> Iterator[Server]:
-    """A tritonserver on loopback, ready, and stopped at the end. `options` are passed on to it.
+    """A tritonserver on loopback, ready, and stopped at the end, or when this thread ends in any other way. `options` are
+    passed on to it.
 
     `python` is the interpreter whose packages the models see, this one by default. Raises GrcError where there is no
     server, or it does not become ready; the message then holds the end of its log.
@@ -179,6 +182,7 @@ def start(
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=ending_with_parent(),
             )
         server = Server(*ports, process, work / "server.log")
         try:
@@ -194,6 +198,19 @@ def start(
             break
     how = f"did not become ready in {timeout:.0f} s" if ended is None else f"ended with {ended}"
     raise GrcError(f"tritonserver {how}:\n{server.last_words()}", f"see its whole log: {kept(server.log)}")
+
+
+def ending_with_parent() -> Callable[[], None]:
+    """What a child does before it becomes a program that gets SIGTERM when its parent's thread ends, however that comes."""
+    parent, prctl = os.getpid(), ctypes.CDLL(None).prctl  # found here: a child of threads should do as little as it can
+
+    def ask() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler of ours would swallow it until the program is there
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM.value)
+        if os.getppid() != parent:  # it ended sooner than it was asked
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return ask
 
 
 def kept(log: Path) -> str:
