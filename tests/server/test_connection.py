@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import struct
@@ -9,9 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from grc.runtime.server.refusal import Refused
 from tests.server.running import Running, needs_extra, running, until
 
 needs_extra()
@@ -197,6 +201,58 @@ def test_a_client_that_left_is_not_computed_for(tmp_path: Path, compiled: Callab
             if server.metric('grc_refusals_total{model="tiny",reason="gone"}') == 1:
                 break
         assert server.metric('grc_requests_total{code="200",model="tiny",protocol="http"}') == 2
+
+
+def test_a_client_over_grpc_that_left_is_counted_as_gone_and_not_computed_for(
+    tmp_path: Path, compiled: Callable[..., Path]
+) -> None:
+    grpc = pytest.importorskip("tritonclient.grpc")
+    from tests.server.test_protocol import inputs, request
+    from tests.server.test_scheduler import slow
+
+    series = 'grc_requests_total{{code="{}",model="tiny",protocol="grpc"}}'
+    pending = 'nv_inference_pending_request_count{model="tiny",version="1"}'
+    answered: list[object] = []
+    artifact, given = compiled(tmp_path / "slow.grc", edit=slow), inputs(grpc, request(1))
+    with (
+        running(tmp_path, f"tiny={artifact}", "--max-rows", 1, "--timeout", 300) as server,
+        grpc.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client,
+    ):
+        calls = [client.async_infer("tiny", given, lambda result, error: answered.append(error)) for _ in range(100)]
+        for _ in until("all calls"):
+            if len(answered) + server.metric(pending) >= 98:  # and one or two are being computed
+                break
+        calls[-1].cancel()
+        for _ in until("all others"):
+            if len(answered) == 100:
+                break
+        assert [server.metric(series.format(code)) for code in (200, 499)] == [99, 1]
+        assert server.metric('grc_refusals_total{model="tiny",reason="gone"}') == 1
+        assert [event["status"] for event in server.events() if event["event"] == "refused"] == [499]
+
+
+@pytest.mark.parametrize(("left", "reason"), [(60.0, "gone"), (-1.0, "deadline")])
+def test_why_nobody_waits_for_a_call_over_grpc(left: float, reason: str) -> None:
+    pytest.importorskip("tritonclient.grpc")
+    from grc.runtime.server.grpc_service import Grpc
+    from grc.runtime.server.service import Call
+
+    told: list[Refused] = []
+    service: Any = SimpleNamespace(failed=lambda call, error: told.append(error))
+    unused: Any = None
+
+    async def call() -> None:
+        answer = asyncio.get_running_loop().create_future()
+        waiting = asyncio.create_task(
+            Grpc(service, unused, unused, unused).unless_ended(Call("", "grpc", left), answer)
+        )
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    asyncio.run(call())
+    assert [refused.reason for refused in told] == [reason]
 
 
 def test_a_client_that_leaves_its_recommendation_is_counted_as_gone(server: Running) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from grc.runtime.server.logs import clean_id, request_id
 from grc.runtime.server.messages import REFUSED, checked_dtype
 from grc.runtime.server.models import Models
 from grc.runtime.server.packed import Packed
-from grc.runtime.server.refusal import ended, invalid
+from grc.runtime.server.refusal import ended, gone, invalid, out_of_time
 from grc.runtime.server.service import Call, Service
 from grc.runtime.server.settings import Settings
 from grc.runtime.server.version import Version
@@ -62,15 +63,17 @@ class Grpc(service_pb2_grpc.GRPCInferenceServiceServicer):
         for task in self.begun:
             task.cancel()
 
-    async def unless_ended(self, answer: Awaitable[Any]) -> Any:
-        """The answer. Raises Refused where the server waits for it no longer."""
+    async def unless_ended(self, call: Call, answer: Awaitable[Any]) -> Any:
+        """The answer. Raises Refused where the server waits for it no longer, and CancelledError where its client does not."""
         task = asyncio.current_task()
         assert task is not None
         self.begun.add(task)
         try:
             return await answer
         except asyncio.CancelledError:
-            if not self.ending:  # its client left
+            if not self.ending:  # its client left, or grpc did at the client's deadline
+                late = time.monotonic() >= call.deadline
+                self.service.failed(call, out_of_time(call.model, 0.0) if late else gone("its answer"))
                 raise
             task.uncancel()
             raise ended("the answer") from None
@@ -80,7 +83,7 @@ class Grpc(service_pb2_grpc.GRPCInferenceServiceServicer):
     async def answered(self, context: Any, call: Call, answer: Callable[[], Awaitable[Any]]) -> Any:
         """The answer, or the status that an error is told as."""
         try:
-            return await self.unless_ended(answer())
+            return await self.unless_ended(call, answer())
         except Exception as error:  # every error is some client's status, and the server goes on
             told = self.service.failed(call, error)
             trailing = [("x-request-id", call.id)]
@@ -157,7 +160,7 @@ class Grpc(service_pb2_grpc.GRPCInferenceServiceServicer):
         async for request in requests:
             call = self.call(context)
             try:
-                found = await self.unless_ended(self.infer(call, request))
+                found = await self.unless_ended(call, self.infer(call, request))
                 yield pb.ModelStreamInferResponse(infer_response=found)
             except Exception as error:  # it belongs to this request
                 told = self.service.failed(call, error)
