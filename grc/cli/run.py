@@ -82,15 +82,10 @@ def target_format(output: Path | None, form: str | None, default: str) -> str:
 
 
 def recommended(program: Any, text: str) -> bytes:
-    """The answer to one request as JSON; tensors become lists."""
-    import json
+    """The answer to one request as JSON."""
+    from grc.runtime.processing import read_request, written
 
-    import torch
-
-    from grc.runtime.processing import read_request
-
-    answer = program.recommend(read_request(text))
-    return (json.dumps(answer, default=lambda v: v.tolist() if isinstance(v, torch.Tensor) else str(v)) + "\n").encode()
+    return (written(program.recommend(read_request(text))) + "\n").encode()
 
 
 def golden_inputs(artifact: Path) -> dict[str, Any]:

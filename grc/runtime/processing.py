@@ -5,12 +5,19 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import math
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from datetime import date, time
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from grc.errors import ArtifactError, InputError, first_line
 from grc.runtime.artifact import Artifact
@@ -61,18 +68,28 @@ class Processing:
         try:
             value = self.functions["preprocess"](request)
         except Exception as error:  # the user's own function may raise anything; its message is for the caller
-            raise InputError(f"preprocess: {error}", "see the model's request schema") from error
+            raise InputError(f"preprocess: {words(error)}", "see the model's request schema") from error
         if isinstance(value, dict):
             return (), value
         return (value if type(value) is tuple else (value,)), {}
 
     def postprocess(self, outputs: Any, request: dict[str, Any]) -> Any:
-        """The answer as JSON-able data; the outputs themselves where the artifact has no postprocess."""
+        """The answer as JSON-able data; the outputs themselves where the artifact has no postprocess. Raises ArtifactError with
+        the function's own words.
+        """
         function = self.functions.get("postprocess")
         if function is None:
             return outputs
         takes = [p for p in inspect.signature(function).parameters if p != "assets"]
-        return function(outputs, request) if len(takes) > 1 else function(outputs)
+        try:
+            return function(outputs, request) if len(takes) > 1 else function(outputs)
+        except Exception as error:  # as above
+            raise ArtifactError(f"postprocess: {words(error)}", "see the model's postprocess()") from error
+
+
+def words(error: Exception) -> str:
+    """What the user's own function said, or what it raised where it said nothing."""
+    return str(error) or type(error).__name__
 
 
 @contextmanager
@@ -100,3 +117,34 @@ def read_request(text: str) -> dict[str, Any]:
     if not isinstance(request, dict):
         raise InputError(f"the request is a JSON {type(request).__name__}, not an object", "send one JSON object")
     return request
+
+
+def written(answer: Any) -> str:
+    """An answer as JSON. Raises ArtifactError where it is none."""
+    try:
+        return json.dumps(plain(answer), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(str(error), "let postprocess return numbers, strings, lists and dicts") from error
+
+
+def plain(value: Any) -> Any:
+    """The same in JSON's own types: arrays and tensors are lists, dataclasses dicts, dates as ISO 8601 has them, and NaN, which
+    JSON lacks, is null. Raises TypeError for anything else.
+    """
+    if isinstance(value, Enum):
+        return plain(value.value)
+    if value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: plain(own) for key, own in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(own) for own in value]
+    if is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, (date, time)):
+        return value.isoformat()
+    raise TypeError(f"postprocess returns a {type(value).__name__}, which is no JSON")

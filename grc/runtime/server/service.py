@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
 import torch
 
+from grc.errors import ArtifactError
 from grc.runtime.server.cache import Cache
 from grc.runtime.server.features import Features, User
 from grc.runtime.server.logs import Log
@@ -121,9 +122,12 @@ class Service:
         answer = await self.compute(call, version, inputs)
 
         def post() -> Any:
-            return processing.postprocess(version.program.built(answer), request)
+            try:
+                return processing.postprocess(version.program.built(answer), request)
+            except ArtifactError as error:
+                raise Refused(500, error.message, "postprocess") from error
 
-        found = await self.preparing.run(guarded("postprocess", post))
+        found = await self.preparing.run(post)
         if key is not None:
             kept = orjson.dumps(found, default=listed, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
             self.answers.put(key, kept, len(kept))
@@ -214,18 +218,6 @@ class Keeping:
         self.future.set_result(answer)
 
 
-def guarded(what: str, function: Callable[[], Any]) -> Callable[[], Any]:
-    """The artifact's own function may raise anything; its words are for the log and the client."""
-
-    def call() -> Any:
-        try:
-            return function()
-        except Exception as error:
-            raise Refused(500, f"{what}: {error}", what) from error
-
-    return call
-
-
 def digest(version: Version, inputs: Packed) -> bytes:
     found = hashlib.blake2b(f"{version.name}/{version.number}{inputs.shapes}".encode(), digest_size=16)
     for data in inputs.data:
@@ -239,7 +231,9 @@ def request_digest(version: Version, request: dict[str, Any]) -> bytes:
 
 
 def listed(value: Any) -> Any:
-    """Tensors in a recommendation become lists; anything else that is no JSON is a fault of postprocess."""
+    """Tensors and named tuples in a recommendation become lists; anything else that is no JSON is a fault of postprocess."""
     if isinstance(value, torch.Tensor):
         return value.tolist()
+    if isinstance(value, tuple):
+        return list(value)
     raise TypeError(f"postprocess returns a {type(value).__name__}, which is no JSON")

@@ -19,11 +19,12 @@ from grc.errors import ArtifactError, GrcError, InputError
 from grc.runtime.artifact import read_manifest
 from grc.runtime.closeness import QUALITY, largest_error, within
 from grc.runtime.golden import Golden, read_golden
+from grc.runtime.processing import written
 from grc.runtime.program import Program, load
 from grc.runtime.triton_repository.client import PROTOCOLS, Client, Unavailable
 from grc.runtime.triton_repository.launcher import Server, has_backend, serving
 from grc.runtime.triton_repository.repository import Repository, server_options
-from grc.runtime.triton_repository.requests import answer_text, tensor_of
+from grc.runtime.triton_repository.requests import tensor_of
 from grc.runtime.triton_repository.rows import single_rows
 from grc.runtime.triton_repository.tensors import Interface, Tensor, interface
 from grc.runtime.values import json_lines
@@ -220,7 +221,7 @@ class Replay:
                 raise
             if expected is None:
                 raise ArtifactError(f"{self.entry} answers a request over {client.protocol} that preprocess refuses")
-            if not alike(found, json.loads(answer_text(expected)), max(2 * self.budget, QUALITY)):
+            if not alike(found, json.loads(written(expected)), max(2 * self.budget, QUALITY)):
                 raise ArtifactError(
                     f"{self.entry} answers a request over {client.protocol} otherwise than the artifact does",
                     "the repository was not written; compare with grc run ARTIFACT --request",
@@ -234,7 +235,7 @@ class Replay:
         outputs = client.infer(self.entry, given, self.whole.outputs)
         answers = [entry.to_model(tensor) for entry, tensor in zip(self.whole.outputs, outputs, strict=True)]
         build = self.program.build
-        return json.loads(answer_text(answers[0] if self.program.single else build(answers)))
+        return json.loads(written(answers[0] if self.program.single else build(answers)))
 
 
 def call(client: Client, model: str, shapes: Interface, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

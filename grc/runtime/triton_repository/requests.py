@@ -6,17 +6,15 @@ runs on numpy 2; bytes pass everywhere.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from grc.errors import InputError
 from grc.runtime.artifact import Artifact
 from grc.runtime.inputs import InputCheck
-from grc.runtime.processing import Processing, read_request
+from grc.runtime.processing import Processing, read_request, written
 from grc.runtime.signature import Signature
 from grc.runtime.structure import builder
 from grc.runtime.triton_repository.tensors import interface
@@ -62,16 +60,6 @@ class Postprocess:
         self.build = builder(artifact.manifest["structure"]["outputs"])
 
     def __call__(self, request: torch.Tensor, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Raises InputError with the function's own words."""
+        """Raises InputError for text that is no request, ArtifactError with the function's own words."""
         tensors = [entry.to_model(tensor) for entry, tensor in zip(self.outputs, outputs, strict=True)]
-        body = read_request(text_of(request))
-        try:
-            answer = self.processing.postprocess(self.build(tensors), body)
-        except Exception as error:  # the user's own function may raise anything; its message is for the caller
-            raise InputError(f"postprocess: {error}", "see the model's postprocess()") from error
-        return tensor_of(answer_text(answer))
-
-
-def answer_text(answer: Any) -> str:
-    """JSON, with tensors as lists."""
-    return json.dumps(answer, default=lambda value: value.tolist() if isinstance(value, torch.Tensor) else str(value))
+        return tensor_of(written(self.processing.postprocess(self.build(tensors), read_request(text_of(request)))))
