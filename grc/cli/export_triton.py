@@ -142,7 +142,7 @@ def command(
         )
         return
     put(f"  backend {written.record['backend']}: {written.record['backend_reason']}")
-    put(f"  {output}   clients call {written.entry}   {proven(replayed)}")
+    put(f"  {output}   clients call {written.entry}   {proven(replayed, written.preprocesses)}")
     put(f"  try: {output}/run_server.sh")
 
 
@@ -158,10 +158,10 @@ def refuse_settings(given: Mapping[str, str]) -> None:
         )
 
 
-def proven(replayed: Any) -> str:
+def proven(replayed: Any, preprocesses: bool) -> str:
     if replayed is None:
         return "not verified: --verify replays golden requests on the real server"
-    texts = f" and {replayed.requests} of JSON" if replayed.requests else ""
+    texts = f" and {replayed.requests} of JSON" if replayed.requests else " and none of JSON" if preprocesses else ""
     return (
         f"{replayed.tensors} golden requests{texts} answered over HTTP and gRPC, "
         f"{replayed.merged} of them in another's call; largest error {replayed.error:.1e}"

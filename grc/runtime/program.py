@@ -17,9 +17,11 @@ from grc.runtime.buckets import Buckets
 from grc.runtime.engines import Run, part_loader
 from grc.runtime.inputs import InputCheck
 from grc.runtime.pages import keep_freed_memory, map_ahead
-from grc.runtime.processing import Processing
+from grc.runtime.processing import Processing, read_request
 from grc.runtime.signature import Signature
 from grc.runtime.structure import builder
+
+EXAMPLE = "request.json"
 
 
 def load(
@@ -99,6 +101,19 @@ class Program:
         """From a request as the model's users write it to an answer as they read it: preprocess, run, postprocess."""
         args, kwargs = self.processing.preprocess(request)
         return self.processing.postprocess(self(*args, **kwargs), request)
+
+    def example(self) -> dict[str, Any] | None:
+        """The request among the assets, for people to begin with; none where it is not one that preprocess takes."""
+        file = self.processing.folder / EXAMPLE
+        if not file.is_file() or "preprocess" not in self.processing.functions:
+            return None
+        try:
+            request = read_request(file.read_text())
+            args, kwargs = self.processing.preprocess(request)
+            self.check.batch(self.leaves(args, kwargs))
+        except InputError:
+            return None
+        return request
 
     def run_flat(self, inputs: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Answer a flat request: check it, run the part that is fastest at its batch, check the answer for NaN."""

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from grc.cli.export_triton import proven
 from grc.errors import GrcError
 from grc.runtime.triton_repository import launcher, wheel
-from grc.runtime.triton_repository.replay import read_requests
+from grc.runtime.triton_repository.replay import Replayed, read_requests
 from grc.runtime.triton_repository.repository import Repository
 from tests.cli.conftest import grc as grc  # the command line as a function
 from tests.cli.session import Grc, edit_manifest, refused
@@ -62,6 +63,12 @@ def test_verify_tells_what_the_server_answered(grc: Grc, artifact: Path, tmp_pat
     assert not list(tmp_path.rglob("__pycache__"))
     verified = json.loads(ran.out)["verified"]
     assert verified["tensors"] >= 104 and verified["error"] < 1e-5 and verified["server"].startswith("2.")
+
+
+def test_it_tells_where_preprocess_was_given_nothing() -> None:
+    for replayed, told in (Replayed(4), "and none of"), (Replayed(4, 2), "and 2 of"):
+        assert proven(replayed, True).startswith(f"4 golden requests {told} JSON answered over HTTP and gRPC, ")
+    assert proven(Replayed(4), False).startswith("4 golden requests answered")
 
 
 def test_an_existing_repository_is_kept(grc: Grc, artifact: Path, tmp_path: Path) -> None:

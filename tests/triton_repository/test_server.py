@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,11 +26,12 @@ from grc.runtime.triton_repository import launcher
 from grc.runtime.triton_repository.client import PROTOCOLS, Client, Unavailable
 from grc.runtime.triton_repository.export import export
 from grc.runtime.triton_repository.launcher import Server, serving
-from grc.runtime.triton_repository.replay import Replay, Replayed, call, verify
+from grc.runtime.triton_repository.replay import Replay, Replayed, call, examples, verify
 from grc.runtime.triton_repository.repository import Repository
 from grc.runtime.triton_repository.settings import Settings
 from grc.runtime.triton_repository.tensors import Interface, interface
 from grc.runtime.weights import read_weights, write_weights
+from tests.cli.session import MODEL, SERVED, WORDS
 
 pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed: pip install 'grc-compiler[triton]'")
 pytestmark = [pytest.mark.triton, pytest.mark.engine]
@@ -56,7 +58,28 @@ def test_movielens_recommends_the_artifacts_films(
         Settings(layout=layout),
         before_done=lambda made: told.append(verify(made, films, requests)),
     )
-    assert told[0].requests == 2 * len(requests) and told[0].error < 1e-5
+    assert told[0].requests == 2 * (len(requests) + len(examples(grc.load(films)))) and told[0].error < 1e-5
+
+
+def test_the_request_among_the_assets_is_sent_through_the_ensemble(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in {"tiny": MODEL, "words": WORDS, "served": SERVED + 'assets = ["request.json"]\n'}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    (tmp_path / "request.json").write_text('{"dense": [0.5, -1.0, 2.0], "user": 3, "item": 7}')
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "tiny.grc"
+    grc.compile(str(tmp_path / "served.py"), None, grc.Options(output=path, engine="eager", batches=(4,), max_batch=8))
+
+    def spoil(made: Repository) -> None:
+        model = made.path / "postprocess_py/1/model.py"
+        model.write_text(model.read_text().replace("[tensor(entry.name) for", "[-tensor(entry.name) for"))
+        verify(made, path)
+
+    with pytest.raises(ArtifactError) as caught:
+        export(path, tmp_path / "repo", before_done=spoil, warmup=False)
+    assert caught.value.message == "ensemble_model answers a request over http otherwise than the artifact does"
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from grc.errors import ArtifactError, GrcError, InputError
+from grc.errors import ArtifactError, GrcError
 from grc.runtime.artifact import Artifact
 from grc.runtime.closeness import QUALITY, largest_error
 from grc.runtime.golden import Golden, read_golden
-from grc.runtime.processing import Processing, read_request
+from grc.runtime.processing import Processing
 from grc.runtime.program import Program
 from grc.runtime.server.cache import Cache
 from grc.runtime.server.estimate import Estimate
@@ -27,7 +27,6 @@ from grc.runtime.server.statistics import Statistics
 from grc.runtime.structure import output_names
 
 Tensors = list[torch.Tensor]
-EXAMPLE = "request.json"
 LAYOUTS = 1 << 20  # bytes: some thousand of them
 
 
@@ -68,7 +67,7 @@ class Version:
         self.layouts = Cache(LAYOUTS, math.inf)
         self.merge = Merge(self.manifest)
         self.prove_merging(golden)
-        self.example = self.find_example() if self.recommends else None
+        self.example = self.program.example() if self.recommends else None
         self.load_seconds = time.perf_counter() - start
 
     def prove(self, golden: list[Golden]) -> None:
@@ -102,19 +101,6 @@ class Version:
                     merge.reason = f"merged golden requests are answered {error:.1e} away from the model"
         except GrcError as error:
             merge.reason = f"merged golden requests are refused: {error.message}"
-
-    def find_example(self) -> dict[str, Any] | None:
-        """The request among the assets, for people to begin with; none where it is not one that preprocess takes."""
-        file = self.processing().folder / EXAMPLE
-        if not file.is_file() or "preprocess" not in self.processing().functions:
-            return None
-        try:
-            request = read_request(file.read_text())
-            args, kwargs = self.processing().preprocess(request)
-            self.program.check.batch(self.program.leaves(args, kwargs))
-        except InputError:
-            return None
-        return request
 
     @property
     def max_rows(self) -> int:

@@ -49,7 +49,7 @@ class Replayed:
 
 
 def verify(repository: Repository, artifact_path: str | os.PathLike[str], requests: Sequence[Any] = ()) -> Replayed:
-    """Start the real server on a repository and replay the artifact's golden requests, and `requests` as JSON.
+    """Start the real server on a repository and replay the artifact's golden requests, and as JSON its example and `requests`.
 
     Raises ArtifactError for an answer that is not the model's, InputError where the model refuses one of `requests`, GrcError
     where no server is found or it does not start.
@@ -61,7 +61,7 @@ def verify(repository: Repository, artifact_path: str | os.PathLike[str], reques
     check_requests(program, requests)
     try:
         with serving(repository.path, *server_options(repository)) as server:
-            return Replay(repository, program, server).run(list(requests))
+            return Replay(repository, program, server).run([*requests, *examples(program)])
     finally:
         forget_bytecode(repository.path)
 
@@ -88,6 +88,18 @@ def check_requests(program: Program, requests: Sequence[Any]) -> None:
             f"{len(refusals)} of {len(requests)} of your requests {how} refused: {refusals[0]}",
             "mend or remove them; grc run ARTIFACT --request answers one",
         )
+
+
+def examples(program: Program) -> list[Any]:
+    """The request among the artifact's assets, where it has one that is answered, and always alike."""
+    request = program.example() if program.artifact.manifest["processing"] else None
+    if request is None:
+        return []
+    try:
+        first, again = (json.loads(written(program.recommend(request))) for _ in range(2))
+    except InputError:  # of ids that the model does not know, say
+        return []
+    return [request] if first == again else []
 
 
 def read_requests(path: Path | None) -> list[Any]:
