@@ -56,7 +56,7 @@ def requests_of_any_length(batch: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.engine
 @pytest.mark.parametrize("requests", [requests, requests_of_any_length])
 def test_a_package_checks_the_ids_of_look_ups_that_are_not_ours(
-    requests: Callable[[int], tuple[Tensor, Tensor, Tensor]], tmp_path: Path
+    requests: Callable[[int], tuple[Tensor, Tensor, Tensor]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
     model = History().eval()
@@ -75,3 +75,7 @@ def test_a_package_checks_the_ids_of_look_ups_that_are_not_ours(
     history[3, 2], user[1] = 0, -1
     with pytest.raises(ValueError, match=r'"user" has id -1 at row 1; table users\.weight has 20 rows'):
         program(user, item, history)
+    assert "is outside" not in capfd.readouterr().err  # a client's fault, which the error names
+    with pytest.raises(RuntimeError, match=r"^ids are int32 or int64$"):
+        program.runs[0]([user.float(), item, history])
+    assert capfd.readouterr().err == "Error: ids are int32 or int64\n"
