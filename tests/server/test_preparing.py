@@ -1,8 +1,9 @@
-"""Preprocess on its threads: bounded, and not begun for a request that nobody waits for any more."""
+"""Preprocess on its threads: bounded, refused early, fair, and not begun for a request that nobody waits for any more."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from types import SimpleNamespace
@@ -20,9 +21,8 @@ from grc.runtime.server.service import Call
 class Held:
     """A version whose preprocess is held back, and remembers what it was called with."""
 
-    name = "m"
-
     def __init__(self) -> None:
+        self.name = "m"
         self.open = threading.Event()
         self.begun: list[Any] = []
         self.program = SimpleNamespace(leaves=lambda args, kwargs: list(args))
@@ -98,6 +98,44 @@ def test_a_request_whose_time_ran_out_is_not_prepared(held: Held) -> None:
     assert answer == [{"n": 1}] and {"n": 0} not in held.begun
 
 
+def test_a_request_that_would_come_too_late_is_refused_at_once(held: Held) -> None:
+    async def told(ask: Asking, preparing: Preparing) -> Any:
+        waiting = [ask(n) for n in range(3)]
+        preparing.seconds["m"] = 4.0
+        (refused,) = await asyncio.gather(ask(3, within=5.0), return_exceptions=True)
+        assert not held.open.is_set()
+        held.open.set()
+        return refused, await asyncio.gather(*waiting)
+
+    refused, answers = story(held, told)
+    assert isinstance(refused, Refused) and (refused.status, refused.reason) == (503, "deadline")
+    assert re.fullmatch(
+        r"model m can't answer within (4[89]\d\d|5000) ms: it would take about 6000 ms", refused.message
+    )
+    assert len(answers) == 3
+
+
+def test_a_busy_model_does_not_starve_a_quiet_one_and_answers_go_first(held: Held) -> None:
+    quiet = Held()
+    quiet.name, quiet.begun = "quiet", held.begun
+    quiet.open.set()
+
+    async def told(ask: Asking, preparing: Preparing) -> Any:
+        preparing.seconds |= {"m": 0.01, "quiet": 0.01}
+        busy = [ask(n) for n in range(50)]
+        await asyncio.sleep(0)
+        version: Any = quiet
+        late = asyncio.create_task(preparing.preprocess(Call("id", "http", 10.0), version, {"n": "quiet"}))
+        after = asyncio.create_task(preparing.run(lambda: held.begun.append("answer")))
+        await asyncio.sleep(0)
+        held.open.set()
+        await asyncio.gather(late, after, *busy)
+
+    story(held, told)
+    begun = held.begun[THREADS:]
+    assert begun.index("answer") < 2 and begun.index({"n": "quiet"}) < 6, begun[:10]
+
+
 def test_a_client_that_left_is_not_prepared_for_and_counts_until_it_is_put_away(held: Held) -> None:
     async def told(ask: Asking, preparing: Preparing) -> Any:
         call = Call("id", "http", 10.0)
@@ -106,10 +144,10 @@ def test_a_client_that_left_is_not_prepared_for_and_counts_until_it_is_put_away(
         call.gone = True
         leaves.cancel()
         await asyncio.wait([leaves])
-        assert preparing.waiting["m"] == 2, "what it sent is still held"
+        assert len(preparing.lines["m"]) == 2, "what it sent is still held"
         held.open.set()
         await stays
-        return preparing.waiting["m"]
+        return len(preparing.lines["m"])
 
     assert story(held, told) == 0
     assert {"n": 0} not in held.begun and {"n": 1} in held.begun

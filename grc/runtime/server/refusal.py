@@ -41,6 +41,11 @@ def out_of_time(model: str, retry_after: float) -> Refused:
     return Refused(503, f"model {model} was too busy: the request's time ran out", "deadline", retry_after)
 
 
+def too_late(model: str, wait: float, left: float) -> Refused:
+    told = f"within {left * 1e3:.0f} ms: it would take about {wait * 1e3:.0f} ms"
+    return Refused(503, f"model {model} can't answer {told}", "deadline", wait - left)
+
+
 def refusal(error: Exception) -> Refused:
     """What a client is told of an error: its own fault is a 400, the server's a 500."""
     if isinstance(error, Refused):

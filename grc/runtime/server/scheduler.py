@@ -21,7 +21,7 @@ import torch
 
 from grc.runtime.server.execute import execute
 from grc.runtime.server.packed import Packed
-from grc.runtime.server.refusal import Refused, out_of_time
+from grc.runtime.server.refusal import Refused, out_of_time, too_late
 from grc.runtime.server.version import Version
 
 Tensors = list[torch.Tensor]
@@ -147,8 +147,7 @@ class Scheduler:
             if left <= 0:
                 raise out_of_time(work.version.name, wait)
             if wait > left:
-                told = f"within {left * 1e3:.0f} ms: it would take about {wait * 1e3:.0f} ms"
-                raise Refused(503, f"model {work.version.name} can't answer {told}", "deadline", wait - left)
+                raise too_late(work.version.name, wait, left)
             if line.count == 0:
                 line.used = max(line.used, self.clock)
                 self.active[work.version] = line
