@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
-from grc.errors import InputError
+from grc.errors import ArtifactError, EngineError, GrcError, InputError
 from grc.runtime.triton_repository.merge import answer_all
+from grc.runtime.triton_repository.requests import failed
 from grc.runtime.triton_repository.tensors import Interface, Tensor
 
 HISTORY = Tensor("history", "float32", (-1,), ("batch", "n0"), 1)
@@ -59,3 +63,18 @@ def test_a_model_without_rows_is_called_once_a_request() -> None:
         model, Interface((whole,), (Tensor("score", "float32", (-1,), ("n0",)),), 0), [[torch.ones(1, 2)]] * 2
     )
     assert model.calls == [[1, 2], [1, 2]] and [a[0].tolist() for a in answers] == [[2.0], [2.0]]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(InputError("no row 9"), "client"), (EngineError("out of memory"), "server"), (ArtifactError("x"), "server")],
+)
+def test_a_failure_is_the_clients_or_the_servers(error: GrcError, kind: str):
+    class Failure(tuple):
+        INVALID_ARG, INTERNAL = "client", "server"
+
+        def __new__(cls, *told: str):
+            return super().__new__(cls, told)
+
+    triton = SimpleNamespace(TritonError=Failure, InferenceResponse=lambda tensors, error: (tensors, error))
+    assert failed(triton, error) == ([], (error.message, kind))

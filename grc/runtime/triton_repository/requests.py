@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from grc.errors import InputError
+from grc.errors import EngineError, GrcError, InputError
 from grc.runtime.artifact import Artifact
 from grc.runtime.inputs import InputCheck
 from grc.runtime.processing import Processing, read_request, written
@@ -26,6 +27,13 @@ def text_of(tensor: torch.Tensor) -> str:
         return tensor.contiguous().numpy().tobytes().decode()
     except UnicodeDecodeError as error:
         raise InputError(f"the request is no UTF-8: {error}", "send JSON as UTF-8") from error
+
+
+def failed(triton: Any, error: GrcError) -> Any:
+    """The response to a request that failed, of `triton_python_backend_utils`: the client's fault or the server's."""
+    mendable = isinstance(error, InputError) and not isinstance(error, EngineError)
+    kind = triton.TritonError.INVALID_ARG if mendable else triton.TritonError.INTERNAL
+    return triton.InferenceResponse([], error=triton.TritonError(error.message, kind))
 
 
 def tensor_of(text: str) -> torch.Tensor:

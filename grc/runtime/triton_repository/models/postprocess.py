@@ -11,8 +11,8 @@ sys.path.insert(0, str(HERE))
 import torch  # noqa: E402
 import triton_python_backend_utils as triton  # noqa: E402
 
-from grc.errors import GrcError, InputError  # noqa: E402
-from grc.runtime.triton_repository.requests import Postprocess  # noqa: E402
+from grc.errors import GrcError  # noqa: E402
+from grc.runtime.triton_repository.requests import Postprocess, failed  # noqa: E402
 
 
 class TritonPythonModel:
@@ -30,6 +30,5 @@ class TritonPythonModel:
         try:
             answer = self.postprocess(tensor("request"), [tensor(entry.name) for entry in self.postprocess.outputs])
         except GrcError as error:
-            kind = triton.TritonError.INVALID_ARG if isinstance(error, InputError) else triton.TritonError.INTERNAL
-            return triton.InferenceResponse([], error=triton.TritonError(error.message, kind))
+            return failed(triton, error)
         return triton.InferenceResponse([triton.Tensor.from_dlpack("answer", answer)])

@@ -12,7 +12,7 @@ import torch  # noqa: E402
 import triton_python_backend_utils as triton  # noqa: E402
 
 from grc.errors import InputError  # noqa: E402
-from grc.runtime.triton_repository.requests import Preprocess  # noqa: E402
+from grc.runtime.triton_repository.requests import Preprocess, failed  # noqa: E402
 
 
 class TritonPythonModel:
@@ -27,5 +27,5 @@ class TritonPythonModel:
         try:
             named = self.preprocess(torch.from_dlpack(triton.get_input_tensor_by_name(request, "request")))
         except InputError as error:
-            return triton.InferenceResponse([], error=triton.TritonError(error.message, triton.TritonError.INVALID_ARG))
+            return failed(triton, error)
         return triton.InferenceResponse([triton.Tensor.from_dlpack(name, tensor) for name, tensor in named])

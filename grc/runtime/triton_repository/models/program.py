@@ -14,6 +14,7 @@ import triton_python_backend_utils as triton  # noqa: E402
 from grc.errors import InputError  # noqa: E402
 from grc.runtime.program import load  # noqa: E402
 from grc.runtime.triton_repository.merge import answer_all  # noqa: E402
+from grc.runtime.triton_repository.requests import failed  # noqa: E402
 from grc.runtime.triton_repository.tensors import interface  # noqa: E402
 
 
@@ -35,8 +36,6 @@ class TritonPythonModel:
 
     def respond(self, answer):
         if isinstance(answer, InputError):
-            return triton.InferenceResponse(
-                [], error=triton.TritonError(answer.message, triton.TritonError.INVALID_ARG)
-            )
+            return failed(triton, answer)
         named = zip(self.interface.outputs, answer, strict=True)
         return triton.InferenceResponse([triton.Tensor.from_dlpack(entry.name, tensor) for entry, tensor in named])
