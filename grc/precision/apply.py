@@ -69,10 +69,7 @@ def convert(edit: Rewriter, path: str, sites: Sequence[Site], formats: Mapping[s
         end += -(-site.lowered_bytes(form) // LINE) * LINE
     out = torch.from_file(str(file), shared=True, size=end, dtype=torch.uint8)
     for site, form, start in tables:
-        flat = arena.detach().view(-1, site.width)
-        first = site.base // (site.width if arena.dim() == 1 else 1)
-        table = flat[first : first + site.elements // site.width]
-        pack_table(table, form, out[start : start + site.lowered_bytes(form)])
+        pack_table(site.rows_of(arena), form, out[start : start + site.lowered_bytes(form)])
     return Place(edit.parameter(f"{node.name}_packed", out), arena.dim() == 1, tables)
 
 

@@ -53,6 +53,12 @@ class Site:
             return self.elements // self.width * row_bytes(form, self.width)
         return self.elements * BITS[form] // 8
 
+    def rows_of(self, arena: torch.Tensor) -> torch.Tensor:
+        """A table's rows [R, width], as a view of the arena that it lies in beside tables of any width."""
+        if arena.dim() == 2:
+            return arena.detach()[self.base : self.base + self.elements // self.width]
+        return arena.detach()[self.base : self.base + self.elements].view(-1, self.width)
+
 
 def find_sites(graph: fx.GraphModule) -> list[Site]:
     """Every float32 layer of a constant weight, attention, activation unit and set of items that are ranked, in the order of

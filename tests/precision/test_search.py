@@ -197,6 +197,37 @@ def test_tables_of_bags_and_of_offsets(tmp_path) -> None:
         assert not torch.equal(trial[0], graph(*inputs)[0])
 
 
+class Widths(nn.Module):
+    """Tables of three widths, none a multiple of another, that end in one cat: one arena holds their numbers in line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.users, self.items, self.hours = nn.Embedding(30, 16), nn.Embedding(40, 12), nn.Embedding(7, 5)
+        self.head = nn.Linear(33, 1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.cat([self.users(ids[:, 0]), self.items(ids[:, 1]), self.hours(ids[:, 2])], 1)
+        return self.head(x).squeeze(1)
+
+
+def width_inputs(batch: int) -> tuple[Tensor]:
+    return (torch.randint(7, (batch, 3), generator=torch.Generator().manual_seed(batch)),)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4", "bf16"])
+def test_tables_of_several_widths_in_one_arena(form: str, tmp_path) -> None:
+    source, graph = captured(Widths(), width_inputs)
+    sites = find_sites(graph)
+    assert len({site.arena for site in sites if site.kind == "table"}) == 1
+    formats = {site.name: form for site in sites if site.kind == "table"}
+    lowered = with_tables(graph, sites, formats, tmp_path)
+    for batch in (1, 20):
+        inputs = source.inputs(batch)
+        trial = Trial(graph, sites, formats, Rounded(graph)).answers(inputs)
+        assert torch.allclose(trial[0], lowered(*inputs)[0], atol=1e-5)
+        assert not torch.equal(trial[0], graph(*inputs)[0])
+
+
 class Steps(nn.Module):
     """Attention over the steps of a history, between two layers."""
 
