@@ -6,7 +6,7 @@ from typing import Any
 
 from grc.cli import parameters as p
 from grc.cli.errors import Traceback
-from grc.cli.summary import name, place, put, put_json, table
+from grc.cli.summary import alone, name, place, put, put_json, table
 
 NAME = "inspect"
 EXAMPLES = ("grc inspect model.grc", "grc inspect model.grc --json | jq .layers")
@@ -103,7 +103,6 @@ def precision_title(manifest: dict[str, Any]) -> str:
 
 
 def precision_rows(manifest: dict[str, Any]) -> list[tuple[str, ...]]:
-    from grc.cli.summary import why
     from grc.report.summary import size
 
     sites = [] if manifest["precision"] is None else manifest["precision"]["sites"]
@@ -113,8 +112,8 @@ def precision_rows(manifest: dict[str, Any]) -> list[tuple[str, ...]]:
             site["kind"],
             site["format"],
             f"{size(site['bytes'])} -> {size(site['lowered_bytes'])}",
-            "" if site["loss"] is None else f"alone {site['loss']:.0%} of the budget",
-            why(site) if site["reason"] else "",
+            "" if site["loss"] is None else f"alone {alone(site)}",
+            site["reason"] or "",
         )
         for site in sites
     ]

@@ -46,14 +46,15 @@ def show_changes(summary: dict[str, Any]) -> None:
 
 
 def show_precision(summary: dict[str, Any]) -> None:
-    """What stayed higher than the smallest format that there is for it and why, and the frontier of quality against bytes."""
+    """What stayed higher than the smallest format that there is for it, what that alone would cost and why, and the frontier
+    of quality against bytes and work."""
     found = summary["precision"]
     if found is None:
         return
     rows: list[tuple[str, ...]] = []
     if found["higher"]:
-        rows += [("", "", ""), ("kept higher", "as", "why")]
-        rows += [(site["name"], site["format"], why(site)) for site in found["higher"]]
+        rows += [("", "", "", ""), ("kept higher", "as", "alone", "why")]
+        rows += [(site["name"], site["format"], alone(site), site["reason"]) for site in found["higher"]]
     for line in table(rows):
         put(line)
     put()
@@ -69,11 +70,9 @@ def show_precision(summary: dict[str, Any]) -> None:
         say(f"note: {note}")
 
 
-def why(site: dict[str, Any]) -> str:
-    """The reason, or the share of the budget that its smallest format alone would cost."""
-    if site["reason"]:
-        return site["reason"]
-    return f"alone, fewer bits would spend {site['loss']:.0%} of the budget" if site["loss"] is not None else ""
+def alone(site: dict[str, Any]) -> str:
+    """What a site costs by itself in its smallest format, where that was tried."""
+    return "" if site["loss"] is None else f"{site['loss']:.0%} of the budget"
 
 
 def name(change: dict[str, Any]) -> str:

@@ -187,8 +187,12 @@ class Search:
         outcome.frontier = self.frontier(order, formats)
         for site in self.sites:
             form = formats.get(site.name, "fp32")
-            reason = None if form != "fp32" else site.reason or reasons.get(site.name) or self.nothing(site)
-            smallest = next(iter(self.options(site)), None)
+            smallest = next(iter(self.every(site)), None)
+            reason = None
+            if form != smallest:
+                reason = site.reason or reasons.get(site.name) or site.unscaled
+            if form == "fp32":
+                reason = reason or self.nothing(site)
             lowered = site.lowered_bytes(form)
             loss = losses.get(site.name)
             outcome.decisions.append(Decision(site.name, site.kind, form, smallest, site.bytes, lowered, loss, reason))
@@ -216,8 +220,17 @@ class Search:
                     f"at batch {sizes} the engine chosen keeps layers in {form}: they are stored twice"
                 )
 
-    def options(self, site: Site) -> tuple[str, ...]:
+    def every(self, site: Site) -> tuple[str, ...]:
+        """What the precision has for a site's kind, the smallest first."""
         return FORMATS[site.kind][self.device].get(self.precision, ())
+
+    def options(self, site: Site) -> tuple[str, ...]:
+        """And what of it can hold the site. A table that float16 can't scale has bfloat16 left, but on a GPU, where an arena
+        has one format."""
+        every = self.every(site)
+        if site.unscaled is None or not every:
+            return every
+        return ("bf16",) if self.device == "cpu" or every == ("bf16",) else ()
 
     def nothing(self, site: Site) -> str:
         return f"{self.precision} has no format for {site.kind}s on a {'CPU' if self.device == 'cpu' else 'GPU'}"
@@ -266,11 +279,11 @@ class Search:
         able = [site for site in self.sites if site.name in formats]
         site = max(able, key=lambda site: (-steps(site), self.losses.get(site.name, 0.0)))
         later = self.options(site)[steps(site) + 1 :]
+        reasons[site.name] = f"{formats[site.name]} on all rows: {why}"
         if later:
             formats[site.name] = later[0]
         else:
             del formats[site.name]
-            reasons[site.name] = f"on all rows: {why}"
 
     def one_format_an_arena(self, formats: dict[str, str], reasons: dict[str, str]) -> None:
         """On a GPU the kernels read all rows of an arena alike: its tables take the widest of their formats."""
@@ -282,6 +295,8 @@ class Search:
             widest = max((formats.get(site.name, "fp32") for site in own), key=lambda form: BITS[form])
             for site in own:
                 if widest != "fp32":
+                    if formats[site.name] != widest:
+                        reasons.setdefault(site.name, f"another table of its arena is kept in {widest}")
                     formats[site.name] = widest
                 elif formats.pop(site.name, None) is not None:
                     reasons[site.name] = "another table of its arena stays in float32"

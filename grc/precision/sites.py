@@ -18,7 +18,7 @@ from grc.graph.cost import rows_per_sample
 from grc.graph.match import aten, attribute, call_arguments, is_op, value
 from grc.kernels import ACTIVATION_UNIT, BAG_DOT, BAG_FM, CROSS, LOOKUP, SCORE_TOPK
 from grc.kernels import ATTENTION as ATTENTION_OP
-from grc.kernels.lookup.row_formats import row_bytes
+from grc.kernels.lookup.row_formats import HALF_MAX, row_bytes
 from grc.kernels.quantised_linear import MAX_DEPTH
 from grc.precision.formats import BITS
 
@@ -43,6 +43,7 @@ class Site:
     base: int = 0
     head: bool = False  # what it computes is an output, but for an activation
     reason: str | None = None  # why it must stay in float32
+    unscaled: str | None = None  # of a table: why no format can hold it that counts in float16
 
     @property
     def bytes(self) -> int:
@@ -131,9 +132,23 @@ def tables(graph: fx.GraphModule, multiplied: Collection[str]) -> list[Site]:
         site.features.append((reading.node, reading.feature))
         site.work += reading.dim * reading.length
     for site, span in zip(found, spans, strict=True):
-        flat = value(next(n for n in graph.graph.nodes if str(n.target) == span.arena)).dim() == 1
-        site.elements = (span.end - span.base) * (1 if flat else span.dim)
+        arena = attribute(graph, next(n for n in graph.graph.nodes if str(n.target) == span.arena))
+        assert arena is not None
+        site.elements = (span.end - span.base) * (1 if arena.dim() == 1 else span.dim)
+        if site.reason is None:
+            site.unscaled = beyond_half(site.rows_of(arena))
     return found
+
+
+def beyond_half(rows: torch.Tensor) -> str | None:
+    """Which of a table's rows [R, D] float16 can't hold, nor be the scale of: data to calibrate on may never read it."""
+    low, high = rows.aminmax(dim=1)
+    bad = ((low >= -HALF_MAX) & (high <= HALF_MAX)).logical_not().nonzero()  # NaN is neither
+    if not len(bad):
+        return None
+    row = int(bad[0])
+    worst = low[row] if -low[row] > high[row] else high[row]
+    return f"row {row} holds {worst.item():g}, and float16, which scales it, ends at {HALF_MAX:g}"
 
 
 def readings(graph: fx.GraphModule) -> Iterator[Reading]:

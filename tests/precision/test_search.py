@@ -228,6 +228,27 @@ def test_tables_of_several_widths_in_one_arena(form: str, tmp_path) -> None:
         assert not torch.equal(trial[0], graph(*inputs)[0])
 
 
+@pytest.mark.parametrize(("value", "told"), [(1e6, "1e+06"), (-7e4, "-70000"), (torch.nan, "nan"), (torch.inf, "inf")])
+def test_a_row_that_float16_can_not_scale_leaves_its_table_in_bfloat16(value: float, told: str, tmp_path) -> None:
+    """The data to calibrate on never read that row."""
+    model = Widths()
+    with torch.no_grad():
+        model.items.weight[33, 2] = value
+    source, graph = captured(model, width_inputs)
+    search = Search(graph, find_sites(graph), calibration_of(source, None), budget(["max-error=0.5"]), "int8", print)
+    found = search.run()
+    decided = {d.name: d for d in found.decisions}
+    assert {name: d.format for name, d in decided.items()} == {
+        "head.weight": "int8", "users.weight": "int8", "items.weight": "bf16", "hours.weight": "int8"
+    }  # fmt: skip
+    assert decided["items.weight"].smallest == "int8"
+    assert decided["items.weight"].reason == f"row 33 holds {told}, and float16, which scales it, ends at 65504"
+    lowered = with_tables(graph, search.sites, found.formats, tmp_path)
+    assert torch.isfinite(lowered(*source.inputs(9))[0]).all()
+    gpu = Search(graph, search.sites, calibration_of(source, None), budget(["max-error=0.5"]), "int8", print, "cuda")
+    assert {d.format for d in gpu.run().decisions if d.kind == "table"} == {"fp32"}
+
+
 class Steps(nn.Module):
     """Attention over the steps of a history, between two layers."""
 

@@ -17,6 +17,7 @@ from grc.errors import LoweringError
 ROW_FORMATS = ("fp32", "fp16", "bf16", "int8", "int4")
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LEVELS = {"int8": 255, "int4": 15}
+HALF_MAX = torch.finfo(torch.float16).max
 LINE = 64  # bytes: every table begins on a cache line
 CHUNK = 1 << 14  # rows quantised at a time, so that converting a table holds no second one
 
@@ -44,7 +45,7 @@ def steps(rows: Tensor, form: str) -> tuple[Tensor, Tensor, Tensor]:
     """
     levels = LEVELS[form]
     low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
-    if not bool((torch.isfinite(low) & torch.isfinite(high) & (low >= -65504) & (high <= 65504)).all()):
+    if not bool(((low >= -HALF_MAX) & (high <= HALF_MAX)).all()):  # NaN is neither
         raise LoweringError(f"a table holds NaN or values that float16 can't scale, and can't be kept in {form}")
     offset = toward(low, -torch.inf)
     scale = toward((high.double() - offset) / levels, torch.inf)  # in float32 the smallest ranges would vanish
