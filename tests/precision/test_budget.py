@@ -87,6 +87,13 @@ def test_errors_are_relative_to_each_output_and_nan_is_never_inside() -> None:
     assert truth.one(limit, [[torch.tensor([0.001, torch.nan]), torch.tensor([100.0])]]) == math.inf
 
 
+def test_scores_beside_items_masked_with_infinity_are_held_to_the_largest_of_them() -> None:
+    truth = Truth([[torch.tensor([[0.01, 0.02, -torch.inf], [0.01, torch.nan, 0.0]])]])
+    (limit,) = budget([])
+    moved = torch.tensor([[0.01, 0.021, -torch.inf], [0.01, torch.nan, 0.0]])
+    assert truth.one(limit, [[moved]]) == pytest.approx(0.05, rel=1e-4)
+
+
 def test_metrics_that_no_output_has_are_named() -> None:
     truth = Truth([[torch.zeros(3, 5)]], [torch.tensor([1, 0, 1])])
     with pytest.raises(GrcError, match="no output holds one score a row, which auc-drop is about"):
