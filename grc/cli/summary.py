@@ -61,7 +61,7 @@ def show_precision(summary: dict[str, Any]) -> None:
     heads = [limit.partition("=")[0] for limit in found["budget"]]
     points = [("bytes", "work", *heads, "")]
     for point in found["frontier"]:
-        values = [f"{point['quality'][name]:.2g}" for name in heads]
+        values = ["NaN" if (value := point["quality"][name]) is None else f"{value:.2g}" for name in heads]
         mark = "chosen" if point["chosen"] else "" if point["inside"] else f"outside of {', '.join(found['budget'])}"
         points.append((size(point["bytes"]), f"{point['work']:.0%}", *values, mark))
     for line in table(points):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -35,7 +36,7 @@ FRONTIER = 6  # points of the frontier between nothing lowered and everything
 @dataclass
 class Decision:
     """What became of one site. `smallest` is the smallest format that the precision has for its kind, or None where it has
-    none, and `loss` what the site alone costs in that, as a share of the budget."""
+    none, and `loss` what the site alone costs in the smallest that can hold it, as a share of the budget."""
 
     name: str
     kind: str
@@ -119,11 +120,19 @@ class Lowered:
                 "labels": self.calibration.labels is not None,
                 "sha256": self.calibration.digest,
             },
-            "sites": [asdict(decision) for decision in self.decisions],
-            "frontier": [asdict(point) for point in self.frontier],
+            "sites": [asdict(replace(decision, loss=finite(decision.loss))) for decision in self.decisions],
+            "frontier": [
+                {**asdict(point), "quality": {name: finite(value) for name, value in point.quality.items()}}
+                for point in self.frontier
+            ],
             "trials": self.trials,
             "notes": self.notes,
         }
+
+
+def finite(value: float | None) -> float | None:
+    """None for what JSON has no number for: a share of a limit of nothing, the error of answers that hold NaN."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def outside(limits: Sequence[Limit], values: Mapping[str, float], spent: float = 1.0) -> str | None:

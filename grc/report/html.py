@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +57,17 @@ def charts(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def frontier(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """One plot for each limit of the budget: bytes of all tables and layers to the right, the metric upwards."""
+    """Two plots for each limit of the budget: bytes of all tables and layers, or their work for a row as a share of
+    float32's, to the right, the metric upwards."""
     found = manifest["precision"]
     if found is None:
         return []
     plots = []
-    most = max(point["bytes"] for point in found["frontier"]) or 1
-    for limit in found["budget"]:
+    for limit, axis in product(found["budget"], ("bytes", "work")):
         name, _, bound = limit.partition("=")
-        values = [point["quality"][name] for point in found["frontier"]]
+        known = [point for point in found["frontier"] if point["quality"][name] is not None]
+        values = [point["quality"][name] for point in known]
+        most = max(point[axis] for point in known) or 1
         low, high = min(0.0, *values), max(float(bound), *values) * 1.1 or 1.0
         if name.startswith("topk-overlap"):
             low, high = min(float(bound), *values) - 0.01, 1.0
@@ -73,11 +76,25 @@ def frontier(manifest: dict[str, Any]) -> list[dict[str, Any]]:
             return HEIGHT - HEIGHT * (value - low) / (high - low)
 
         points = [
-            {**point, "x": BAR * point["bytes"] / most, "y": up(value), "value": value}
-            for point, value in zip(found["frontier"], values, strict=True)
+            {**point, "x": BAR * point[axis] / most, "y": up(value), "value": value, "told": told(axis, point[axis])}
+            for point, value in zip(known, values, strict=True)
         ]
-        plots.append({"name": name, "bound": float(bound), "line": up(float(bound)), "points": points})
+        title, end = f"{name} against {axis}", told(axis, most)
+        plots.append(
+            {
+                "name": name,
+                "title": title,
+                "end": end,
+                "bound": float(bound),
+                "line": up(float(bound)),
+                "points": points,
+            }
+        )
     return plots
+
+
+def told(axis: str, value: float) -> str:
+    return size(int(value)) if axis == "bytes" else f"{value:.0%}"
 
 
 def totals(manifest: dict[str, Any]) -> dict[str, int]:

@@ -102,7 +102,9 @@ def test_inspect_shows_precision_by_layer(artifact: Path) -> None:
 
 def test_the_report_plots_the_frontier(artifact: Path) -> None:
     page = (artifact / "report.html").read_text()
-    assert "max-error against bytes" in page and "auc-drop against bytes" in page and page.count("<circle") > 4
+    for limit in ("max-error", "auc-drop"):
+        assert f"{limit} against bytes" in page and f"{limit} against work" in page
+    assert page.count("<circle") > 8
 
 
 def test_check_measures_the_quality_again(artifact: Path) -> None:

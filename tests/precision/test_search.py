@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -47,6 +49,7 @@ def test_nothing_goes_down_where_the_budget_is_nothing() -> None:
     assert {d.format for d in found.decisions} == {"fp32"} and found.quality == {"max-error": 0.0}
     assert all(d.reason and d.reason.startswith(("int8: max-error", "bf16: max-error")) for d in found.decisions)
     assert found.decisions[0].reason.endswith("of max-error=0")
+    json.dumps(found.json(), allow_nan=False)  # a share of nothing is no number
 
 
 def test_int4_is_for_tables_and_a_table_that_it_ruins_takes_more_bits() -> None:
