@@ -264,7 +264,7 @@ def lower(
     requests = make_requests(source, optimised, options)
     if lowered is not None and lowered.formats:
         requests = replace(requests, judge=lowered.judge)
-        offered = engines_for(ours[""], None, lowered.choices, lowered.calibration.first(ROWS).batches)
+        offered = engines_for(ours[""], None, lowered.choices, lowered.data.calibration.sample(ROWS).batches)
     else:
         offered = engines_for(ours[""], unguarded)
     return build_and_choose(offered, target, parts, requests, options, progress, load_built, source.eager_runner())

@@ -51,8 +51,8 @@ def describe(
     cut = [stage_entry(stage, source, store, target) for stage in stages]
     store.write(folder / "weights.safetensors")
     write_golden(source, options.max_batch, folder)
-    if lowered is not None:
-        lowered.write(folder / "calibration.safetensors")
+    if lowered is not None and lowered.formats:
+        write_weights(folder / "calibration.safetensors", lowered.kept.tensors)
     (folder / "graph.txt").write_text(show(graph))
     inputs, outputs = described(source)
     model = source.model

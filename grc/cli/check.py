@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from grc.cli import parameters as p
@@ -12,6 +13,7 @@ from grc.cli.summary import put, put_json, table
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from grc.precision.quality import Limit
     from grc.runtime.golden import Golden
 
 NAME = "check"
@@ -40,7 +42,7 @@ def command(artifact: p.ArtifactPath, json: p.Json = False, traceback: Traceback
         error = replay(Program(opened, engine), requests)
         own = max(recorded[name] for name in ([engine] if engine else engines))
         rows.append({"part": engine or "routing", "error": error, "ok": within(error, own, QUALITY)})
-    limits, measured = remeasure(opened, engines)
+    measured = remeasure(opened, engines)
     bad = [row for row in rows if not row["ok"]]
     if json:
         put_json(
@@ -49,19 +51,20 @@ def command(artifact: p.ArtifactPath, json: p.Json = False, traceback: Traceback
                 "files": len(opened.manifest["files"]),
                 "requests": len(requests),
                 "parts": rows,
-                "budget": [str(limit) for limit in limits],
-                "calibrated": measured,
+                "budget": [str(limit) for limit in measured.limits],
+                "calibrated": measured.parts,
+                "calibration_rows": measured.rows,
             }
         )
     else:
         put(f"{artifact}: {len(opened.manifest['files'])} files as written, {len(requests)} golden requests replayed")
         for line in table([(r["part"], f"largest error {r['error']:.1e}", "ok" if r["ok"] else "WRONG") for r in rows]):
             put(line)
-        for engine, values in measured.items():
-            held = [f"{limit.name} {values[limit.name]:.2g} of {limit.bound:g}" for limit in limits]
-            put(f"  {engine} on the calibration rows: {', '.join(held)}")
-    for engine, values in measured.items():
-        broken = [limit for limit in limits if not limit.inside(values[limit.name])]
+        for engine, values in measured.parts.items():
+            held = [f"{limit.name} {values[limit.name]:.2g} of {limit.bound:g}" for limit in measured.limits]
+            put(f"  {engine} on {measured.rows} of {measured.of} calibration rows: {', '.join(held)}")
+    for engine, values in measured.parts.items():
+        broken = [limit for limit in measured.limits if not limit.inside(values[limit.name])]
         if broken:
             raise ArtifactError(
                 f"{artifact.name}: {engine} has {broken[0].name} {values[broken[0].name]:.2g}, outside of {broken[0]}",
@@ -74,17 +77,35 @@ def command(artifact: p.ArtifactPath, json: p.Json = False, traceback: Traceback
         )
 
 
-def remeasure(artifact: Any, engines: list[str]) -> tuple[Any, dict[str, dict[str, float]]]:
-    """The budget, and the quality of each part on the calibration rows; nothing where no bits were saved."""
+@dataclass(frozen=True)
+class Measured:
+    """The budget, and the quality of each part on the calibration rows that the artifact carries, of so many in all."""
+
+    limits: Sequence[Limit] = ()
+    parts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    rows: int = 0
+    of: int = 0
+
+
+def remeasure(artifact: Any, engines: list[str]) -> Measured:
+    """Nothing where no bits were saved."""
+    import torch
+
     from grc import Program
-    from grc.precision.quality import budget, remeasured
+    from grc.precision.quality import budget, read_kept, rows_of
 
     entry = artifact.manifest["precision"]
-    if entry is None:
-        return (), {}
+    if entry is None or all(site["format"] == "fp32" for site in entry["sites"]):
+        return Measured()
     limits = budget(entry["budget"])
-    data = artifact.path / "calibration.safetensors"
-    return limits, {e: remeasured(data, in_pieces(Program(artifact, e)), limits) for e in dict.fromkeys(engines)}
+    batches, truth = read_kept(artifact.path / "calibration.safetensors")
+    parts = {}
+    with torch.no_grad():
+        for engine in dict.fromkeys(engines):
+            run = in_pieces(Program(artifact, engine))
+            parts[engine] = truth.measure([list(run(list(batch))) for batch in batches], limits)
+    sizes = [spec["sizes"] for spec in artifact.manifest["inputs"]]
+    return Measured(limits, parts, sum(rows_of(batch, sizes) for batch in batches), entry["calibration"]["rows"])
 
 
 def in_pieces(program: Any) -> Callable[[list[Tensor]], Sequence[Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +14,13 @@ from torch import Tensor
 from grc.errors import GrcError, InputError, message_of
 from grc.graph.capture import Source, flat_tensors
 from grc.graph.model_file import as_call
-from grc.precision.quality import AUC, Limit
+from grc.precision.quality import AUC, Limit, rows_of
+from grc.runtime.structure import Json
 from grc.runtime.values import decode_columns, format_of, tensors_of
 from grc.runtime.weights import raw_chunks
 
 ROWS = 256  # rows that a search looks at: a trial of a 6-layer Transformer over them takes about a second
+KEPT, LEAST = 1 / 8, 16  # what an artifact carries: rows in as many of its weights' bytes, and how many at least
 BATCH = 64
 LABEL = "label"
 FUNCTION = "calibration()"  # the origin of batches of the model file
@@ -26,7 +29,8 @@ HINT = "give rows of every input: .npz, .jsonl, .json or .parquet"
 
 @dataclass(frozen=True)
 class Calibration:
-    """Batches of flat inputs, labels beside them or None, where they come from, and which batches of that are not here."""
+    """Batches of flat inputs, labels beside them or None, where they come from, and which batches of that are not here.
+    `sizes` are those of the inputs, as a manifest has them."""
 
     batches: Sequence[Sequence[Tensor]]
     labels: Sequence[Tensor] | None
@@ -34,20 +38,39 @@ class Calibration:
     real: bool
     notes: tuple[str, ...] = ()
     left_out: tuple[int, ...] = ()
+    sizes: Sequence[Sequence[Json]] = ()
+    by_row: bool = False  # each row of a batch is a request of its own, of the same sizes as all others
 
     @property
     def rows(self) -> int:
-        return sum(rows_of(batch) for batch in self.batches)
+        return sum(rows_of(batch, self.sizes) for batch in self.batches)
 
-    def first(self, rows: int) -> Calibration:
-        """The first batches that hold as many rows."""
-        kept, count = 0, 0
-        for batch in self.batches:
-            if count >= rows:
-                break
-            kept, count = kept + 1, count + rows_of(batch)
-        labels = None if self.labels is None else self.labels[:kept]
-        return replace(self, batches=self.batches[:kept], labels=labels)
+    def sample(self, rows: int, both: bool = False) -> Calibration:
+        """As many rows from all over the data, in batches of BATCH, where rows can be taken apart; else the fewest batches
+        that hold them. With `both`, more where labels of one kind alone are among them, and the data has others."""
+        while rows < self.rows:
+            found = self.spread(rows)
+            if not both or len(found.kinds) == len(self.kinds):
+                return found
+            rows *= 4
+        return self
+
+    def spread(self, rows: int) -> Calibration:
+        if not self.by_row:
+            count = -(-rows * len(self.batches) // self.rows)
+            while sum(rows_of(self.batches[i], self.sizes) for i in evenly(count, len(self.batches))) < rows:
+                count += 1
+            kept = evenly(count, len(self.batches))
+            labels = None if self.labels is None else [self.labels[i] for i in kept]
+            return replace(self, batches=[self.batches[i] for i in kept], labels=labels)
+        places = torch.tensor(evenly(rows, self.rows))
+        batches = list(zip(*(picked(column, places) for column in zip(*self.batches, strict=True)), strict=True))
+        return replace(self, batches=batches, labels=None if self.labels is None else picked(self.labels, places))
+
+    @property
+    def kinds(self) -> set[bool]:
+        """Whether a label is 1, of all labels."""
+        return {bool(kind) for labels in self.labels or () for kind in (labels.reshape(-1) == 1).unique()}
 
     def place(self, batch: int, row: int) -> str:
         """Where a row is in the data as they were given: `row 70 of rows.npz`, `row 6 of batch 1 of calibration()`."""
@@ -69,8 +92,27 @@ class Calibration:
         return found.hexdigest()
 
 
-def rows_of(batch: Sequence[Tensor]) -> int:
-    return batch[0].shape[0] if batch and batch[0].dim() else 1
+def evenly(count: int, total: int) -> list[int]:
+    """As many of 0..total-1, from the first to the last."""
+    return [i * (total - 1) // max(count - 1, 1) for i in range(count)]
+
+
+def picked(column: Sequence[Tensor], places: Tensor) -> list[Tensor]:
+    """Rows of one input in batches of BATCH: `places` count through all its batches, in order."""
+    starts = [0, *itertools.accumulate(len(part) for part in column)]
+    parts = [
+        part[places[(places >= start) & (places < end)] - start]
+        for part, (start, end) in zip(column, itertools.pairwise(starts), strict=True)
+    ]
+    return list(torch.cat(parts).split(BATCH))
+
+
+def apart(found: Calibration) -> bool:
+    """Whether rows can be taken apart: all inputs, and labels where there are some, have one entry a row."""
+    if any(not entry or entry[0] != "batch" or not all(isinstance(s, int) for s in entry[1:]) for entry in found.sizes):
+        return False
+    rows = [rows_of(batch, found.sizes) for batch in found.batches]
+    return all(label.shape[:1] == (count,) for count, label in zip(rows, found.labels or (), strict=False))
 
 
 def calibration_of(source: Source, file: Path | None) -> Calibration:
@@ -167,12 +209,14 @@ def checked(found: Calibration, source: Source) -> Calibration:
             kept.append(i)
     if not kept:
         raise GrcError("every batch of the calibration data holds NaN or infinity", "clean the data")
-    if not any(map(rows_of, found.batches)):
-        raise GrcError(f"the calibration data ({found.origin}) has no rows", HINT)
     labels = None if found.labels is None else [found.labels[i] for i in kept]
     left_out = tuple(i for i in range(len(found.batches)) if i not in kept)
+    sizes = [[size.json() for size in entry] for entry in source.sizes]
     batches = [found.batches[i] for i in kept]
-    return replace(found, batches=batches, labels=labels, notes=tuple(notes), left_out=left_out)
+    found = replace(found, batches=batches, labels=labels, notes=tuple(notes), left_out=left_out, sizes=sizes)
+    if not found.rows:
+        raise GrcError(f"the calibration data ({found.origin}) has no rows", HINT)
+    return replace(found, by_row=apart(found))
 
 
 def check_labels(data: Calibration, limits: Sequence[Limit]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from grc.errors import GrcError
 from grc.runtime.closeness import largest_error
+from grc.runtime.structure import Json
 from grc.runtime.weights import read_weights
 
 MAX_ERROR, OVERLAP, AUC, NDCG = "max-error", "topk-overlap", "auc-drop", "ndcg-drop"
@@ -107,19 +108,27 @@ class Truth:
         return ndcg(before, labels, limit.k or 1) - ndcg(after, labels, limit.k or 1)
 
 
-@torch.no_grad()
-def remeasured(
-    path: Path, run: Callable[[list[Tensor]], Sequence[Tensor]], limits: Sequence[Limit]
-) -> dict[str, float]:
-    """Quality on the calibration rows that an artifact carries, as `Lowered.write` left them."""
+def rows_of(batch: Sequence[Tensor], sizes: Sequence[Sequence[Json]]) -> int:
+    """The rows of a batch of inputs, whose sizes are given as a manifest has them; 1 where none follows the batch."""
+    for tensor, entry in zip(batch, sizes, strict=True):
+        for have, size in zip(tensor.shape, entry, strict=True):
+            if size == "batch":
+                return have
+            if isinstance(size, dict):
+                return (have - size["offset"]) // size["scale"]
+    return 1
+
+
+def read_kept(path: Path) -> tuple[list[list[Tensor]], Truth]:
+    """The calibration rows that an artifact carries, in batches, and the float32 answers to them, as `Reference.tensors` has
+    named them."""
     found: dict[int, dict[str, dict[int, Tensor]]] = {}
     for key, tensor in read_weights(path).items():
         batch, kind, index = key.split(".")
         found.setdefault(int(batch), {"input": {}, "output": {}, "label": {}})[kind][int(index)] = tensor
     batches = [{kind: [parts[i] for i in sorted(parts)] for kind, parts in found[b].items()} for b in sorted(found)]
     labels = [batch["label"][0] for batch in batches] if batches[0]["label"] else None
-    truth = Truth([batch["output"] for batch in batches], labels)
-    return truth.measure([list(run(batch["input"])) for batch in batches], limits)
+    return [batch["input"] for batch in batches], Truth([batch["output"] for batch in batches], labels)
 
 
 def inside(limits: Sequence[Limit], values: Mapping[str, float]) -> bool:

@@ -6,20 +6,18 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from grc.errors import GrcError, message_of
-from grc.precision.calibration import ROWS, Calibration, check_labels
+from grc.precision.calibration import KEPT, LEAST, ROWS, Calibration, check_labels
 from grc.precision.formats import BITS, FORMATS
-from grc.precision.quality import Limit, Truth, inside, lost
+from grc.precision.quality import AUC, Limit, Truth, inside, lost
 from grc.precision.sites import LAYER, TABLE, Site
 from grc.precision.trial import Rounded, Trial
 from grc.report.summary import size
-from grc.runtime.weights import write_weights
 
 Progress = Callable[[str], None]
 Run = Callable[[list[Tensor]], Sequence[Tensor]]
@@ -59,14 +57,38 @@ class Point:
     chosen: bool = False
 
 
+@dataclass(frozen=True)
+class Reference:
+    """Calibration data and the float32 answers to them."""
+
+    calibration: Calibration
+    truth: Truth
+
+    @torch.no_grad()
+    def measure(self, run: Run, limits: Sequence[Limit]) -> dict[str, float]:
+        return self.truth.measure([list(run(list(batch))) for batch in self.calibration.batches], limits)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """As an artifact carries them."""
+        labels = self.calibration.labels
+        return {
+            f"{i}.{kind}.{j}": tensor
+            for i, (batch, answers) in enumerate(zip(self.calibration.batches, self.truth.answers, strict=True))
+            for kind, row in (("input", batch), ("output", answers), ("label", labels[i : i + 1] if labels else ()))
+            for j, tensor in enumerate(row)
+        }
+
+
 @dataclass
 class Lowered:
-    """The outcome: a format for each site that went down, why others did not, and the quality measured."""
+    """The outcome: a format for each site that went down, why others did not, and the quality measured on `data`. `kept` is
+    the part of it that the artifact carries."""
 
     precision: str
     limits: tuple[Limit, ...]
-    calibration: Calibration
-    truth: Truth
+    data: Reference
+    kept: Reference
     decisions: list[Decision] = field(default_factory=list)
     frontier: list[Point] = field(default_factory=list)
     quality: dict[str, float] = field(default_factory=dict)
@@ -92,22 +114,11 @@ class Lowered:
         before, after = sum(d.bytes for d in self.decisions), sum(d.lowered_bytes for d in self.decisions)
         return f"{formats}; {quality}; {size(before)} -> {size(after)}"
 
-    @torch.no_grad()
     def judge(self, run: Run) -> tuple[dict[str, float], str | None]:
-        """The quality of an engine on all calibration rows, and why it is outside of the budget, or None."""
-        found = self.truth.measure([list(run(list(batch))) for batch in self.calibration.batches], self.limits)
-        return found, outside(self.limits, found)
-
-    def write(self, path: Path) -> None:
-        """Keep the first calibration rows with their float32 answers and labels: `grc check` measures on them again."""
-        tensors: dict[str, Tensor] = {}
-        kept = self.calibration.first(ROWS)
-        for i, (batch, answers) in enumerate(zip(kept.batches, self.truth.answers, strict=False)):
-            tensors |= {f"{i}.input.{j}": tensor for j, tensor in enumerate(batch)}
-            tensors |= {f"{i}.output.{j}": tensor for j, tensor in enumerate(answers)}
-            if kept.labels is not None:
-                tensors[f"{i}.label.0"] = kept.labels[i]
-        write_weights(path, tensors)
+        """The quality of an engine on all calibration rows, and why it is outside of the budget, or None. It is inside on
+        the rows that are kept too: `grc check` measures on those."""
+        found = self.data.measure(run, self.limits)
+        return found, outside(self.limits, found) or outside(self.limits, self.kept.measure(run, self.limits))
 
     def json(self) -> dict[str, Any]:
         return {
@@ -115,10 +126,11 @@ class Lowered:
             "budget": [str(limit) for limit in self.limits],
             "quality": self.quality,
             "calibration": {
-                "origin": self.calibration.origin,
-                "rows": self.calibration.rows,
-                "labels": self.calibration.labels is not None,
-                "sha256": self.calibration.digest,
+                "origin": self.data.calibration.origin,
+                "rows": self.data.calibration.rows,
+                "kept": self.kept.calibration.rows,
+                "labels": self.data.calibration.labels is not None,
+                "sha256": self.data.calibration.digest,
             },
             "sites": [asdict(replace(decision, loss=finite(decision.loss))) for decision in self.decisions],
             "frontier": [
@@ -142,7 +154,7 @@ def outside(limits: Sequence[Limit], values: Mapping[str, float], spent: float =
 
 
 class Search:
-    """One search over a graph. Trials run on the first rows of the data, the outcome is verified on all of them."""
+    """One search over a graph. Trials run on some rows of the data, the outcome is verified on all of them."""
 
     def __init__(
         self,
@@ -158,28 +170,29 @@ class Search:
         self.graph, self.sites, self.limits, self.precision, self.progress = graph, sites, limits, precision, progress
         check_labels(calibration, limits)
         self.weights = Rounded(graph)
-        self.all = calibration
-        self.some = calibration.first(ROWS)
         self.trials = 0
         self.losses: dict[str, float] = {}
-        self.truth = self.answered(calibration)
-        count = len(self.some.batches)
-        labels = self.truth.labels
-        self.some_truth = Truth(self.truth.answers[:count], None if labels is None else labels[:count])
+        both = any(limit.metric == AUC for limit in limits)
+        self.all = self.answered(calibration)
+        self.some = self.answered(calibration.sample(ROWS, both))
+        rows, count = self.some.calibration.rows, sum(tensor.nbytes for tensor in self.some.tensors.values())
+        fit = int(KEPT * sum(site.bytes for site in sites) * rows / max(count, 1))
+        self.kept = self.answered(self.some.calibration.sample(max(fit - fit % LEAST, LEAST), both))
 
     @torch.no_grad()
-    def answered(self, calibration: Calibration) -> Truth:
+    def answered(self, calibration: Calibration) -> Reference:
         try:
             answers = [list(self.graph.forward(*batch)) for batch in calibration.batches]
         except (IndexError, RuntimeError) as error:  # an id outside of its table, say
             told = f"the model fails on the calibration data ({calibration.origin}): {message_of(error)}"
             raise GrcError(told, "give requests that the model answers") from error
-        return Truth(answers, calibration.labels)
+        return Reference(calibration, Truth(answers, calibration.labels))
 
     def run(self, spent: float = SPENT[0]) -> Lowered:
         """The outcome of trials that may spend this share of the budget."""
         self.spent = spent
-        outcome = Lowered(self.precision, self.limits, self.all, self.truth, notes=list(self.all.notes))
+        notes = list(self.all.calibration.notes)
+        outcome = Lowered(self.precision, self.limits, self.all, self.kept, notes=notes)
         able = [site for site in self.sites if site.reason is None and self.options(site)]
         losses = self.losses = self.losses or self.sensitivities(able)
         # What computes an answer goes last: an error there is not averaged over anything.
@@ -192,7 +205,7 @@ class Search:
             if self.device == "cuda":
                 self.one_format_an_arena(formats, reasons)
         if not formats:
-            outcome.quality = self.truth.measure(self.truth.answers, self.limits)
+            outcome.quality = self.all.truth.measure(self.all.truth.answers, self.limits)
         outcome.frontier = self.frontier(order, formats)
         for site in self.sites:
             form = formats.get(site.name, "fp32")
@@ -219,7 +232,7 @@ class Search:
                     decision.format = form
                 for site, decision in zip(self.sites, outcome.decisions, strict=True):
                     decision.lowered_bytes = site.lowered_bytes(decision.format)
-                outcome.quality = self.measure(outcome.formats, everything=True)
+                outcome.quality = self.measure(outcome.formats, self.all)
                 others = [point for point in outcome.frontier if not point.chosen]
                 chosen = replace(self.point(outcome.formats), chosen=True)
                 outcome.frontier = sorted([*others, chosen], key=lambda point: -point.bytes)
@@ -311,16 +324,17 @@ class Search:
                     reasons[site.name] = "another table of its arena stays in float32"
 
     def verified(self, formats: Mapping[str, str], outcome: Lowered) -> str | None:
-        """Why the outcome is outside of the budget on all rows, or None; its quality is kept."""
+        """Why the outcome is outside of the budget on all rows or on those kept, or None; its quality is recorded."""
         self.progress("verify on all rows")
-        outcome.quality = self.measure(formats, everything=True)
-        return outside(self.limits, outcome.quality, self.spent)
+        outcome.quality = self.measure(formats, self.all)
+        kept = self.measure(formats, self.kept)
+        return outside(self.limits, outcome.quality, self.spent) or outside(self.limits, kept, self.spent)
 
-    def measure(self, formats: Mapping[str, str], everything: bool = False) -> dict[str, float]:
+    def measure(self, formats: Mapping[str, str], data: Reference | None = None) -> dict[str, float]:
+        """Of a trial on some rows, or on those of `data`."""
         self.trials += 1
         trial = Trial(self.graph, self.sites, formats, self.weights)
-        data, truth = (self.all, self.truth) if everything else (self.some, self.some_truth)
-        return truth.measure([trial.answers(batch) for batch in data.batches], self.limits)
+        return (data or self.some).measure(trial.answers, self.limits)
 
     def frontier(self, order: Sequence[Site], formats: Mapping[str, str]) -> list[Point]:
         """Quality against bytes: nothing lowered, more and more of the order in its smallest formats, and the outcome."""

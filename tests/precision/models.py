@@ -57,6 +57,32 @@ class Retriever(nn.Module):
         return values, found
 
 
+class Bags(nn.Module):
+    """Jagged bags over a table with a padding row, a table of offsets under a factorisation machine, a bare embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(40, 8, mode="mean", padding_idx=3)
+        self.table, self.linear = nn.Embedding(60, 8), nn.Embedding(60, 1)
+        self.deep, self.history = nn.Linear(24, 1), nn.Embedding(20, 4)
+        self.register_buffer("offsets", torch.tensor([0, 20, 40]))
+
+    def forward(self, values: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
+        rows = self.table(ids + self.offsets)
+        fm = 0.5 * (rows.sum(1).pow(2) - rows.pow(2).sum(1)).sum(1)
+        first = self.linear(ids + self.offsets).sum((1, 2))
+        deep = self.deep(rows.flatten(1)).squeeze(1) + self.history(ids).amax((1, 2))
+        return self.bag(values, offsets).sum(1) + fm + first + deep
+
+
+def bag_inputs(batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    make = torch.Generator().manual_seed(batch)
+    lengths = torch.randint(0, 4, (batch,), generator=make)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)[:-1]])
+    values = torch.randint(40, (int(lengths.sum()),), generator=make)
+    return values, offsets, torch.randint(20, (batch, 3), generator=make)
+
+
 def retriever_inputs(batch: int) -> tuple[Tensor]:
     return (torch.randint(200, (batch, 4), generator=torch.Generator().manual_seed(batch)),)
 

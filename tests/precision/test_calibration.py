@@ -14,7 +14,7 @@ from grc.errors import GrcError, InputError
 from grc.graph.capture import Source
 from grc.precision.calibration import calibration_of, check_labels
 from grc.precision.quality import budget
-from tests.precision.models import Ranker, captured, ranker_inputs
+from tests.precision.models import Bags, Ranker, bag_inputs, captured, ranker_inputs
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,42 @@ def test_rows_of_a_file(source: Source, tmp_path: Path, form: str) -> None:
     assert [len(batch[0]) for batch in found.batches] == [64, 6] and found.origin == file.name
     assert torch.allclose(torch.cat([batch[0] for batch in found.batches]), dense)
     assert found.labels is not None and torch.cat(list(found.labels)).tolist() == label.tolist()
-    assert found.first(10).rows == 64
+    assert found.sample(10).rows == 10
+
+
+def test_samples_are_from_all_over_the_data(source: Source) -> None:
+    dense, ids = ranker_inputs(1000)
+    one = calibration_of(given(source, [{"inputs": (dense, ids), "labels": torch.arange(1000)}]), None)
+    several = [
+        {"inputs": (d, i), "labels": n}
+        for d, i, n in zip(dense.split(300), ids.split(300), torch.arange(1000).split(300), strict=True)
+    ]
+    for data in (one, calibration_of(given(source, several), None)):
+        some = data.sample(100)
+        assert [len(batch[0]) for batch in some.batches] == [64, 36] and some.labels is not None
+        places = torch.cat(list(some.labels))
+        assert places.tolist() == [i * 999 // 99 for i in range(100)]
+        assert torch.equal(torch.cat([batch[0] for batch in some.batches]), dense[places])
+        assert torch.equal(torch.cat([batch[1] for batch in some.batches]), ids[places])
+        assert data.sample(1000) is data
+
+
+def test_samples_hold_labels_of_both_kinds(source: Source) -> None:
+    """One row in two thousand was clicked; a file is sorted by its labels."""
+    for places in ([1234], range(1000)):
+        labels = torch.zeros(2000)
+        labels[list(places)] = 1
+        data = calibration_of(given(source, [{"inputs": ranker_inputs(2000), "labels": labels}]), None)
+        some = data.sample(16, both=True)
+        assert some.kinds == {True, False} and (some.rows == 16) == (len(places) > 1)
+
+
+def test_samples_of_rows_that_hang_together_are_whole_batches() -> None:
+    source, _ = captured(Bags(), bag_inputs)
+    data = calibration_of(given(source, [bag_inputs(n) for n in (30, 20, 25, 40)]), None)
+    some = data.sample(50)
+    assert [batch[2].shape[0] for batch in some.batches] == [30, 40]
+    assert data.sample(1).batches == data.batches[:1]
 
 
 @pytest.mark.parametrize(

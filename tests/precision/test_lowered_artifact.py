@@ -110,7 +110,7 @@ def test_the_report_plots_the_frontier(artifact: Path) -> None:
 def test_check_measures_the_quality_again(artifact: Path) -> None:
     code, out, err = run("check", artifact)
     assert code == 0, err
-    assert "on the calibration rows: max-error" in out and "of 0.05, auc-drop" in out
+    assert "inductor on 64 of 64 calibration rows: max-error" in out and "of 0.05, auc-drop" in out
     manifest = read_manifest(artifact)
     kept = manifest["precision"]["budget"]
     try:
@@ -121,6 +121,17 @@ def test_check_measures_the_quality_again(artifact: Path) -> None:
     finally:
         manifest["precision"]["budget"] = kept
         write_manifest(artifact, manifest)
+
+
+def test_where_nothing_was_lowered_there_is_nothing_to_measure_again(model: Path, tmp_path: Path) -> None:
+    """A budget of nothing is below the rounding of a sum in another order."""
+    path = tmp_path / "none.grc"
+    words = ("--precision", "int8", "--budget", "max-error=0", "--batches", 8, "--engine", "inductor")
+    assert run("compile", model, "-o", path, *words)[0] == 0
+    assert not (path / "calibration.safetensors").exists()
+    code, out, err = run("check", path, "--json")
+    assert code == 0, err
+    assert (json.loads(out)["calibrated"], json.loads(out)["calibration_rows"]) == ({}, 0)
 
 
 class Layers(nn.Module):

@@ -23,9 +23,11 @@ from grc.precision.sites import find_sites
 from grc.precision.trial import Rounded, Trial
 from grc.report.summary import precision as told
 from tests.precision.models import (
+    Bags,
     Fragile,
     Ranker,
     Retriever,
+    bag_inputs,
     captured,
     fragile_inputs,
     ranker_inputs,
@@ -124,11 +126,29 @@ def test_the_same_data_give_the_same_outcome() -> None:
     assert a == b
 
 
+def test_rows_to_check_again_take_an_eighth_of_the_weights_at_most() -> None:
+    """But sixteen at least. The outcome is inside the budget on them too."""
+    torch.manual_seed(0)
+    source, graph = captured(Ranker(), ranker_inputs)
+    source.model.calibration = lambda: [ranker_inputs(5000)]
+    data, limits = calibration_of(source, None), budget(["max-error=0.01"])
+    search = Search(graph, find_sites(graph), data, limits, "int8", print)
+    found = search.run()
+    whole, kept = sum(site.bytes for site in search.sites), found.kept.calibration.rows
+    assert 16 < kept < search.some.calibration.rows == 256 and kept % 16 == 0
+    assert sum(tensor.nbytes for tensor in found.kept.tensors.values()) <= whole / 8
+    assert found.json()["calibration"] | {"sha256": ""} == {
+        "origin": "calibration()", "rows": 5000, "kept": kept, "labels": False, "sha256": ""
+    }  # fmt: skip
+    assert 0 < search.measure(found.formats, found.kept)["max-error"] <= 0.8 * 0.01
+    assert Search(graph, search.sites[1:2], data, limits, "int8", print).kept.calibration.rows == 16
+
+
 def test_labels_judge_where_the_budget_asks_for_them() -> None:
     source, _ = captured(Ranker(), ranker_inputs)
     batches = [source.inputs(64), source.inputs(65)]
     labels = [torch.randint(0, 2, (64,)), torch.randint(0, 2, (65,))]
-    data = Calibration(batches, labels, "test", True)
+    data = Calibration(batches, labels, "test", True, sizes=[["batch", 8], ["batch", 2]])
     found = searched(Ranker(), ranker_inputs, "int8", "auc-drop=0.05", calibration=data)
     assert abs(found.quality["auc-drop"]) <= 0.05 and set(found.quality) == {"auc-drop"}
 
@@ -157,32 +177,6 @@ def test_trials_of_tables_answer_as_the_graph_of_bytes_does(shift: int, tmp_path
         inputs = source.inputs(batch)
         trial = Trial(graph, sites, formats, Rounded(graph)).answers(inputs)
         assert torch.allclose(trial[0], lowered(*inputs)[0], atol=1e-5)
-
-
-class Bags(nn.Module):
-    """Jagged bags over a table with a padding row, a table of offsets under a factorisation machine, a bare embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bag = nn.EmbeddingBag(40, 8, mode="mean", padding_idx=3)
-        self.table, self.linear = nn.Embedding(60, 8), nn.Embedding(60, 1)
-        self.deep, self.history = nn.Linear(24, 1), nn.Embedding(20, 4)
-        self.register_buffer("offsets", torch.tensor([0, 20, 40]))
-
-    def forward(self, values: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
-        rows = self.table(ids + self.offsets)
-        fm = 0.5 * (rows.sum(1).pow(2) - rows.pow(2).sum(1)).sum(1)
-        first = self.linear(ids + self.offsets).sum((1, 2))
-        deep = self.deep(rows.flatten(1)).squeeze(1) + self.history(ids).amax((1, 2))
-        return self.bag(values, offsets).sum(1) + fm + first + deep
-
-
-def bag_inputs(batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    make = torch.Generator().manual_seed(batch)
-    lengths = torch.randint(0, 4, (batch,), generator=make)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)[:-1]])
-    values = torch.randint(40, (int(lengths.sum()),), generator=make)
-    return values, offsets, torch.randint(20, (batch, 3), generator=make)
 
 
 def test_tables_of_bags_and_of_offsets(tmp_path) -> None:
