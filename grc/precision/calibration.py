@@ -29,15 +29,17 @@ HINT = "give rows of every input: .npz, .jsonl, .json or .parquet"
 
 @dataclass(frozen=True)
 class Calibration:
-    """Batches of flat inputs, labels beside them or None, where they come from, and which batches of that are not here.
-    `sizes` are those of the inputs, as a manifest has them."""
+    """Batches of flat inputs, labels beside them or None, and where they come from: which of the batches that were given each
+    is, and which of its rows are here where rows can be taken apart. `sizes` are those of the inputs, as a manifest has
+    them."""
 
     batches: Sequence[Sequence[Tensor]]
     labels: Sequence[Tensor] | None
     origin: str
     real: bool
     notes: tuple[str, ...] = ()
-    left_out: tuple[int, ...] = ()
+    numbers: Sequence[int] = ()
+    places: Sequence[Tensor] = ()
     sizes: Sequence[Sequence[Json]] = ()
     by_row: bool = False  # each row of a batch is a request of its own, of the same sizes as all others
 
@@ -74,8 +76,10 @@ class Calibration:
 
     def place(self, batch: int, row: int) -> str:
         """Where a row is in the data as they were given: `row 70 of rows.npz`, `row 6 of batch 1 of calibration()`."""
-        every = range(len(self.batches) + len(self.left_out))
-        number = [n for n in every if n not in self.left_out][batch]
+        return self.given(self.numbers[batch], int(self.places[batch][row]) if self.by_row else row)
+
+    def given(self, number: int, row: int) -> str:
+        """A row of a batch as it was given."""
         if self.origin == FUNCTION:
             return f"row {row} of batch {number} of {FUNCTION}"
         return f"row {number * BATCH + row} of {self.origin}"
@@ -189,8 +193,8 @@ def check_sizes(number: int, batch: Sequence[Tensor], origin: str, source: Sourc
 
 
 def checked(found: Calibration, source: Source) -> Calibration:
-    """Every batch fits the model's inputs. NaN and infinity are told, and the batches that hold them are left out."""
-    notes, kept = list(found.notes), []
+    """Every batch fits the model's inputs. NaN and infinity are told, and rows that hold them are left out: whole batches where
+    rows can't be taken apart."""
     for i, batch in enumerate(found.batches):
         if [t.dtype for t in batch] != source.dtypes or [t.dim() for t in batch] != [len(s) for s in source.sizes]:
             raise InputError(
@@ -198,25 +202,52 @@ def checked(found: Calibration, source: Source) -> Calibration:
                 f"give {', '.join(source.names)} as get_inputs does",
             )
         check_sizes(i, batch, found.origin, source)
-        bad = [
-            name
-            for name, tensor in zip(source.names, batch, strict=True)
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
-        ]
-        if bad:
-            notes.append(f"batch {i} of the calibration data holds NaN or infinity in {bad[0]}, and is left out")
-        else:
-            kept.append(i)
-    if not kept:
-        raise GrcError("every batch of the calibration data holds NaN or infinity", "clean the data")
-    labels = None if found.labels is None else [found.labels[i] for i in kept]
-    left_out = tuple(i for i in range(len(found.batches)) if i not in kept)
-    sizes = [[size.json() for size in entry] for entry in source.sizes]
-    batches = [found.batches[i] for i in kept]
-    found = replace(found, batches=batches, labels=labels, notes=tuple(notes), left_out=left_out, sizes=sizes)
+    found = replace(found, sizes=[[size.json() for size in entry] for entry in source.sizes])
     if not found.rows:
         raise GrcError(f"the calibration data ({found.origin}) has no rows", HINT)
-    return replace(found, by_row=apart(found))
+    return finite(replace(found, by_row=apart(found)), source.names)
+
+
+def finite(data: Calibration, names: Sequence[str]) -> Calibration:
+    """The data without NaN and infinity, and a note of what that took away. Raises GrcError where nothing is left."""
+    batches: list[Sequence[Tensor]] = []
+    labels: list[Tensor] = []
+    numbers, places, bad = [], [], []
+    for i, batch in enumerate(data.batches):
+        good = torch.stack([sound(tensor, data.by_row) for tensor in batch])
+        bad += [
+            (i, row, names[int(good[:, row].int().argmin())]) for row in (~good.all(0)).nonzero().flatten().tolist()
+        ]
+        kept = good.all(0).nonzero().flatten()
+        if not len(kept):
+            continue
+        cut = len(kept) < good.shape[1]
+        batches.append([tensor[kept] for tensor in batch] if cut else batch)
+        if data.labels is not None:
+            labels.append(data.labels[i][kept] if cut else data.labels[i])
+        numbers.append(i)
+        places.append(kept)
+    what, total = ("rows", data.rows) if data.by_row else ("batches", len(data.batches))
+    if not batches:
+        raise GrcError(f"all {what} of the calibration data hold NaN or infinity", "clean the data")
+    notes = data.notes
+    if bad:
+        number, row, name = bad[0]
+        first = f"{data.given(number, row) if data.by_row else f'batch {number}'}, in {name}"
+        notes = (
+            *notes,
+            f"{len(bad)} of {total} {what} of the calibration data left out for NaN or infinity, first {first}",
+        )
+    kept_labels = None if data.labels is None else labels
+    return replace(data, batches=batches, labels=kept_labels, notes=notes, numbers=numbers, places=places)
+
+
+def sound(tensor: Tensor, by_row: bool) -> Tensor:
+    """Which rows of an input hold neither NaN nor infinity; one answer for the whole of it where rows can't be taken apart."""
+    good = torch.isfinite(tensor)
+    if not by_row:
+        return good.all().reshape(1)
+    return good.flatten(1).all(1) if good.dim() > 1 else good
 
 
 def check_labels(data: Calibration, limits: Sequence[Limit]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from grc.errors import GrcError, InputError
 from grc.graph.capture import Source
@@ -151,14 +152,47 @@ def test_rows_that_do_not_fit_are_named(source: Source, tmp_path: Path, change: 
     assert message in refused.value.message
 
 
-def test_nan_is_told_and_left_out(source: Source) -> None:
+def test_rows_of_nan_are_told_and_left_out(source: Source) -> None:
+    """And no row beside them."""
     bad = ranker_inputs(4)
-    bad[0][1, 2] = torch.nan
-    found = calibration_of(given(source, [ranker_inputs(5), bad]), None)
-    assert found.rows == 5
-    assert found.notes == ("batch 1 of the calibration data holds NaN or infinity in dense, and is left out",)
-    with pytest.raises(GrcError, match="every batch of the calibration data holds NaN or infinity"):
+    bad[0][1, 2], bad[0][3, 0] = torch.nan, -torch.inf
+    given_rows = (ranker_inputs(5), bad, tuple(tensor[:0] for tensor in bad))
+    entries = [{"inputs": inputs, "labels": torch.arange(len(inputs[0]))} for inputs in given_rows]
+    found = calibration_of(given(source, entries), None)
+    assert found.rows == 7 and torch.equal(found.batches[1][1], bad[1][[0, 2]])
+    assert found.labels is not None and found.labels[1].tolist() == [0, 2]
+    assert found.notes == (
+        "2 of 9 rows of the calibration data left out for NaN or infinity, first row 1 of batch 1 of calibration(), in dense",
+    )
+    bad[0][:] = torch.nan
+    with pytest.raises(GrcError, match="all rows of the calibration data hold NaN or infinity"):
         calibration_of(given(source, [bad]), None)
+
+
+class Counted(nn.Module):
+    """A bag of values and a weight for each of them: rows hang together by their offsets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(40, 8, mode="sum")
+
+    def forward(self, values: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+        return self.bag(values, offsets, weights).sum(1)
+
+
+def counted_inputs(batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    values, offsets, _ = bag_inputs(batch)
+    return values, offsets, torch.rand(len(values))
+
+
+def test_batches_of_nan_are_left_out_where_rows_hang_together() -> None:
+    source, _ = captured(Counted(), counted_inputs)
+    batches = [counted_inputs(n) for n in (6, 7, 8)]
+    batches[1][2][0] = torch.nan
+    found = calibration_of(given(source, batches), None)
+    assert found.rows == 14 and found.numbers == [0, 2]
+    told = "1 of 3 batches of the calibration data left out for NaN or infinity, first batch 1, in weights"
+    assert found.notes == (told,)
 
 
 AUC = budget(["max-error=0.1", "auc-drop=0.1"])
@@ -166,9 +200,9 @@ AUC = budget(["max-error=0.1", "auc-drop=0.1"])
 
 @pytest.mark.parametrize("value", [2.0, 0.5, -1.0, np.nan])
 def test_labels_of_auc_are_0_and_1(source: Source, tmp_path: Path, value: float) -> None:
-    """The row is the file's, though the batch before it is left out."""
+    """The row is the file's, though rows before it are left out."""
     dense, ids = (tensor.numpy().copy() for tensor in ranker_inputs(70))
-    dense[3, 0] = np.nan
+    dense[3, 0] = dense[64, 1] = np.nan
     label = (np.arange(70) % 2).astype(np.float64)
     label[66] = value
     np.savez(tmp_path / "rows.npz", dense=dense, ids=ids, label=label)
