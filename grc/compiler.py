@@ -184,7 +184,7 @@ def lower_in_fewer_bits(
     search = Search(
         optimised.graph,
         find_sites(optimised.graph),
-        calibration_of(source, options.calibration),
+        calibration_of(source, options.calibration, options.max_batch),
         budget(options.budget),
         options.precision,
         progress.detail,

@@ -119,15 +119,16 @@ def apart(found: Calibration) -> bool:
     return all(label.shape[:1] == (count,) for count, label in zip(rows, found.labels or (), strict=False))
 
 
-def calibration_of(source: Source, file: Path | None) -> Calibration:
+def calibration_of(source: Source, file: Path | None, largest: int | None = None) -> Calibration:
     """The data of `file`, else of the model file's calibration(), else what get_inputs draws.
 
-    Raises GrcError for data that does not fit the model's inputs.
+    Raises GrcError for data that does not fit the model's inputs, and where rows can't be taken apart, for a batch of more
+    than `largest` rows, which the artifact would refuse.
     """
-    if file is not None:
-        return checked(from_file(source, file), source)
-    if source.model.calibration is not None:
-        return checked(from_function(source), source)
+    if file is not None or source.model.calibration is not None:
+        found = checked(from_file(source, file) if file is not None else from_function(source), source)
+        check_batches(found, largest)
+        return found
     batches = [source.inputs(BATCH if source.dynamic else 1)]
     note = (
         "calibrated on what get_inputs draws: if its ids and values are random, they say little about quality. "
@@ -190,6 +191,16 @@ def check_sizes(number: int, batch: Sequence[Tensor], origin: str, source: Sourc
     if len(rows) > 1:
         told = " and ".join(f"{count} of {name}" for count, name in rows.items())
         raise InputError(f"batch {number} of the calibration data ({origin}) has {told} rows", HINT)
+
+
+def check_batches(data: Calibration, largest: int | None) -> None:
+    for number, batch in zip(data.numbers, data.batches, strict=True):
+        rows = rows_of(batch, data.sizes)
+        if largest is not None and rows > largest and not data.by_row:
+            raise InputError(
+                f"batch {number} of the calibration data ({data.origin}) has {rows} rows; the artifact takes up to {largest}",
+                f"give smaller batches, or compile with --max-batch {rows}",
+            )
 
 
 def checked(found: Calibration, source: Source) -> Calibration:

@@ -81,6 +81,7 @@ def test_samples_are_from_all_over_the_data(source: Source) -> None:
         assert torch.equal(torch.cat([batch[0] for batch in some.batches]), dense[places])
         assert torch.equal(torch.cat([batch[1] for batch in some.batches]), ids[places])
         assert data.sample(1000) is data
+        assert calibration_of(source, None, 32).rows == 1000  # `grc check` cuts them
 
 
 def test_samples_hold_labels_of_both_kinds(source: Source) -> None:
@@ -99,6 +100,10 @@ def test_samples_of_rows_that_hang_together_are_whole_batches() -> None:
     some = data.sample(50)
     assert [batch[2].shape[0] for batch in some.batches] == [30, 40]
     assert data.sample(1).batches == data.batches[:1]
+    with pytest.raises(
+        InputError, match=r"batch 3 of the calibration data .* has 40 rows; the artifact takes up to 32"
+    ):
+        calibration_of(source, None, 32)
 
 
 @pytest.mark.parametrize(
