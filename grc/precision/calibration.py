@@ -22,6 +22,8 @@ from grc.runtime.weights import raw_chunks
 ROWS = 256  # rows that a search looks at: a trial of a 6-layer Transformer over them takes about a second
 KEPT, LEAST = 1 / 8, 16  # what an artifact carries: rows in as many of its weights' bytes, and how many at least
 BATCH = 64
+OUTLIER = 1000  # times as large as all but one in a hundred of a column
+ENOUGH = 100  # numbers of a column, to tell what is usual in it
 LABEL = "label"
 FUNCTION = "calibration()"  # the origin of batches of the model file
 HINT = "give rows of every input: .npz, .jsonl, .json or .parquet"
@@ -216,7 +218,8 @@ def checked(found: Calibration, source: Source) -> Calibration:
     found = replace(found, sizes=[[size.json() for size in entry] for entry in source.sizes])
     if not found.rows:
         raise GrcError(f"the calibration data ({found.origin}) has no rows", HINT)
-    return finite(replace(found, by_row=apart(found)), source.names)
+    found = finite(replace(found, by_row=apart(found)), source.names)
+    return replace(found, notes=(*found.notes, *outliers(found, source.names)))
 
 
 def finite(data: Calibration, names: Sequence[str]) -> Calibration:
@@ -251,6 +254,28 @@ def finite(data: Calibration, names: Sequence[str]) -> Calibration:
         )
     kept_labels = None if data.labels is None else labels
     return replace(data, batches=batches, labels=kept_labels, notes=notes, numbers=numbers, places=places)
+
+
+def outliers(data: Calibration, names: Sequence[str]) -> list[str]:
+    """A note for each input with numbers far beyond what is usual in their column: errors are shares of the largest answer,
+    and one row may make that."""
+    notes = []
+    for name, parts in zip(names, zip(*data.batches, strict=True), strict=True):
+        if not parts[0].is_floating_point() or not parts[0].dim():
+            continue
+        columns = torch.cat([part.reshape(-1, part.shape[-1] if part.dim() > 1 else 1) for part in parts]).abs()
+        if len(columns) < ENOUGH:
+            continue
+        usual = columns.kthvalue(len(columns) * 99 // 100, 0).values
+        largest = columns.amax(0)
+        beyond = (largest > OUTLIER * usual) & (usual > 0)
+        if beyond.any():
+            worst = int(torch.where(beyond, largest / usual, 0).argmax())
+            notes.append(
+                f"{name} of the calibration data has outliers: {largest[worst].item():g} in column {worst}, where 99 in 100 "
+                f"are at most {usual[worst].item():.3g}; leave it out unless requests hold such"
+            )
+    return notes
 
 
 def sound(tensor: Tensor, by_row: bool) -> Tensor:

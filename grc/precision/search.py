@@ -58,6 +58,16 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A trial on the way to the outcome: sites in the formats `tried`, beside those taken before, measured on so many `rows`,
+    and the limit that they were `outside` of, or None where they were taken."""
+
+    tried: Mapping[str, str]
+    rows: int
+    outside: str | None
+
+
+@dataclass(frozen=True)
 class Reference:
     """Calibration data and the float32 answers to them."""
 
@@ -91,6 +101,7 @@ class Lowered:
     kept: Reference
     decisions: list[Decision] = field(default_factory=list)
     frontier: list[Point] = field(default_factory=list)
+    path: list[Step] = field(default_factory=list)
     quality: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     trials: int = 0
@@ -137,6 +148,7 @@ class Lowered:
                 {**asdict(point), "quality": {name: finite(value) for name, value in point.quality.items()}}
                 for point in self.frontier
             ],
+            "path": [asdict(step) for step in self.path],
             "trials": self.trials,
             "notes": self.notes,
         }
@@ -171,6 +183,7 @@ class Search:
         check_labels(calibration, limits)
         self.weights = Rounded(graph)
         self.trials = 0
+        self.path: list[Step] = []
         self.losses: dict[str, float] = {}
         both = any(limit.metric == AUC for limit in limits)
         self.all = self.answered(calibration)
@@ -218,7 +231,7 @@ class Search:
             lowered = site.lowered_bytes(form)
             loss = losses.get(site.name)
             outcome.decisions.append(Decision(site.name, site.kind, form, smallest, site.bytes, lowered, loss, reason))
-        outcome.trials = self.trials
+        outcome.trials, outcome.path = self.trials, list(self.path)
         return outcome
 
     def settle(self, outcome: Lowered, engines: Mapping[int, str]) -> None:
@@ -277,6 +290,7 @@ class Search:
                 return
             self.progress(f"{len(formats)} of {len(order)} lowered")
             why = outside(self.limits, self.measure({**formats, **wanted}), self.spent)
+            self.path.append(Step(wanted, self.some.calibration.rows, why))
             if why is None:
                 formats.update(wanted)
             elif len(block) > 1:
@@ -328,7 +342,9 @@ class Search:
         self.progress("verify on all rows")
         outcome.quality = self.measure(formats, self.all)
         kept = self.measure(formats, self.kept)
-        return outside(self.limits, outcome.quality, self.spent) or outside(self.limits, kept, self.spent)
+        why = outside(self.limits, outcome.quality, self.spent) or outside(self.limits, kept, self.spent)
+        self.path.append(Step(dict(formats), self.all.calibration.rows, why))
+        return why
 
     def measure(self, formats: Mapping[str, str], data: Reference | None = None) -> dict[str, float]:
         """Of a trial on some rows, or on those of `data`."""

@@ -174,6 +174,18 @@ def test_rows_of_nan_are_told_and_left_out(source: Source) -> None:
         calibration_of(given(source, [bad]), None)
 
 
+def test_outliers_are_told_and_kept(source: Source) -> None:
+    dense, ids = ranker_inputs(200)
+    dense[9, 1] = -1e30
+    found = calibration_of(given(source, [(dense, ids)]), None)
+    assert found.rows == 200 and len(found.notes) == 1
+    assert found.notes[0].startswith(
+        "dense of the calibration data has outliers: 1e+30 in column 1, where 99 in 100 are at"
+    )
+    dense[9, 1] = 4.0
+    assert calibration_of(given(source, [(dense, ids)]), None).notes == ()
+
+
 class Counted(nn.Module):
     """A bag of values and a weight for each of them: rows hang together by their offsets."""
 

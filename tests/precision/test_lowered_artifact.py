@@ -91,6 +91,11 @@ def test_the_manifest_tells_the_whole_search(artifact: Path) -> None:
     assert found["calibration"]["labels"] is True and found["calibration"]["rows"] == 64
     assert {site["name"] for site in found["sites"]} == {"deep.weight", "head.weight", "users.weight", "items.weight"}
     assert found["trials"] > 4 and len(found["frontier"]) > 2
+    path = found["path"]
+    assert path[0]["rows"] == 64 and set(path[0]["tried"].values()) <= {"int8", "bf16"}
+    assert all(step["outside"] is None or " of " in step["outside"] for step in path)
+    lowered = {site["name"]: site["format"] for site in found["sites"] if site["format"] != "fp32"}
+    assert path[-1] == {"tried": lowered, "rows": 64, "outside": None}
 
 
 def test_inspect_shows_precision_by_layer(artifact: Path) -> None:
