@@ -91,7 +91,7 @@ def compile(
     output = Path(options.output or f"{declared.name}.grc")
     with writing(output, options.force) as folder:
         source = traced(declared, told)
-        plain = source.graph
+        options, plain = replace(options, max_batch=min(options.max_batch, source.max_batch)), source.graph
         optimised = optimise(source, options, told, after=after)
         line = cut_line(source, optimised) if options.stages else None  # before minutes are spent on building
         if options.precision == "fp32":
@@ -395,6 +395,6 @@ def make_requests(source: Source, optimised: Optimised, options: Options, bucket
 
 
 def timed_batches(source: Source, options: Options, buckets: Sequence[int] = ()) -> list[int]:
-    wanted = buckets or options.batches
-    sizes = [b for b in wanted if source.min_batch <= b <= options.max_batch] if source.dynamic else [1]
+    wanted = [b for b in buckets or options.batches if source.min_batch <= b <= options.max_batch]
+    sizes = wanted if source.dynamic else [1]
     return sizes or [options.max_batch]

@@ -19,11 +19,13 @@ from torch import fx, nn
 from torch.export import Dim
 
 from grc.errors import CaptureError, ModelFileError, first_line
+from grc.graph.bounds import Bound, find_bounds
 from grc.graph.faults import TO_LONGEST, explain, find_fault, hint_for
 from grc.graph.flat import counted_rows, flat_graph, followed_data, model_lines, quiet_export, without_fast_path
 from grc.graph.model_file import Model, user_line
 from grc.graph.packed_sequences import Steps, padded_sequences
 from grc.graph.sizes import Size, collection, find_sizes, named_by_symbol, named_dims, size_of
+from grc.runtime.inputs import UNBOUNDED
 from grc.runtime.structure import Json, fields_of, flatten, is_dataclass, leaf_names
 
 EXPORT_BATCH = 7  # no divisor of a usual layer size, so that a batch and a width are not taken for each other
@@ -46,6 +48,14 @@ class Source:
     min_batch: int
     mode: str
     notes: list[str] = field(default_factory=list)
+    max_batch: int = UNBOUNDED
+    """The largest batch that the trace holds for."""
+
+    def __post_init__(self) -> None:
+        self.bounds: list[list[Bound]] = [[] for _ in self.names]
+
+    def placeholders(self) -> list[fx.Node]:
+        return [node for node in self.graph.graph.nodes if node.op == "placeholder"]
 
     def inputs(self, batch: int) -> list[torch.Tensor]:
         args, kwargs = self.model.inputs(batch)
@@ -80,7 +90,7 @@ class Source:
         return tuple({i: Dim.DYNAMIC for i, size in enumerate(sizes) if not size.constant} for sizes in self.sizes)
 
     def proof_batches(self) -> tuple[int, ...]:
-        return (3, 33) if self.dynamic else (EXPORT_BATCH, EXPORT_BATCH)
+        return (3, min(33, self.max_batch)) if self.dynamic else (EXPORT_BATCH, EXPORT_BATCH)
 
 
 def register_dataclasses(value: Any) -> None:
@@ -128,6 +138,7 @@ def capture(model: Model) -> Source:
             source.notes += notes_of_padding(model) if to_longest else []
             if pinned(source):
                 unpin(source)
+            find_bounds(source)
             if written := [name.removeprefix("model.") for name in graph.meta.pop("written")]:
                 source.notes.append(
                     f"forward changes {', '.join(written)}: an artifact keeps it as it was when compiled"
@@ -141,7 +152,7 @@ def capture(model: Model) -> Source:
 
 def pinned(source: Source) -> bool:
     """Whether the trace recorded one batch size, as it does where forward compares sizes in Python."""
-    recorded = [node.meta["val"].shape for node in source.graph.graph.nodes if node.op == "placeholder"]
+    recorded = [node.meta["val"].shape for node in source.placeholders()]
     return any(
         not size.constant and (isinstance(have, int) or have.node.expr.is_number)
         for shape, sizes in zip(recorded, source.sizes, strict=True)

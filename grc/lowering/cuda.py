@@ -262,11 +262,16 @@ def mixed_rows(source: Source, graph: fx.GraphModule) -> str | None:
     return "the answer of a row depends on the other rows" if largest_error(cut, alone) > 1e-9 else None
 
 
+def bounded(bounds: list[tuple[int, int, int]]) -> dict[str, Any]:
+    """(dimension, least, most) of the sizes that a request may not have at every value, where there are any."""
+    return {"bounds": bounds} if bounds else {}
+
+
 def described(source: Source) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Inputs and outputs as the manifest has them."""
     taken = [
-        {"name": name, "dtype": str(dtype)[6:], "sizes": [size.json() for size in sizes]}
-        for name, dtype, sizes in zip(source.names, source.dtypes, source.sizes, strict=True)
+        {"name": name, "dtype": str(dtype)[6:], "sizes": [size.json() for size in sizes], **bounded(bounds)}
+        for name, dtype, sizes, bounds in zip(source.names, source.dtypes, source.sizes, source.bounds, strict=True)
     ]
     given = [
         {"dtype": str(dtype)[6:], "sizes": [size.json() for size in sizes]}

@@ -13,6 +13,7 @@ from grc.graph.capture import SAMPLES, Source
 from grc.graph.cut import Stage
 from grc.graph.sizes import Size, find_sizes
 from grc.lowering.choose import Choice
+from grc.lowering.cuda import bounded
 from grc.lowering.engine import Lowerable
 
 Values = dict[str, torch.Tensor]
@@ -46,9 +47,14 @@ class Line:
 
     def described(self, names: list[str]) -> list[dict[str, Any]]:
         """Tensors as the manifest has them."""
-        values = self.at(SAMPLES[0])
+        values, own = self.at(SAMPLES[0]), dict(zip(self.source.names, self.source.bounds, strict=True))
         return [
-            {"name": n, "dtype": str(values[n].dtype)[6:], "sizes": [size.json() for size in self.sizes[n]]}
+            {
+                "name": n,
+                "dtype": str(values[n].dtype)[6:],
+                "sizes": [s.json() for s in self.sizes[n]],
+                **bounded(own.get(n, [])),
+            }
             for n in names
         ]
 

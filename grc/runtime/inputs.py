@@ -12,6 +12,7 @@ import torch
 from grc.errors import InputError
 
 MANY = 1024  # forms of requests that are remembered
+UNBOUNDED = 2**31 - 1  # a size that no request reaches
 FEW = 32  # numbers up to which a Python list is cheaper than two calls of torch, at 2.5 us each
 
 
@@ -34,6 +35,11 @@ def ascend(offsets: torch.Tensor, rows: int, ended: bool) -> bool:
     if offsets[0].item() != low or low != 0 or (high != rows if ended else high > rows):
         return False  # and where none is outside of 0..rows, the differences can't overflow
     return offsets.diff().min().item() >= 0
+
+
+def told(least: int, most: int) -> str:
+    """The bounds of a size in words."""
+    return f"at least {least}" if most >= UNBOUNDED else f"{least} to {most}" if least else f"up to {most}"
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,7 @@ class InputCheck:
             for dim, size in enumerate(spec["sizes"]):
                 if isinstance(size, str) and size != "batch":
                     named.setdefault(size, []).append((i, dim))
+        self.bounds = [(i, *bound) for i, spec in enumerate(self.specs) for bound in spec.get("bounds", ())]
         self.equal = [places for places in named.values() if len(places) > 1]
         self.segments = [(e["values"], e["counts"], e["form"]) for e in manifest["segments"]]
         self.devices = ("cpu",) if manifest["target"]["device"] == "cpu" else ("cpu", "cuda")
@@ -168,6 +175,13 @@ class InputCheck:
                         f'it must be {size}, as in dimension {at} of input "{self.names[first]}"',
                         "see grc inspect",
                     )
+        for i, dim, least, most in self.bounds if batch else ():
+            size = inputs[i].shape[dim]
+            if not least <= size <= most:
+                raise InputError(
+                    f'input "{self.names[i]}" has size {size} in dimension {dim}; the model takes {told(least, most)}',
+                    "cut or pad it to that",
+                )
         return batch
 
     def described(self, index: int) -> str:

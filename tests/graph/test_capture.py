@@ -18,6 +18,7 @@ from grc.graph.faults import fault_at
 from grc.graph.model_file import from_module
 from grc.graph.oracle import largest_error
 from grc.lowering.store import Store
+from grc.runtime.inputs import UNBOUNDED
 from grc.runtime.structure import builder
 from tests.graph.filecheck import check
 
@@ -282,6 +283,30 @@ class TestSizes:
     def test_history_length_that_varies_with_the_request(self) -> None:
         source = captured(Forward(lambda self, x: x.mean(1)), lambda b: (rows(b, 3 + (b * 7) % 5, 4),))
         assert [s.json() for s in source.sizes[0]] == ["batch", "n0", 4]
+
+    def test_positions_bound_the_steps(self) -> None:
+        """A compiled slice of a table reads beyond its end, and the last of no steps lies before the first."""
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            steps = x + self.table.weight[: x.shape[1]]
+            return steps.mean(1), steps[:, -1]
+
+        source = captured(Forward(forward, table=nn.Embedding(50, 4)), lambda b: (rows(b, 3 + (b * 7) % 5, 4),))
+        assert (source.bounds, source.max_batch) == ([[(1, 1, 50)]], UNBOUNDED)
+        assert source.notes == ["dimension 1 of input input0 is 1 to 50, and another request is refused"]
+
+    def test_the_last_steps_bound_them_from_below(self) -> None:
+        source = captured(Forward(lambda self, x: x[:, -5:].mean(1)), lambda b: (rows(b, 9 + (b * 7) % 5, 4),))
+        assert source.bounds == [[(1, 5, UNBOUNDED)]]
+
+    def test_steps_that_only_the_model_needs_have_no_bound(self) -> None:
+        source = captured(Forward(lambda self, x: x.sum(1)), lambda b: (rows(b, 3 + (b * 7) % 5, 4),))
+        assert (source.bounds, source.notes) == ([[]], [])
+
+    def test_another_path_for_many_rows_bounds_the_batch(self) -> None:
+        source = captured(Forward(lambda self, x: x * 2 if x.shape[0] > 100 else x), lambda b: (rows(b, 4),))
+        assert (source.max_batch, source.bounds) == (100, [[]])
+        assert source.notes == ["the batch is up to 100, and a larger request is refused"]
 
     def test_a_size_that_is_twice_the_batch(self) -> None:
         source = captured(Forward(lambda self, x: x.view(-1, 2, 3).sum(1)), lambda b: (rows(2 * b, 3),))

@@ -168,6 +168,43 @@ def test_bad_ids_by_policy(model: nn.Module, tmp_path: Path, policy: str) -> Non
     torch.testing.assert_close(found, expected)
 
 
+class Steps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.items, self.positions = nn.Embedding(30, 8), nn.Parameter(torch.randn(12, 8))
+
+    def forward(self, history: Tensor) -> Tensor:
+        return (self.items(history) + self.positions[: history.shape[1]])[:, -1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("engine", ["eager", pytest.param("inductor", marks=pytest.mark.engine)])
+def test_steps_without_a_position_are_refused_before_a_kernel_reads_them(engine: str, tmp_path: Path) -> None:
+    model = Steps().eval()
+    options = grc.Options(output=tmp_path / "steps.grc", engine=engine, batches=(1,))
+    grc.compile(model, lambda batch: (torch.ones(batch, 3 + (7 * batch) % 5, dtype=torch.int64),), options)
+    program = grc.load(options.output)
+    for steps in (1, 2, 12):
+        history = torch.randint(30, (4, steps))
+        torch.testing.assert_close(program(history), model(history))
+    for steps in (0, 13, 100_000):
+        with pytest.raises(InputError) as caught:
+            program(torch.zeros(2, steps, dtype=torch.int64))
+        assert str(caught.value) == f'input "history" has size {steps} in dimension 1; the model takes 1 to 12'
+    assert program(torch.zeros(0, 0, dtype=torch.int64)).shape == (0, 8)
+
+
+def test_a_batch_beyond_what_was_traced_is_refused(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if x.shape[0] > 100 else x
+
+    options = grc.Options(output=tmp_path / "two.grc", engine="eager", batches=(1, 1024))
+    grc.compile(Two().eval(), lambda batch: (torch.ones(batch, 4),), options)
+    with pytest.raises(InputError, match="the request has batch 101; the artifact takes up to 100"):
+        grc.load(options.output)(torch.ones(101, 4))
+
+
 def test_structures_survive_json() -> None:
     values = torch.rand(3, 4).topk(2)
     nested = {"a": [torch.ones(1), (torch.zeros(2), 3, None)], "b": values}
