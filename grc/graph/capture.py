@@ -63,8 +63,7 @@ class Source:
 
     @torch.no_grad()
     def eager(self, batch: int) -> list[torch.Tensor]:
-        args, kwargs = self.model.inputs(batch)
-        return flat_tensors(self.model.module(*args, **kwargs))[0]
+        return called(self.model, batch)[0]
 
     def eager_runner(self) -> Callable[[int], Any]:
         """The model itself, to be timed: its inputs are made once for each batch."""
@@ -188,6 +187,11 @@ def input_names(model: Model, structure: Json) -> list[str]:
         names += leaf_names(part, key)
     if model.input_names is None:
         return names
+    if isinstance(model.input_names, str) or len({*model.input_names}) != len(model.input_names):
+        raise ModelFileError(
+            f"input_names must be a list of different names, not {model.input_names!r}",
+            f"the inputs are {', '.join(names)}",
+        )
     if len(model.input_names) != len(names):
         raise ModelFileError(
             f"input_names has {len(model.input_names)} names for {len(names)} inputs",
@@ -257,11 +261,7 @@ def describe(
     smallest: int,
     mode: str,
 ) -> Source:
-    outputs = {}
-    for batch in SAMPLES:
-        args, kwargs = model.inputs(batch)
-        with torch.no_grad():
-            outputs[batch] = flat_tensors(model.module(*args, **kwargs))
+    outputs = {batch: called(model, batch) for batch in SAMPLES}
     free: dict[tuple[int, ...], str] = {}
     out_sizes = []
     for i in range(len(outputs[2][0])):
@@ -337,11 +337,14 @@ def drop_constant_placeholders(graph: fx.GraphModule, model: Model) -> None:
 def check_dense(model: Model, names: Sequence[str], leaves: Sequence[torch.Tensor]) -> None:
     for name, leaf in zip(names, leaves, strict=True):
         if leaf.is_nested or leaf.layout is not torch.strided:
-            kind = "nested" if leaf.is_nested else str(leaf.layout).removeprefix("torch.").replace("_", " ")
             raise ModelFileError(
-                f'{model.file or model.name}: input "{name}" is a {kind} tensor, and kernels read dense ones',
+                f'{model.file or model.name}: input "{name}" is a {layout_of(leaf)} tensor, and kernels read dense ones',
                 "give it as dense tensors: x.to_dense(), or values with their offsets",
             )
+
+
+def layout_of(tensor: torch.Tensor) -> str:
+    return "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.").replace("_", " ")
 
 
 @torch.no_grad()
@@ -352,9 +355,14 @@ def check_deterministic(model: Model) -> None:
             f"{model.file or model.name}: get_inputs(3) returns other values at each call",
             "seed the generator it draws from; torch, random and numpy.random are seeded already",
         )
-    args, kwargs = model.inputs(3)
-    first, second = (flat_tensors(model.module(*args, **kwargs))[0] for _ in range(2))
+    first, second = (called(model, 3)[0] for _ in range(2))
+    if not first:
+        raise CaptureError(f"{model.file or model.name}: the model returns no tensor", "return what it computes")
     for i, (a, b) in enumerate(zip(first, second, strict=True)):
+        if a.layout is not torch.strided:
+            raise CaptureError(
+                f"output {i} of the model is a {layout_of(a)} tensor", "return it as dense: y.to_dense()"
+            )
         if a.is_complex():
             raise CaptureError(
                 f"output {i} of the model is of complex numbers, which neither an artifact nor a server can answer with",
@@ -368,22 +376,26 @@ def check_deterministic(model: Model) -> None:
 
 
 @torch.no_grad()
+def called(model: Model, batch: int) -> tuple[list[torch.Tensor], Json]:
+    """The model's own flat answers, and how they nest. Raises CaptureError with the user's line where it fails."""
+    args, kwargs = model.inputs(batch)
+    try:
+        answers = model.module(*args, **kwargs)
+    except Exception as error:  # whatever the user's own code raises
+        line = user_line(error, model.file) or (model.file or model.name)
+        raise CaptureError(
+            f"{line}: the model itself fails on get_inputs({batch}): {type(error).__name__}: {error}",
+            "mend the model or its get_inputs",
+        ) from error
+    return flat_tensors(answers)
+
+
 def smallest_batch(model: Model) -> int:
     """1, or 2 where the model itself fails on a single row (a bare squeeze() is the usual reason)."""
-    args, kwargs = model.inputs(1)
+    model.inputs(1)
+    two = called(model, 2)[0]
     try:
-        out = flat_tensors(model.module(*args, **kwargs))[0]
-        args, kwargs = model.inputs(2)
-        two = flat_tensors(model.module(*args, **kwargs))[0]
-    except Exception as error:
-        try:
-            args, kwargs = model.inputs(2)
-            model.module(*args, **kwargs)
-        except Exception as second:
-            line = user_line(second, model.file) or (model.file or model.name)
-            raise CaptureError(
-                f"{line}: the model itself fails on get_inputs(2): {type(second).__name__}: {second}",
-                "mend the model or its get_inputs",
-            ) from error
+        one = called(model, 1)[0]
+    except CaptureError:
         return 2
-    return 1 if [t.dim() for t in out] == [t.dim() for t in two] else 2
+    return 1 if [t.dim() for t in one] == [t.dim() for t in two] else 2

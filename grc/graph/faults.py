@@ -28,6 +28,9 @@ def find_fault(source: Source) -> str | None:
 
     A graph that is right but for a single row has its smallest batch set to 2: the runtime repeats the row.
     """
+    regions = [n.target for n in source.graph.graph.nodes if isinstance(n.target, torch._ops.HigherOrderOperator)]
+    if regions:
+        return f"forward calls torch.{regions[0].name()}, which runs graphs of its own"
     for batch in UNSEEN if source.dynamic else (source.example_batch,):
         fault = fault_at(source, batch)
         if fault is not None:
@@ -46,7 +49,9 @@ def fault_at(source: Source, batch: int) -> str | None:
     except Exception as error:  # whatever the operators of the graph raise
         return f"the export was specialised: it fails at batch {batch} ({message_of(error)})"
     expected = source.eager(batch)
-    if any(type(a) is not torch.Tensor for a in answers):
+    if any(isinstance(a, (int, float)) for a in answers):
+        return "an output is a number that follows the sizes of the request"
+    if any(type(a) not in (torch.Tensor, torch.nn.Parameter) for a in answers):
         return ESCAPED
     if len(answers) != len(expected):
         return f"the export gives {len(answers)} outputs, the model {len(expected)}"
@@ -121,9 +126,13 @@ def hint_for(reason: str) -> str:
         return SPARSE_HINT
     if "one_hot" in reason:
         return "give it num_classes=, the number of rows that the ids may have"
+    if "graphs of its own" in reason:
+        return "compute both answers and choose with torch.where, or write the steps of a loop one after another"
+    if "an output is a number" in reason:
+        return "return tensors alone: who reads the answer can read its sizes"
     if "control flow" in reason:
         return (
-            "use torch.where or torch.cond instead of `if tensor:` and x[torch.arange(len(p)), p] instead of a loop over p, "
+            "use torch.where instead of `if tensor:` and x[torch.arange(len(p)), p] instead of a loop over p, "
             "keep .item() out of forward, and check weights in __init__"
         )
     if "fixed" in reason or "specialised" in reason:

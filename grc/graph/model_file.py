@@ -85,7 +85,8 @@ def run_file(path: Path) -> Any:
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
-        raise ModelFileError(f"{path}:{error.lineno}: {error.msg}", "mend the syntax error") from error
+        line = f"{path}:{error.lineno}" if error.lineno else str(path)  # none where it is no text at all
+        raise ModelFileError(f"{line}: {error.msg}", "mend the syntax error") from error
     except ImportError as error:
         hint = f"pip install {error.name.partition('.')[0]}" if error.name else "check the model file's imports"
         raise ModelFileError(f"{path} can't be imported: {error}", hint) from error
@@ -109,14 +110,20 @@ def declared(module: Any, path: Path, name: str | None) -> Model:
     get_inputs = getattr(module, f"get_inputs{suffix}", None) or getattr(module, "get_inputs", None)
     if get_inputs is None:
         raise ModelFileError(f"{path} has no get_inputs(batch)", "define get_inputs(batch) -> tuple or dict of tensors")
+    for what, found in ((name or "get_model", factory), ("get_inputs", get_inputs)):
+        if isinstance(found, nn.Module) or not callable(found):
+            raise ModelFileError(
+                f"{what} in {path} is a {type(found).__name__}, no function", f"define {what} with def"
+            )
     try:
         model = factory()
     except RAISED as error:
         line = user_line(error, path) or str(path)
-        raise ModelFileError(f"{line}: {factory.__name__}() raised {type(error).__name__}: {error}") from error
+        raise ModelFileError(f"{line}: {name or 'get_model'}() raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ModelFileError(
-            f"{factory.__name__}() in {path} returned a {type(model).__name__}", "return a torch.nn.Module in eval mode"
+            f"{name or 'get_model'}() in {path} returned a {type(model).__name__}",
+            "return a torch.nn.Module in eval mode",
         )
     named = getattr(module, "assets", [])
     assets = [path.parent / asset for asset in (named() if callable(named) else named)]
@@ -211,7 +218,7 @@ def calling(
             with seeded(batch):
                 value = get_inputs(batch)
         except RAISED as error:
-            line = (user_line(error, path) if path else None) or "get_inputs"
+            line = (user_line(error, path) or str(path)) if path else "get_inputs"
             raise ModelFileError(
                 f"{line}: get_inputs({batch}) raised {type(error).__name__}: {error}",
                 "get_inputs(batch) must work for every batch size from 1 up",

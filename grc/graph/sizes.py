@@ -49,6 +49,8 @@ def find_sizes(samples: dict[int, list[torch.Tensor]], names: Sequence[str]) -> 
         shapes = [leaves[i].shape for leaves in samples.values()]
         if len({len(shape) for shape in shapes}) != 1:
             raise ModelFileError(f"input {name} changes its rank with the batch size", "return tensors of one rank")
+        if len({leaves[i].dtype for leaves in samples.values()}) != 1:
+            raise ModelFileError(f"input {name} changes its dtype with the batch size", "return tensors of one dtype")
         found.append(tuple(size_of([s[d] for s in shapes], list(samples), free) for d in range(len(shapes[0]))))
     return found
 

@@ -58,6 +58,17 @@ CASES = {
         "{file}:2: get_model() raised ZeroDivisionError: division by zero",
         None,
     ),
+    "no function": (
+        "from torch import nn\nget_model = nn.Linear(4, 4).eval()\ndef get_inputs(batch): ...\n",
+        "get_model in {file} is a Linear, no function",
+        "define get_model with def",
+    ),
+    "inputs are no function": (
+        "def get_model(): ...\nget_inputs = (1, 2)\n",
+        "get_inputs in {file} is a tuple, no function",
+        "define get_inputs with def",
+    ),
+    "no text": ("\x00", "{file}: source code string cannot contain null bytes", "mend the syntax error"),
     "training": (
         MODEL.replace("Tiny().eval()", "Tiny()"),
         "{file}: the model is in training mode (Tiny and others)",
@@ -78,10 +89,20 @@ CASES = {
         "{file}:14: the model itself fails on get_inputs(2): RuntimeError: mat1 and mat2 shapes cannot be multiplied",
         "mend the model or its get_inputs",
     ),
+    "model fails later": (
+        BRANCH.replace("x.sum() > 0", "len(x) > 2").replace("return x * 2", "raise ValueError('too many')"),
+        "{file}:8: the model itself fails on get_inputs(3): ValueError: too many",
+        "mend the model or its get_inputs",
+    ),
+    "names twice": (
+        MODEL + "input_names = ['a', 'a']\n",
+        "input_names must be a list of different names, not ['a', 'a']",
+        "the inputs are dense, ids",
+    ),
     "control flow": (
         BRANCH,
         "{file}:7: control flow depends on the values of a tensor",
-        "use torch.where or torch.cond instead of `if tensor:` and x[torch.arange(len(p)), p] instead of a loop over p, "
+        "use torch.where instead of `if tensor:` and x[torch.arange(len(p)), p] instead of a loop over p, "
         "keep .item() out of forward, and check weights in __init__",
     ),
 }

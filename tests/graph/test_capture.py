@@ -368,6 +368,13 @@ class TestState:
         source = captured(Forward(lambda self, x: x.clamp_(min=0) + 1), lambda b: (rows(b, 4),))
         assert source.notes == []
         check(source.graph, "CHECK: clamp\nCHECK-NOT: copy_")
+        captured(Forward(lambda self, x: x.add_(1) * 2), lambda b: (rows(b, 4),))
+
+    def test_a_weight_as_output(self) -> None:
+        source = captured(
+            Forward(lambda self, x: (self.layer(x), self.layer.weight), layer=nn.Linear(4, 3)), lambda b: (rows(b, 4),)
+        )
+        assert [s.json() for s in source.out_sizes[1]] == [3, 4]
 
     def test_rows_that_are_scaled_where_they_are_looked_up(self) -> None:
         table = nn.Embedding(10, 4, max_norm=1.0)

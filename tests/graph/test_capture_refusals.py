@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from grc.errors import CaptureError, ModelFileError
 from grc.graph.capture import capture, find_fault
 from grc.graph.model_file import from_module, load_model
-from tests.graph.test_capture import Forward, Neighbours, captured, rows
+from tests.graph.test_capture import Forward, Neighbours, captured, ids, rows
 
 FILE = """
 import torch
@@ -96,6 +96,26 @@ def test_complex_outputs() -> None:
     with pytest.raises(CaptureError, match="output 0 of the model is of complex numbers") as caught:
         captured(Forward(lambda self, x: torch.fft.rfft(x, dim=1)), lambda b: (rows(b, 6),))
     assert "view_as_real" in str(caught.value.hint)
+
+
+def test_outputs_that_are_no_dense_tensors() -> None:
+    layer = nn.Linear(6, 6)
+    for forward, message in (
+        (lambda self, x: None, "the model returns no tensor"),
+        (lambda self, x: self.layer(x).to_sparse(), "output 0 of the model is a sparse coo tensor"),
+        (lambda self, x: (self.layer(x), x.shape[0]), "an output is a number that follows the sizes"),
+    ):
+        with pytest.raises(CaptureError, match=message):
+            captured(Forward(forward, layer=layer), lambda b: (rows(b, 6),))
+
+
+def test_a_graph_that_is_run_by_an_operator() -> None:
+    def forward(self: Forward, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda y: y.sin(), lambda y: y.cos(), (x,))
+
+    with pytest.raises(CaptureError, match=r"forward calls torch\.cond, which runs graphs of its own") as caught:
+        captured(Forward(forward), lambda b: (rows(b, 6),))
+    assert "torch.where" in str(caught.value.hint)
 
 
 def test_a_sum_of_sparse_tensors_is_told_without_torchs_log(capfd: pytest.CaptureFixture[str]) -> None:
@@ -289,6 +309,11 @@ def test_input_names_that_do_not_fit() -> None:
     model.input_names = ["a", "b"]
     with pytest.raises(ModelFileError, match="2 names for 1 inputs"):
         capture(model)
+
+
+def test_inputs_of_changing_dtype() -> None:
+    with pytest.raises(ModelFileError, match="input input0 changes its dtype with the batch size"):
+        captured(Forward(lambda self, x: x * 2), lambda b: (rows(b, 4) if b < 4 else ids(b, 4),))
 
 
 def test_inputs_of_changing_structure() -> None:
