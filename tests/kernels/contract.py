@@ -11,6 +11,7 @@ from torch import Tensor
 
 from grc.kernels import cpp
 from grc.kernels.fusion import Case, FusedOp
+from grc.kernels.lookup.pooling import NO_PADDING
 
 VECTORS = {"avx512": ("avx512", "avx2"), "avx2": ("avx2",)}.get(cpp.target_isa(), ())
 # Kernels without vector instructions take two minutes to compile, and hardly a server runs them.
@@ -72,12 +73,13 @@ def variants(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def refuses(op: FusedOp, case: Case, isa: str) -> None:
-    """Ids just past each table's end, far past it and below zero are named, never read."""
+    """Ids just past each table's end, far past it and below zero are named, never read; and NaN cast to int64, which stands
+    for no padding as well."""
     values = arguments(op, case)
     rows: Sequence[int] = values["rows"]
     for feature in {0, len(rows) - 1}:
-        for bad in (rows[feature], 2**31 - 1, 2**62, -1, -(2**40)):
-            if bad == values["padding"][feature]:
+        for bad in (rows[feature], 2**31 - 1, 2**62, -1, -(2**40), NO_PADDING):
+            if bad == values["padding"][feature] != NO_PADDING:
                 continue
             ids = values["ids"].clone()
             ids[ids.shape[0] // 2, feature] = bad

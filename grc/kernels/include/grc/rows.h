@@ -128,6 +128,9 @@ struct Bags {
 constexpr int64_t kAhead = 3;
 constexpr int64_t kAheadRows = 4;
 
+// What a table without padding has in its place. It is an id as well, and a usual one: NaN cast to int64.
+constexpr int64_t kNoPadding = std::numeric_limits<int64_t>::min();
+
 // Rows of T, ids of Id. T is uint8_t for an arena of bytes, whose rows are unpacked as they are read.
 template <class T, class Id>
 class Reader {
@@ -184,7 +187,7 @@ class Reader {
   const T* row(int64_t f, int64_t b, const Bag& bag, int64_t k) const {
     const Table& table = bags_.tables[f];
     const int64_t id = ids_[b * sample_ + (bag.first + k) * step_];
-    if (__builtin_expect(id == table.padding, 0)) return nullptr;
+    if (__builtin_expect(id == table.padding, 0)) return id == kNoPadding ? refuse(f, id) : nullptr;
     if (__builtin_expect(static_cast<uint64_t>(id) >= static_cast<uint64_t>(table.rows), 0)) refuse(f, id);
     return arena_ + table.start + id * table.stride;
   }
@@ -268,7 +271,7 @@ class Reader {
     return sum;
   }
 
-  [[noreturn]] __attribute__((noinline)) void refuse(int64_t f, int64_t id) const {
+  [[noreturn]] __attribute__((noinline)) const T* refuse(int64_t f, int64_t id) const {
     throw std::out_of_range("id " + std::to_string(id) + " of feature " + std::to_string(f) + " is outside 0.." +
                             std::to_string(bags_.tables[f].rows - 1));
   }
