@@ -96,8 +96,8 @@ class InputCheck:
         Most requests have the dtypes and shapes of one before them, which fitted.
         """
         try:
-            form = tuple([(tensor.dtype, tensor.shape, tensor.device, tensor.layout) for tensor in inputs])
-        except AttributeError:  # no tensors, as the checks below will say
+            form = tuple([(type(t), t.dtype, t.shape, t.device, t.layout) for t in inputs])
+        except (AttributeError, RuntimeError):  # no tensors, or nested ones, as the checks below will say
             return self.checked(inputs)
         batch = self.fitted.get(form)
         if batch is None:
@@ -118,8 +118,15 @@ class InputCheck:
                 raise InputError(
                     f'input "{self.names[i]}" is a {type(tensor).__name__}, not a tensor', "pass torch tensors"
                 )
-            if tensor.device.type not in self.devices or tensor.layout is not torch.strided:
-                form = str(tensor.layout).removeprefix("torch.").replace("strided", "dense")
+            if (
+                type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+            ):  # its memory is elsewhere, or nowhere
+                raise InputError(
+                    f'input "{self.names[i]}" is a {type(tensor).__name__}, which no kernel reads',
+                    "pass plain torch tensors",
+                )
+            if tensor.device.type not in self.devices or tensor.layout is not torch.strided or tensor.is_nested:
+                form = "nested" if tensor.is_nested else str(tensor.layout)[6:].replace("strided", "dense")
                 raise InputError(
                     f'input "{self.names[i]}" is {form} on {tensor.device.type}; the artifact takes dense tensors on '
                     f"{' and '.join(self.devices)}",

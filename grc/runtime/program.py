@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from grc.errors import EngineError, GrcError, InputError
+from grc.errors import EngineError, GrcError, InputError, message_of
 from grc.runtime.answers import hold_nan
 from grc.runtime.artifact import Artifact
 from grc.runtime.buckets import Buckets
@@ -136,7 +136,7 @@ class Program:
         except Exception as error:  # an engine's own failure: name the input where one is to blame
             self.check.ids(inputs)
             raise EngineError(
-                f"{self.engine_at(batch)} failed: {error}", "check the request with grc run --engine eager"
+                f"{self.engine_at(batch)} failed: {message_of(error)}", "check the request with grc run --engine eager"
             ) from error
         if padded:
             answers = [self.unpadded(a, spec, batch) for a, spec in zip(answers, self.outputs, strict=True)]

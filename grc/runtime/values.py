@@ -38,7 +38,7 @@ def decode_columns(data: bytes, form: str, empty: Sequence[str] = ()) -> dict[st
     try:
         found = DECODERS[form](data)
         return found if isinstance(found, dict) else columns_of(found, empty)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, RecursionError) as error:  # the last of lists in lists in lists
         raise InputError(f"the request is no {form}: {message_of(error)}", "see grc run ARTIFACT --example") from error
 
 

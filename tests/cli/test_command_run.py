@@ -229,6 +229,7 @@ def test_an_npz_of_another_dtype_is_refused(grc: Grc, artifact: Path, tmp_path: 
         ("json", b"{", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
         ("json", b"3", "it must be an object of columns or a list of rows"),
         ("json", b"\xff", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+        ("json", b"[" * 100_000, "maximum recursion depth exceeded"),
         ("jsonl", b"3", "it must hold at least one row, each an object"),
         ("jsonl", b'{"a": 1}\n{"b": 1}', "row 1 has the inputs b, row 0 has a"),
         ("jsonl", b'{"a": 1}\n\n{"a" 1}', "line 3: Expecting ':' delimiter at column 6"),

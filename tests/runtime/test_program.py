@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import grc
 from grc.errors import InputError
@@ -77,6 +78,18 @@ def test_memory_that_no_kernel_reads_is_refused(
     program(dense, ids)  # of the same dtypes and shapes
     with pytest.raises(InputError, match=f'input "dense" is {form}; the artifact takes dense tensors on cpu'):
         program(spoil(dense), ids)
+
+
+def test_tensors_without_rows_or_memory_of_their_own_are_refused(program: grc.Program) -> None:
+    dense, ids = ranker_inputs(3)
+    program(dense, ids)
+    with FakeTensorMode():
+        fake = torch.zeros(3, 5)
+    with pytest.raises(InputError, match='input "dense" is a FakeTensor, which no kernel reads'):
+        program(fake, ids)
+    with pytest.raises(InputError, match='input "dense" is nested on cpu; the artifact takes dense tensors on cpu'):
+        program(torch.nested.nested_tensor(list(dense)), ids)
+    assert torch.equal(program(nn.Parameter(dense), ids)["scores"], program(dense, ids)["scores"])
 
 
 def test_an_input_given_twice_is_refused(program: grc.Program) -> None:
