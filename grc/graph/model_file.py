@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from grc.errors import ModelFileError
+from grc.errors import ModelFileError, message_of
+from grc.graph.flat import quiet_export
 from grc.runtime.structure import fresh
 
 MACHINERY = (Path(torch.__file__).parent, Path(__file__).parents[1])  # torch's code, and grc's
@@ -156,9 +157,11 @@ def from_module(model: nn.Module, inputs: Any, name: str | None = None) -> Model
 def load_program(path: Path) -> Model:
     """A saved ExportedProgram. Its example inputs are resized along the dynamic dimensions it was exported with."""
     try:
-        program = torch.export.load(path)
+        with quiet_export():
+            program = torch.export.load(path)
     except Exception as error:
-        raise ModelFileError(f"{path} is not a program saved by torch.export.save: {error}") from error
+        reason = f"{path} is not a program saved by torch.export.save: {message_of(error)}"
+        raise ModelFileError(reason, "save it again with the torch that is installed here") from error
     if program.example_inputs is None:
         raise ModelFileError(f"{path} holds no example inputs", "save it from torch.export.export(model, inputs)")
     args, kwargs = program.example_inputs

@@ -149,6 +149,17 @@ def test_a_model_file_is_python_or_a_saved_program(grc: Grc, tmp_path: Path):
     )
 
 
+def test_a_program_that_is_none_is_told_without_torchs_log(grc: Grc, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    file = tmp_path / "model.pt2"
+    file.write_text("no zip")
+    refused(
+        grc("compile", file),
+        f"error: {file} is not a program saved by torch.export.save: File is not a zip file",
+        "hint: save it again with the torch that is installed here",
+    )
+    assert capfd.readouterr().err == ""
+
+
 def test_a_fault_of_grc_says_so(grc: Grc, model: Path, monkeypatch: pytest.MonkeyPatch):
     def broken(*_: object) -> None:
         raise RuntimeError("out of order")
