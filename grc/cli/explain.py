@@ -34,10 +34,17 @@ def command(
     p.check_passes(disable or (), NAMES)
     options = Options(on_bad_id=on_bad_id, disable=tuple(disable or ()))
     with Reporting() as progress:
-        optimised = optimise(traced(as_model(model, None), progress), options, progress)
+        source = traced(as_model(model, None), progress)
+        optimised = optimise(source, options, progress)
     told: dict[str, Any] = {"passes": [asdict(record) for record in optimised.records]}
     fused, missed = changes(told)
-    summary = {"model": model, "fused": fused, "missed": missed, "rolled_back": rolled_back(told)}
+    summary = {
+        "model": model,
+        "fused": fused,
+        "missed": missed,
+        "rolled_back": rolled_back(told),
+        "notes": source.notes,
+    }
     if json:
         graph = {"graph": show(optimised.graph)} if print_graph else {}
         put_json({**summary, **graph})
@@ -45,6 +52,8 @@ def command(
     show_changes(summary)
     if not (fused or missed or summary["rolled_back"]):
         say("  no fusion applies to this model, and none comes near")
+    for note in source.notes:
+        say(f"note: {note}")
     if print_graph:
         put()
         put(show(optimised.graph).rstrip())

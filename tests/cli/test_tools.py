@@ -18,7 +18,7 @@ from grc.report.html import render
 from grc.report.summary import size, summarise
 from grc.runtime.artifact import read_manifest
 from grc.runtime.version import VERSION
-from tests.cli.session import Grc, Ran, refused
+from tests.cli.session import MODEL, Grc, Ran, refused
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,6 +50,14 @@ def test_explain_tells_what_fuses_without_building(grc: Grc, model: Path):
     assert "tiny.py:13" in lines[2]
     assert any("grc.lookup(%arena" in line for line in lines)
     assert "build" not in ran.err
+
+
+def test_explain_tells_what_the_trace_does_not_hold_for(grc: Grc, model_file: Callable[[str], Path]):
+    branch = "        if ids.shape[0] > 50:\n            dense = -dense\n"
+    file = model_file(MODEL.replace("        both = ", f"{branch}        both = "))
+    note = "the batch is up to 50, and a larger request is refused"
+    assert grc("explain", file).told[-1] == f"note: {note}"
+    assert json.loads(grc("explain", file, "--json").out)["notes"] == [note]
 
 
 def test_explain_tells_why_something_misses(
