@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from grc.graph.capture import Source
 
 UNSEEN = (4, 13)
+TRIED = (*range(2, 65), 128, 256, 512, 1024)  # where a guard such as `batch != 64` or `batch % 8 != 0` may not hold
 NOISE = 1e-5  # below this, two orders of summation in float32 differ too
 # How far apart a model and its export may be, in roundings of the coarsest dtype: its own kernels may sum in another order.
 ROUNDINGS = 4
@@ -31,7 +33,7 @@ def find_fault(source: Source) -> str | None:
     regions = [n.target for n in source.graph.graph.nodes if isinstance(n.target, torch._ops.HigherOrderOperator)]
     if regions:
         return f"forward calls torch.{regions[0].name()}, which runs graphs of its own"
-    for batch in UNSEEN if source.dynamic else (source.example_batch,):
+    for batch in (*UNSEEN, *other_paths(source)) if source.dynamic else (source.example_batch,):
         fault = fault_at(source, batch)
         if fault is not None:
             return fault
@@ -40,6 +42,22 @@ def find_fault(source: Source) -> str | None:
         source.notes.append("the export does not take batch 1; a single row is padded to two")
         return padding_fault(source)
     return None
+
+
+def other_paths(source: Source) -> list[int]:
+    """Batch sizes at which forward may take another path than the one that was traced, one for each guard on the batch."""
+    found: set[int] = set()
+    for node, sizes in zip(source.placeholders(), source.sizes, strict=True):
+        for size, traced in zip(sizes, node.meta["val"].shape, strict=True):
+            if (size.scale, size.offset) != (1, 0) or isinstance(traced, int) or not traced.node.expr.is_symbol:
+                continue
+            symbol, env = traced.node.expr, traced.node.shape_env
+            bounds = env.bound_sympy(symbol)  # beyond them, requests are refused
+            for guard in env.guards:
+                if guard.expr.free_symbols == {symbol}:
+                    other = (b for b in TRIED if bounds.lower <= b <= bounds.upper and not guard.expr.subs(symbol, b))
+                    found.update(itertools.islice(other, 1))
+    return sorted(found)
 
 
 def fault_at(source: Source, batch: int) -> str | None:

@@ -258,6 +258,12 @@ def test_a_batch_that_was_specialised() -> None:
         captured(Forward(forward), lambda b: (rows(b, 4),))
 
 
+@pytest.mark.parametrize("wanted", [lambda b: b == 64, lambda b: b % 8 == 0])
+def test_another_path_at_some_batches(wanted: Callable[[int], bool]) -> None:
+    with pytest.raises(CaptureError, match=r"the export answers differently at batch (64|8) "):
+        captured(Forward(lambda self, x: x * 2 if wanted(x.shape[0]) else x), lambda b: (rows(b, 4),))
+
+
 def altered(source, change):
     """The fault that is found once a graph has been tampered with."""
     node = next(n for n in source.graph.graph.nodes if n.target is torch.ops.aten.relu.default)
