@@ -12,7 +12,8 @@ from grc.bench import cuda
 from grc.bench.contender import Contender, Stopwatch, as_list
 from grc.bench.requests import Request
 from grc.bench.subject import Subject
-from grc.graph.capture import EXPORT_BATCH, quiet_export
+from grc.graph.capture import EXPORT_BATCH
+from grc.graph.flat import quiet_export
 from grc.lowering.engine import Lowerable
 from grc.lowering.export import export_graph
 from grc.lowering.inductor import linking_compiler

@@ -7,24 +7,24 @@ did not see, so an export that specialised silently, returned fake tensors or fr
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import fx, nn
+from torch import fx
 from torch.export import Dim
 
 from grc.errors import CaptureError, ModelFileError, first_line
 from grc.graph.bounds import Bound, find_bounds
 from grc.graph.faults import TO_LONGEST, explain, find_fault, hint_for
-from grc.graph.flat import counted_rows, flat_graph, followed_data, model_lines, quiet_export, without_fast_path
+from grc.graph.flat import flat_graph, quiet_export
 from grc.graph.model_file import Model, user_line
-from grc.graph.packed_sequences import Steps, padded_sequences
+from grc.graph.packed_sequences import padded_sequences
 from grc.graph.sizes import Size, collection, find_sizes, named_by_symbol, named_dims, size_of
+from grc.graph.trace import trace
 from grc.runtime.inputs import UNBOUNDED
 from grc.runtime.structure import Json, fields_of, flatten, is_dataclass, leaf_names
 
@@ -124,8 +124,7 @@ def capture(model: Model) -> Source:
     failures: list[tuple[str, str, Exception | None]] = []
     for mode in ("saved",) if model.program else ("non-strict", "strict"):
         try:
-            with followed(model.module, mode) as to_longest:
-                graph = flat_graph(export(model, sizes, mode))
+            graph, to_longest = trace(model, model.inputs(EXPORT_BATCH), sizes, mode)
         except Exception as error:  # torch.export raises anything, from UserError to AssertionError
             failures.append((mode, explain(error), error))
             continue
@@ -198,58 +197,6 @@ def input_names(model: Model, structure: Json) -> list[str]:
             f"the inputs are {', '.join(names)}",
         )
     return list(model.input_names)
-
-
-class ByPosition(nn.Module):
-    """A model called with its flat tensors: torch.export maps no dynamic sizes onto `**kwargs`."""
-
-    def __init__(self, model: nn.Module, call: Any):
-        super().__init__()
-        self.model = model
-        self.leaves, self.spec = pytree.tree_flatten(call)
-
-    def forward(self, *tensors: torch.Tensor) -> Any:
-        given = iter(tensors)
-        leaves = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        return self.model(*args, **kwargs)
-
-
-def export(model: Model, sizes: list[tuple[Size, ...]], mode: str) -> torch.export.ExportedProgram:
-    if model.program is not None:
-        return model.program
-    args, kwargs = model.inputs(EXPORT_BATCH)
-    # A tensor given twice would become one input, and a view would tie the request to the tensor behind it.
-    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
-    leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    module = model.module
-    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module.forward).parameters.values()) and kwargs:
-        module, args, kwargs = ByPosition(module, (args, kwargs)), tuple(leaves), {}
-    strict = mode == "strict"
-    with torch.no_grad(), quiet_export(), model_lines(), without_fast_path(), followed_data():
-        try:
-            shapes = collection(leaves, sizes, named_dims(sizes))
-            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=strict)
-        except Exception as first:  # constraints between sizes: let the exporter find them
-            if not any(not size.constant for dims in sizes for size in dims):
-                raise
-            shapes = collection(leaves, sizes, None)
-            try:
-                return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=strict)
-            except Exception:
-                raise first from None
-
-
-@contextmanager
-def followed(module: nn.Module, mode: str) -> Iterator[list[Steps]]:
-    """What Python makes numbers of stays symbolic meanwhile. The strict mode follows Python itself, and would follow this too.
-
-    Gives padded_sequences'."""
-    if mode != "non-strict":
-        yield []
-        return
-    with counted_rows(module), padded_sequences() as to_longest:
-        yield to_longest
 
 
 def describe(

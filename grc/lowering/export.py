@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import fx
 
-from grc.graph.capture import flat_graph, quiet_export
+from grc.graph.flat import flat_graph, quiet_export
 from grc.graph.rewrite import copy_graph, find_attribute
 from grc.kernels import OPS
 from grc.kernels.fusion import FusedOp

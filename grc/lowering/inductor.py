@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from grc.errors import LoweringError, first_line
-from grc.graph.capture import quiet_export
+from grc.graph.flat import quiet_export
 from grc.graph.ids import id_ranges
 from grc.graph.match import value
 from grc.graph.rewrite import copy_graph

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from grc.errors import LoweringError, first_line
-from grc.graph.capture import quiet_export
+from grc.graph.flat import quiet_export
 from grc.lowering.engine import Built, Lowerable, Target
 from grc.lowering.export import plain_program
 
