@@ -25,6 +25,7 @@ except ImportError as missing:
 
 SUM, MEAN, MAX = 0, 1, 2
 NO_PADDING = -(2**63)
+NONE = tl.constexpr(NO_PADDING)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -188,6 +189,15 @@ def bag(offsets, feature, sample, B, V, live):
 
 
 @triton.jit
+def outside(index, rows, padding, PADDED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which ids have no row and are no padding. What stands for no padding is an id too: NaN as an integer."""
+    found = (index < 0) | (index >= rows)
+    if PADDED:
+        found = found & ((index != padding) | (padding == NONE))
+    return found
+
+
+@triton.jit
 def pool(  # type: ignore[no-untyped-def]
     arena, ids, weights, first, step, weight_first, weight_step, count,
     start, rows, pitch, scale, padding, left, width: tl.constexpr,
@@ -204,10 +214,9 @@ def pool(  # type: ignore[no-untyped-def]
     for t in range(0, tl.max(count, 0), UNROLL):
         # The loads of one round don't wait for each other.
         for u in tl.static_range(UNROLL):
-            wanted = t + u < count
-            index = tl.load(ids + first + (t + u) * step, mask=wanted, other=0).to(tl.int64)
-            if PADDED:
-                wanted = wanted & (index != padding)
+            given = t + u < count
+            index = tl.load(ids + first + (t + u) * step, mask=given, other=0).to(tl.int64)
+            wanted = given & (index != padding) if PADDED else given
             row = fetch(arena, start, index, rows, pitch, scale, wanted, left, width, K, ALIGN, FORM, PART).to(
                 tl.float32
             )
@@ -220,7 +229,7 @@ def pool(  # type: ignore[no-untyped-def]
             else:
                 total += row
             seen += wanted.to(tl.float32)
-            bad += (wanted & ((index < 0) | (index >= rows))).to(tl.int32)
+            bad += (given & outside(index, rows, padding, PADDED)).to(tl.int32)
     if POOLING == 1:
         total = total / tl.maximum(seen, 1.0)[:, None]
     if POOLING == 2:

@@ -46,6 +46,7 @@ LOOKUPS = {
     "padding -1": Bags(padding=(-1, -1, -1), lengths=(2, 3, 1), pooling=1),
     "bad ids": Bags(bad=True),
     "bad ids int32": Bags(bad=True, index=torch.int32),
+    "bad ids where one table has padding": Bags(bad=True, padding=(NO_PADDING, 0, 3)),
     "sum": Bags(lengths=(3, 1, 6)),
     "mean": Bags(lengths=(3, 1, 6), pooling=1, padding=(3, 0, 2), strided=True),
     "max": Bags(lengths=(3, 2, 6), pooling=2, padding=(3, 0, 2)),
@@ -94,6 +95,7 @@ def make(case: Bags, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]:
                 ids[1, column] = case.padding[f]
         if case.bad:
             ids[0, 0], ids[1, 1], ids[2, 2], ids[3, 0] = -1, case.rows[1], 2**31 - 1, -(2**31)
+            ids[4, 0] = NO_PADDING if case.index == torch.int64 else -(2**31)
     weights = torch.randn(ids.shape, generator=g).to(DEVICE, dtype) if case.weighted else None
     ids = ids.to(DEVICE, case.index)
     if case.strided:
@@ -183,7 +185,8 @@ def outside(a: dict[str, Any]) -> int:
             bags = ids[:, at : at + a["lengths"][f]]
         else:
             bags = ids[int(a["offsets"][f * batch]) : int(a["offsets"][(f + 1) * batch])]
-        found += int((((bags < 0) | (bags >= size)) & (bags != padding)).sum())
+        beyond = (bags < 0) | (bags >= size)
+        found += int((beyond & ((bags != padding) | (bags == NO_PADDING))).sum())
     return found
 
 

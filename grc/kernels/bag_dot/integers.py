@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from grc.kernels.bag_dot.triangle import triangle, write
 from grc.kernels.dependent import ready
-from grc.kernels.rows import INTERPRETED, tell, tl, triton
+from grc.kernels.rows import INTERPRETED, outside, tell, tl, triton
 
 # Four bytes at a time: q - 128 of 8 bits, and 16 * (q - 8) of the lower and upper 4 bits.
 EIGHT_BITS = tl.constexpr("xor.b32 $0, $1, 0x80808080;")
@@ -88,7 +88,7 @@ def grc_byte_dot(  # type: ignore[no-untyped-def]
         index = tl.load(ids + sample * id_row + feature * id_step, mask=known, other=0).to(tl.int64)
         wanted = known & (index != padding) if PADDED else known
         sound = wanted & (index >= 0) & (index < rows)
-        bad += (wanted & ((index < 0) | (index >= rows))).to(tl.int32)
+        bad += (known & outside(index, rows, padding, PADDED)).to(tl.int32)
         # Where there is no row, the first bytes of the arena are read: without a scale and an offset they count as zeros.
         # A mask would cost more than all else of a load.
         row = arena + tl.multiple_of(tl.where(sound, start + index * PITCH, 0), ALIGN)

@@ -22,6 +22,7 @@ from grc.kernels.rows import (
     columns,
     fetch,
     layout,
+    outside,
     pool,
     strides,
     table,
@@ -121,7 +122,7 @@ def grc_bag_dot(  # type: ignore[no-untyped-def]
             index = tl.load(ids + sample * id_row + feature * id_step, mask=known, other=0).to(tl.int64)
             wanted = known & (index != padding) if PADDED else known
             sound = wanted & (index >= 0) & (index < rows)
-            bad += (wanted & ((index < 0) | (index >= rows))).to(tl.int32)
+            bad += (known & outside(index, rows, padding, PADDED)).to(tl.int32)
         elif JAGGED:
             first, count = bag(offsets, feature, sample, B, V, known)
         else:

@@ -11,7 +11,7 @@ from torch.library import wrap_triton
 from grc.errors import LoweringError
 from grc.kernels.dependent import ready
 from grc.kernels.gpu_op import registering
-from grc.kernels.rows import NO_PADDING, answer_dtype, check, fetch, layout, strides, table, tell, tl, triton
+from grc.kernels.rows import NO_PADDING, answer_dtype, check, fetch, layout, outside, strides, table, tell, tl, triton
 
 
 class Config(NamedTuple):
@@ -46,16 +46,15 @@ def grc_bag_fm(  # type: ignore[no-untyped-def]
     known = feature < F
     start = tl.load(tables + feature, mask=known, other=0)
     rows = tl.load(tables + F + feature, mask=known, other=0)
+    padding = tl.load(tables + 2 * F + feature, mask=known, other=0) if PADDED else 0
     bad = tl.zeros([P], tl.int32)
     program = ready(tl.program_id(0)).to(tl.int64)
     for s in tl.static_range(SAMPLES):
         sample = program * SAMPLES + s
         live = known & (sample < B)
         index = tl.load(ids + sample * id_row + feature * id_step, mask=live, other=0).to(tl.int64)
-        wanted = live
-        if PADDED:
-            wanted = live & (index != tl.load(tables + 2 * F + feature, mask=known, other=0))
-        bad += (wanted & ((index < 0) | (index >= rows))).to(tl.int32)
+        wanted = live & (index != padding) if PADDED else live
+        bad += (live & outside(index, rows, padding, PADDED)).to(tl.int32)
         fm = tl.full([], 0.0, tl.float32)
         for at in tl.static_range(0, D, BLOCK):
             column = at + tl.arange(0, BLOCK)

@@ -23,6 +23,7 @@ from grc.kernels.rows import (
     columns,
     fetch,
     layout,
+    outside,
     pool,
     strides,
     table,
@@ -98,7 +99,7 @@ def grc_lookup(  # type: ignore[no-untyped-def]
     if ONE:
         index = tl.load(ids + sample * id_row + feature * id_step, mask=live, other=0).to(tl.int64)
         wanted = live & (index != padding) if PADDED else live
-        bad = (wanted & ((index < 0) | (index >= rows))).to(tl.int32)
+        bad = (live & outside(index, rows, padding, PADDED)).to(tl.int32)
         value = fetch(arena, start, index, rows, pitch, scale, wanted, 0, VEC, VEC, ALIGN, FORM, 2)
     else:
         if JAGGED:
