@@ -5,22 +5,16 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import math
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
-from datetime import date, time
-from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from grc.errors import ArtifactError, InputError, first_line
 from grc.runtime.artifact import Artifact
+from grc.runtime.values import plain
 
 
 class Processing:
@@ -125,26 +119,3 @@ def written(answer: Any) -> str:
         return json.dumps(plain(answer), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ArtifactError(str(error), "let postprocess return numbers, strings, lists and dicts") from error
-
-
-def plain(value: Any) -> Any:
-    """The same in JSON's own types: arrays and tensors are lists, dataclasses dicts, dates as ISO 8601 has them, and NaN, which
-    JSON lacks, is null. Raises TypeError for anything else.
-    """
-    if isinstance(value, Enum):
-        return plain(value.value)
-    if value is None or isinstance(value, (str, int)):
-        return value
-    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
-        return plain(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: plain(own) for key, own in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(own) for own in value]
-    if is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, (date, time)):
-        return value.isoformat()
-    raise TypeError(f"postprocess returns a {type(value).__name__}, which is no JSON")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import grc as library
-from grc.runtime.values import decode_columns, tensor_of
+from grc.runtime.values import decode_columns, encode, tensor_of
 from tests.cli.session import Grc, Ran, refused
 
 ROW = {"dense": [0.5, -1.0, 2.0], "ids": [3, 7]}
@@ -99,6 +99,14 @@ def test_an_input_of_no_values_takes_the_sizes_of_its_rows():
     assert tensor_of([[], []], spec, exact=False).shape == (2, 0, 4)
     assert tensor_of([], spec, exact=False).dtype is torch.int64
     assert tensor_of([], {**spec, "sizes": [{"scale": 1, "offset": 1}]}, exact=False).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [("json", '{"y": [1.0, null, null]}\n'), ("jsonl", '{"y": 1.0}\n{"y": null}\n{"y": null}\n')],
+)
+def test_what_json_has_no_number_for_is_null(form: str, text: str):
+    assert encode({"y": torch.tensor([1.0, torch.inf, -torch.inf])}, form) == text.encode()
 
 
 @pytest.mark.parametrize("form", ["json", "jsonl", "npz", "parquet"])
