@@ -134,6 +134,7 @@ def test_a_request_in_the_users_words(grc: Grc, folder: Path, tmp_path: Path):
     assert grc("compile", folder / "served.py", "-o", path, "--engine", "eager", "--batches", "4").code == 0
     request = {"dense": ROW["dense"], "user": 3, "item": 7}
     ran = grc("run", path, "-", "--request", stdin=json.dumps(request))
+    assert (ran.code, ran.err) == (0, "")
     assert json.loads(ran.out) == {"user": 3, "click": round(answers(path, [ROW])[0], 4)}
     refused(
         grc("run", path, "-", "--request", stdin='{"user": 3}'),
