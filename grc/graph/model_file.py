@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import inspect
 import random
@@ -61,6 +62,7 @@ def load_model(spec: str | Path) -> Model:
     return declared(module, path, name)
 
 
+FOLDERS: set[str] = set()  # of model files
 RAISED = (Exception, SystemExit)  # a file that ends Python would end the compiler, and look like success
 
 
@@ -69,6 +71,21 @@ def split_spec(spec: str) -> tuple[Path, str | None]:
     if colon and head.endswith(".py"):
         return Path(head), name
     return Path(spec), None
+
+
+def import_first_from(folder: str) -> None:
+    """Local modules of a model file are those beside it, not others of the same names beside one that was read before."""
+    if folder in sys.path:
+        sys.path.remove(folder)
+    sys.path.insert(0, folder)
+    importlib.invalidate_caches()
+    names = {entry.stem for entry in Path(folder).iterdir()}
+    for name, module in list(sys.modules.items()):
+        top = name.partition(".")[0]
+        places = tuple(f"{other}/{top}{end}" for other in FOLDERS - {folder} for end in (".py", "/"))
+        if top in names and (getattr(module, "__file__", None) or "").startswith(places):
+            del sys.modules[name]
+    FOLDERS.add(folder)
 
 
 def run_file(path: Path) -> Any:
@@ -80,9 +97,7 @@ def run_file(path: Path) -> Any:
         raise ModelFileError(f"{path} can't be imported as Python", "check that it is a plain .py file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[unique] = module
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+    import_first_from(str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:

@@ -66,7 +66,7 @@ def bags_inputs(batch: int, seed: int = 0, longest: int = 5) -> tuple[Tensor, Te
 
 
 def forget_model_files() -> None:
-    """Or another text of the same name would not be read, here and in other tests."""
+    """Or another text of the same file would not be read."""
     for name in ("tiny", "words"):
         sys.modules.pop(name, None)
 
@@ -90,9 +90,7 @@ def compiled(models: Path) -> Callable[..., Path]:
         forget_model_files()
         try:
             chosen = {"engine": "eager", "batches": (4,), "force": True, **options}
-            with pytest.MonkeyPatch.context() as patch:
-                patch.syspath_prepend(models)  # other tests have compiled a tiny.py and a words.py of their own
-                grc.compile(str(models / "served.py"), None, grc.Options(output=output, **chosen))  # type: ignore[arg-type]
+            grc.compile(str(models / "served.py"), None, grc.Options(output=output, **chosen))  # type: ignore[arg-type]
         finally:
             (models / "tiny.py").write_text(MODEL)
             forget_model_files()

@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -61,14 +60,10 @@ def test_movielens_recommends_the_artifacts_films(
     assert told[0].requests == 2 * (len(requests) + len(examples(grc.load(films)))) and told[0].error < 1e-5
 
 
-def test_the_request_among_the_assets_is_sent_through_the_ensemble(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_request_among_the_assets_is_sent_through_the_ensemble(tmp_path: Path) -> None:
     for name, text in {"tiny": MODEL, "words": WORDS, "served": SERVED + 'assets = ["request.json"]\n'}.items():
         (tmp_path / f"{name}.py").write_text(text)
-        monkeypatch.delitem(sys.modules, name, raising=False)
     (tmp_path / "request.json").write_text('{"dense": [0.5, -1.0, 2.0], "user": 3, "item": 7}')
-    monkeypatch.syspath_prepend(tmp_path)
     path = tmp_path / "tiny.grc"
     grc.compile(str(tmp_path / "served.py"), None, grc.Options(output=path, engine="eager", batches=(4,), max_batch=8))
 
