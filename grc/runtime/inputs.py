@@ -118,9 +118,8 @@ class InputCheck:
                 raise InputError(
                     f'input "{self.names[i]}" is a {type(tensor).__name__}, not a tensor', "pass torch tensors"
                 )
-            if (
-                type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-            ):  # its memory is elsewhere, or nowhere
+            dispatch = type(tensor).__torch_dispatch__
+            if dispatch is not torch.Tensor.__torch_dispatch__:  # its memory is elsewhere, or nowhere
                 raise InputError(
                     f'input "{self.names[i]}" is a {type(tensor).__name__}, which no kernel reads',
                     "pass plain torch tensors",
