@@ -40,16 +40,14 @@ class Longest(int):
 
 
 @contextmanager
-def padded_sequences(most: Callable[[int], int] = lambda steps: steps) -> Iterator[list[Steps]]:
-    """Packed sequences hold their padded steps meanwhile, with lengths of at most what `most` makes of the number of steps.
-
-    Gives those that were padded again to no length in particular, which is that of the longest row.
-    """
+def padded_sequences() -> Iterator[list[Steps]]:
+    """Packed sequences hold their padded steps meanwhile. Gives those that were padded again to no length in particular, which
+    is that of the longest row."""
     to_longest: list[Steps] = []
 
     def pack(x: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Steps]:
         x = x if batch_first else x.transpose(0, 1)
-        return x, Steps(lengths.clamp(max=most(x.shape[1])), x.shape[1], x.shape[0])
+        return x, Steps(lengths.clamp(max=x.shape[1]), x.shape[1], x.shape[0])
 
     def pad(x: Tensor, steps: Steps, batch_first: bool, value: float, total: int) -> tuple[Tensor, Tensor]:
         if isinstance(total, Longest):
@@ -71,18 +69,6 @@ def padded_sequences(most: Callable[[int], int] = lambda steps: steps) -> Iterat
         for layer in (nn.RNNBase, nn.LSTM):  # they make a Python number of the rows
             patches.enter_context(mock.patch.object(layer, "check_forward_args", lambda *_: None))
         yield to_longest
-
-
-@contextmanager
-def shorter_sequences(most: Callable[[int], int]) -> Iterator[None]:
-    """Sequences are packed as ever, with lengths of at most what `most` makes of the number of steps."""
-    pack = _VF._pack_padded_sequence
-
-    def bounded(x: Tensor, lengths: Tensor, batch_first: bool) -> Any:
-        return pack(x, lengths.clamp(max=most(x.shape[1 if batch_first else 0])), batch_first)
-
-    with mock.patch.object(_VF, "_pack_padded_sequence", bounded, create=True):
-        yield
 
 
 def run(

@@ -141,7 +141,9 @@ class Processors:
         second = os.sysconf("SC_CLK_TCK")
         try:
             user, nice, system, _, _, *others = map(int, (proc / "stat").read_text().split("\n")[0].split()[1:9])
-            theirs = [(proc / str(worker) / "stat").read_text().rpartition(")")[2].split()[11:13] for worker in workers]
+            theirs = [
+                (proc / str(worker) / "stat").read_text().rpartition(")")[2].split()[11:13] for worker in {*workers}
+            ]
         except (OSError, ValueError):
             return None
         own = time.process_time() + sum(int(ticks) for times in theirs for ticks in times) / second

@@ -117,6 +117,6 @@ def test_what_processors_did_is_read_from_the_host(tmp_path: Path):
     assert alone is not None and alone.busy * second == 100 + 20 + 30 + 7 + 8 + 9
     (tmp_path / "71").mkdir()
     (tmp_path / "71" / "stat").write_text("71 (a (b) c) S 1 71 71 0 -1 4194560 500 0 0 0 100000 20000 0 0 20 0 2\n")
-    with_a_worker = Processors.now([71], tmp_path)
+    with_a_worker = Processors.now([71, 71], tmp_path)  # of two forms of one peer
     assert with_a_worker is not None and with_a_worker.own - alone.own == pytest.approx(120000 / second, abs=5)
     assert Processors.now([72], tmp_path) is None and Processors.now(proc=tmp_path / "none") is None
