@@ -152,7 +152,7 @@ DECODERS: dict[str, Callable[[bytes], dict[str, Any] | list[Any]]] = {  # column
 def encode(values: Mapping[str, torch.Tensor], form: str) -> bytes:
     """The inverse of `decode`. Raises InputError where a format of rows can't hold tensors of different lengths."""
     if form == "json":
-        return (json.dumps({name: listed(tensor) for name, tensor in values.items()}) + "\n").encode()
+        return (json.dumps({name: plain(tensor) for name, tensor in values.items()}) + "\n").encode()
     if form == "npz":
         buffer = BytesIO()
         np.savez(buffer, **{name: tensor.numpy() for name, tensor in values.items()})
@@ -160,7 +160,7 @@ def encode(values: Mapping[str, torch.Tensor], form: str) -> bytes:
     lengths = {tensor.shape[0] if tensor.dim() else -1 for tensor in values.values()}
     if len(lengths) != 1 or -1 in lengths:
         raise InputError(f"{form} holds rows, and these tensors differ in length", "use json or npz")
-    columns = {name: tensor.tolist() if form == "parquet" else listed(tensor) for name, tensor in values.items()}
+    columns = {name: tensor.tolist() if form == "parquet" else plain(tensor) for name, tensor in values.items()}
     if form == "parquet":
         buffer = BytesIO()
         module = parquet()
@@ -172,12 +172,6 @@ def encode(values: Mapping[str, torch.Tensor], form: str) -> bytes:
     return "".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows).encode()
 
 
-def listed(tensor: torch.Tensor) -> Any:
-    """As JSON has it: NaN and infinity, which it lacks, are null, as a server writes them."""
-    whole = not tensor.is_floating_point() or bool(tensor.isfinite().all())
-    return tensor.tolist() if whole else plain(tensor)
-
-
 def parquet() -> Any:
     try:
         from pyarrow import parquet as module
@@ -187,13 +181,15 @@ def parquet() -> Any:
 
 
 def plain(value: Any) -> Any:
-    """The same in JSON's own types: arrays and tensors are lists, dataclasses dicts, dates as ISO 8601 has them, and NaN, which
-    JSON lacks, is null. Raises TypeError for anything else.
+    """The same in JSON's own types: arrays and tensors are lists, dataclasses dicts, dates as ISO 8601 has them, and NaN and
+    infinity, which JSON lacks, are null. Raises TypeError for anything else.
     """
     if isinstance(value, Enum):
         return plain(value.value)
     if value is None or isinstance(value, (str, int)):
         return value
+    if isinstance(value, torch.Tensor) and (not value.is_floating_point() or value.isfinite().all()):
+        return value.tolist()
     if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
         return plain(value.tolist())
     if isinstance(value, float):

@@ -20,9 +20,10 @@ from grc.runtime.server.health import Health
 from grc.runtime.server.logs import clean_id, request_id
 from grc.runtime.server.models import Models
 from grc.runtime.server.refusal import Refused, gone, invalid
-from grc.runtime.server.service import Call, Service, listed
+from grc.runtime.server.service import Call, Service
 from grc.runtime.server.settings import Settings
 from grc.runtime.server.version import Version
+from grc.runtime.values import plain
 
 JSON, BYTES, TEXT, PAGE = (
     b"application/json",
@@ -230,7 +231,7 @@ def written(value: Any) -> bytes:
     """A recommendation as JSON."""
     option = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
     try:
-        return orjson.dumps(value, default=listed, option=option)
+        return orjson.dumps(value, default=plain, option=option)
     except orjson.JSONEncodeError as error:
         raise Refused(500, str(error.__cause__ or error), "postprocess") from error
 

@@ -22,6 +22,7 @@ from grc.runtime.server.refusal import Refused, refusal
 from grc.runtime.server.scheduler import Scheduler, Waiter, Work
 from grc.runtime.server.settings import Settings
 from grc.runtime.server.version import Version
+from grc.runtime.values import plain
 
 Tensors = list[torch.Tensor]
 Answer = Sequence[torch.Tensor]
@@ -129,7 +130,7 @@ class Service:
 
         found = await self.preparing.run(post)
         if key is not None:
-            kept = orjson.dumps(found, default=listed, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
+            kept = orjson.dumps(found, default=plain, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
             self.answers.put(key, kept, len(kept))
         return found
 
@@ -228,12 +229,3 @@ def digest(version: Version, inputs: Packed) -> bytes:
 def request_digest(version: Version, request: dict[str, Any]) -> bytes:
     text = orjson.dumps(request, option=orjson.OPT_SORT_KEYS)
     return hashlib.blake2b(f"{version.name}/{version.number}/".encode() + text, digest_size=16).digest()
-
-
-def listed(value: Any) -> Any:
-    """Tensors and named tuples in a recommendation become lists; anything else that is no JSON is a fault of postprocess."""
-    if isinstance(value, torch.Tensor):
-        return value.tolist()
-    if isinstance(value, tuple):
-        return list(value)
-    raise TypeError(f"postprocess returns a {type(value).__name__}, which is no JSON")
