@@ -20,7 +20,7 @@ from grc.graph.cut import Stage, cut
 from grc.graph.model_file import Model, from_module, load_model
 from grc.kernels import FUSIONS, cpp
 from grc.lowering.choose import Choice, Requests, build_all, choose, engines_for, load_built, measure
-from grc.lowering.cuda import Gpu, described, full_precision, gpu_engines, gpu_target, mixed_rows
+from grc.lowering.cuda import Gpu, full_precision, gpu_engines, gpu_target, mixed_rows
 from grc.lowering.engine import Built, Engine, Lowerable, Target
 from grc.lowering.export import written_out
 from grc.lowering.stages import BuiltStage, Line
@@ -319,7 +319,7 @@ def target_of(options: Options) -> Target:
 def open_gpu(source: Source, options: Options) -> Gpu:
     """The GPU with the plan of its buckets; models whose rows read each other get none."""
     sizes = bucket_sizes((*options.buckets,), source.min_batch, options.max_batch)
-    plan = Plan.of(*described(source), sizes, options.streams, mixed_rows(source, source.graph))
+    plan = Plan.of(*source.described(), sizes, options.streams, mixed_rows(source, source.graph))
     return Gpu(DeviceWeights(torch.device("cuda", torch.cuda.current_device())), plan)
 
 

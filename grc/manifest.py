@@ -19,7 +19,7 @@ from grc.graph.ids import id_ranges
 from grc.graph.segments import segments
 from grc.graph.show import show
 from grc.lowering.choose import Candidate, Choice, boundaries
-from grc.lowering.cuda import described, part_on_gpu
+from grc.lowering.cuda import part_on_gpu
 from grc.lowering.engine import Target
 from grc.lowering.stages import BuiltStage
 from grc.lowering.store import Store
@@ -54,7 +54,7 @@ def describe(
     if lowered is not None and lowered.formats:
         write_weights(folder / "calibration.safetensors", lowered.kept.tensors)
     (folder / "graph.txt").write_text(show(graph))
-    inputs, outputs = described(source)
+    inputs, outputs = source.described()
     model = source.model
     command = f"grc compile {shlex.quote(str(model.file or model.name))}{flags_of(options)}"
     return {

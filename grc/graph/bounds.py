@@ -18,8 +18,6 @@ from grc.runtime.structure import flatten, unflatten
 if TYPE_CHECKING:
     from grc.graph.capture import Source
 
-Bound = tuple[int, int, int]
-"""A dimension of an input, and the least and the most that its size may be."""
 SMALLEST = 2  # of every symbol that torch.export makes: it tells nothing of the model
 BATCH = 3  # rows of the requests whose steps are cut off
 

@@ -18,12 +18,12 @@ from torch import fx
 from torch.export import Dim
 
 from grc.errors import CaptureError, ModelFileError, first_line
-from grc.graph.bounds import Bound, find_bounds
+from grc.graph.bounds import find_bounds
 from grc.graph.faults import TO_LONGEST, explain, find_fault, hint_for
 from grc.graph.flat import flat_graph, quiet_export
 from grc.graph.model_file import Model, user_line
 from grc.graph.packed_sequences import padded_sequences
-from grc.graph.sizes import Size, collection, find_sizes, named_by_symbol, named_dims, size_of
+from grc.graph.sizes import Bound, Size, collection, described, find_sizes, named_by_symbol, named_dims, size_of
 from grc.graph.trace import trace
 from grc.runtime.inputs import UNBOUNDED
 from grc.runtime.structure import Json, fields_of, flatten, is_dataclass, leaf_names
@@ -88,6 +88,12 @@ class Source:
         """`dynamic_shapes` to export the flat graph again."""
         return tuple({i: Dim.DYNAMIC for i, size in enumerate(sizes) if not size.constant} for sizes in self.sizes)
 
+    def described(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Inputs and outputs as the manifest has them."""
+        entries = zip(self.names, self.dtypes, self.sizes, self.bounds, strict=True)
+        taken = [{"name": name, **described(*entry)} for name, *entry in entries]
+        return taken, [described(*entry) for entry in zip(self.out_dtypes, self.out_sizes, strict=True)]
+
     def proof_batches(self) -> tuple[int, ...]:
         return (3, min(33, self.max_batch)) if self.dynamic else (EXPORT_BATCH, EXPORT_BATCH)
 
@@ -130,7 +136,7 @@ def capture(model: Model) -> Source:
             continue
         source = describe(model, graph, names, sizes, structure, smallest, mode)
         fault = find_fault(source)
-        if fault is not None and to_longest:
+        if to_longest and fault is not None and "answers differently" in fault:
             fault = TO_LONGEST
         if fault is None:
             source.notes += notes_of_padding(model) if to_longest else []

@@ -34,6 +34,16 @@ class Size:
         return "batch" if (self.scale, self.offset) == (1, 0) else {"scale": self.scale, "offset": self.offset}
 
 
+Bound = tuple[int, int, int]
+"""A dimension of an input, and the least and the most that its size may be."""
+
+
+def described(dtype: torch.dtype, sizes: Sequence[Size], bounds: Sequence[Bound] = ()) -> dict[str, Any]:
+    """A tensor as the manifest has it, with the bounds of its sizes where there are any."""
+    entry = {"dtype": str(dtype)[6:], "sizes": [size.json() for size in sizes]}
+    return {**entry, "bounds": list(bounds)} if bounds else entry
+
+
 def find_sizes(samples: dict[int, list[torch.Tensor]], names: Sequence[str]) -> list[tuple[Size, ...]]:
     """Tell constant sizes from those that follow the batch and those that vary on their own (jagged values)."""
     counts = {len(leaves) for leaves in samples.values()}

@@ -250,7 +250,7 @@ def mixed_rows(source: Source, graph: fx.GraphModule) -> str | None:
     Seen in double precision, by answering a batch of three alone and with its first row repeated up to eight.
     """
     inputs = source.inputs(3)
-    plan = Plan.of(*described(source), buckets=(8,))
+    plan = Plan.of(*source.described(), buckets=(8,))
     if plan.reason is not None or not source.dynamic:
         return None
     longer = [
@@ -260,21 +260,3 @@ def mixed_rows(source: Source, graph: fx.GraphModule) -> str | None:
     alone, beside = list(run_fp64(graph, *inputs)), list(run_fp64(graph, *longer))
     cut = [a if s.batch_dim is None else a.narrow(s.batch_dim, 0, 3) for a, s in zip(beside, plan.outputs, strict=True)]
     return "the answer of a row depends on the other rows" if largest_error(cut, alone) > 1e-9 else None
-
-
-def bounded(bounds: list[tuple[int, int, int]]) -> dict[str, Any]:
-    """(dimension, least, most) of the sizes that a request may not have at every value, where there are any."""
-    return {"bounds": bounds} if bounds else {}
-
-
-def described(source: Source) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Inputs and outputs as the manifest has them."""
-    taken = [
-        {"name": name, "dtype": str(dtype)[6:], "sizes": [size.json() for size in sizes], **bounded(bounds)}
-        for name, dtype, sizes, bounds in zip(source.names, source.dtypes, source.sizes, source.bounds, strict=True)
-    ]
-    given = [
-        {"dtype": str(dtype)[6:], "sizes": [size.json() for size in sizes]}
-        for dtype, sizes in zip(source.out_dtypes, source.out_sizes, strict=True)
-    ]
-    return taken, given

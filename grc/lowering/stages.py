@@ -11,9 +11,8 @@ from torch.export import Dim
 
 from grc.graph.capture import SAMPLES, Source
 from grc.graph.cut import Stage
-from grc.graph.sizes import Size, find_sizes
+from grc.graph.sizes import Size, described, find_sizes
 from grc.lowering.choose import Choice
-from grc.lowering.cuda import bounded
 from grc.lowering.engine import Lowerable
 
 Values = dict[str, torch.Tensor]
@@ -48,15 +47,7 @@ class Line:
     def described(self, names: list[str]) -> list[dict[str, Any]]:
         """Tensors as the manifest has them."""
         values, own = self.at(SAMPLES[0]), dict(zip(self.source.names, self.source.bounds, strict=True))
-        return [
-            {
-                "name": n,
-                "dtype": str(values[n].dtype)[6:],
-                "sizes": [s.json() for s in self.sizes[n]],
-                **bounded(own.get(n, [])),
-            }
-            for n in names
-        ]
+        return [{"name": n, **described(values[n].dtype, self.sizes[n], own.get(n, ()))} for n in names]
 
     def lowerable(self, stage: Stage, graph: fx.GraphModule, batch: int) -> Lowerable:
         shapes = tuple(

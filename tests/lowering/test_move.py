@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from grc.errors import LoweringError
 from grc.graph.capture import capture
 from grc.graph.model_file import from_module
-from grc.lowering.cuda import described, mixed_rows
+from grc.lowering.cuda import mixed_rows
 from grc.lowering.move import moved
 from grc.runtime.device import DeviceWeights
 
@@ -79,4 +79,4 @@ def test_rows_that_read_each_other_are_seen() -> None:
     assert mixed_rows(mixed, mixed.graph) == "the answer of a row depends on the other rows"
     alone = capture(from_module(MadeHere().eval(), ids))
     assert mixed_rows(alone, alone.graph) is None
-    assert described(alone)[0] == [{"name": "ids", "dtype": "int64", "sizes": ["batch"]}]
+    assert alone.described()[0] == [{"name": "ids", "dtype": "int64", "sizes": ["batch"]}]
