@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from grc.errors import GrcError
+from grc.graph.capture import Source
 from grc.graph.spec import verify
 from grc.kernels import cpp
 from grc.kernels.lookup.row_formats import ROW_FORMATS
@@ -179,6 +181,19 @@ def test_trials_of_tables_answer_as_the_graph_of_bytes_does(shift: int, tmp_path
         assert torch.allclose(trial[0], lowered(*inputs)[0], atol=1e-5)
 
 
+def agree(
+    source: Source, graph: fx.GraphModule, formats: dict[str, str], folder: Path, batches: tuple[int, ...]
+) -> None:
+    """A trial answers as the graph with tables of bytes does, and otherwise than the one that it came from."""
+    sites = find_sites(graph)
+    lowered = with_tables(graph, sites, formats, folder)
+    for batch in batches:
+        inputs = source.inputs(batch)
+        trial = Trial(graph, sites, formats, Rounded(graph)).answers(inputs)
+        assert torch.allclose(trial[0], lowered(*inputs)[0], atol=1e-5)
+        assert not torch.equal(trial[0], graph(*inputs)[0])
+
+
 def test_tables_of_bags_and_of_offsets(tmp_path) -> None:
     source, graph = captured(Bags(), bag_inputs)
     sites = find_sites(graph)
@@ -186,12 +201,7 @@ def test_tables_of_bags_and_of_offsets(tmp_path) -> None:
     assert [len(site.features) for site in tables if site.elements == 60 * 8] == [3]  # one table, not three
     assert "history.weight" in [site.name for site in tables]
     formats = {site.name: "int8" for site in tables}
-    lowered = with_tables(graph, sites, formats, tmp_path)
-    for batch in (3, 20):
-        inputs = source.inputs(batch)
-        trial = Trial(graph, sites, formats, Rounded(graph)).answers(inputs)
-        assert torch.allclose(trial[0], lowered(*inputs)[0], atol=1e-5)
-        assert not torch.equal(trial[0], graph(*inputs)[0])
+    agree(source, graph, formats, tmp_path, (3, 20))
 
 
 class Widths(nn.Module):
@@ -217,12 +227,7 @@ def test_tables_of_several_widths_in_one_arena(form: str, tmp_path) -> None:
     sites = find_sites(graph)
     assert len({site.arena for site in sites if site.kind == "table"}) == 1
     formats = {site.name: form for site in sites if site.kind == "table"}
-    lowered = with_tables(graph, sites, formats, tmp_path)
-    for batch in (1, 20):
-        inputs = source.inputs(batch)
-        trial = Trial(graph, sites, formats, Rounded(graph)).answers(inputs)
-        assert torch.allclose(trial[0], lowered(*inputs)[0], atol=1e-5)
-        assert not torch.equal(trial[0], graph(*inputs)[0])
+    agree(source, graph, formats, tmp_path, (1, 20))
 
 
 @pytest.mark.parametrize(("value", "told"), [(1e6, "1e+06"), (-7e4, "-70000"), (torch.nan, "nan"), (torch.inf, "inf")])
