@@ -230,7 +230,11 @@ def _version(cxx: str) -> str:
 def compile_object(source: Path, flags: Sequence[str]) -> Path:
     """Compile a file with FLAGS and these into an object, which is kept. Raises LoweringError with the compiler's words."""
     cxx, flags = compiler(), [*FLAGS, *flags]
-    headers = [h.read_bytes() for folder in (INCLUDE / "grc", source.parent) for h in sorted(folder.glob("*.h"))]
+    headers = [
+        h.read_bytes()
+        for folder in (INCLUDE / "grc", INCLUDE / "cuda", source.parent)
+        for h in sorted(folder.glob("*.h"))
+    ]
     target = cached(".o", source.read_bytes(), *headers, *flags, torch.__version__, _version(cxx))
     return make(target, lambda out: [cxx, *flags, *_includes(), "-c", str(source), "-o", out])
 

@@ -7,7 +7,7 @@ import functools
 import os
 import site
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,8 @@ from grc.errors import LoweringError
 from grc.kernels import cpp
 
 FLAGS = ("--std=c++17",)
+HEADERS = cpp.INCLUDE / "cuda"
+CLUSTERS = 90  # the first architecture with clusters of blocks
 
 
 def missing() -> str | None:
@@ -25,6 +27,13 @@ def missing() -> str | None:
     except LoweringError as error:
         return f"{error.message}: {error.hint}"
     return None
+
+
+def missing_for_clusters(arch: str) -> str | None:
+    """What keeps a kernel for clusters of blocks from being built for an architecture ("sm_90") here, or None."""
+    if int(arch.removeprefix("sm_")) < CLUSTERS:
+        return f"the kernel needs clusters of blocks: sm_{CLUSTERS} or newer, not {arch}"
+    return missing()
 
 
 @functools.cache
@@ -52,16 +61,26 @@ def candidates() -> Iterator[str]:
 def build(source: Path, macros: Mapping[str, str], arch: str) -> Path:
     """Compile a kernel with these macros for an architecture ("sm_90") into a cubin, which is kept like C++ objects.
 
-    Headers are those beside the source. Raises LoweringError with the compiler's words.
+    Headers are those beside the source and in HEADERS. Raises LoweringError with the compiler's words.
     """
-    options = [f"--gpu-architecture={arch}", *FLAGS, f"-I{source.parent}", *(f"-D{k}={v}" for k, v in macros.items())]
-    headers = [header.read_bytes() for header in sorted(source.parent.glob("*.h"))]
+    folders = [source.parent, HEADERS]
+    options = [f"--gpu-architecture={arch}", *FLAGS, *(f"-I{folder}" for folder in folders)]
+    options += [f"-D{name}={text}" for name, text in macros.items()]
+    headers = [header.read_bytes() for folder in folders for header in sorted(folder.glob("*.h"))]
     target = cpp.cached(".cubin", source.read_bytes(), *headers, *options, str(version()))
     if not target.exists():
         own = target.with_suffix(f".{os.getpid()}")
         own.write_bytes(compiled(source, options))
         os.replace(own, target)
     return target
+
+
+def compile_launcher(source: Path, flags: Sequence[str]) -> Path:
+    """Compile a C function that launches cubins, which the flags name, into an object that carries them."""
+    from torch.utils.cpp_extension import include_paths  # which takes its time, and no host that only serves needs it
+
+    includes = [HEADERS, *include_paths("cuda")]
+    return cpp.compile_object(source, ["-DUSE_CUDA", *flags, *(f"-I{path}" for path in includes)])
 
 
 def version() -> tuple[int, int]:

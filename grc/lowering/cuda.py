@@ -16,7 +16,7 @@ from grc.errors import ArtifactError, LoweringError
 from grc.graph.capture import Source
 from grc.graph.ids import id_ranges
 from grc.graph.oracle import largest_error, run_fp64
-from grc.kernels import OPS, cpp, encoder
+from grc.kernels import OPS, cpp, encoder, nvrtc, tower
 from grc.lowering.align import aligned
 from grc.lowering.chains import takes_chains, with_chains
 from grc.lowering.check_ids import with_checked_ids
@@ -35,6 +35,7 @@ from grc.lowering.export import export_graph
 from grc.lowering.in_place import with_parts_in_place
 from grc.lowering.inductor import package, packaged_constants, settings
 from grc.lowering.move import moved
+from grc.lowering.towers import takes_towers, with_towers
 from grc.lowering.twins import optional_twins, with_twins
 from grc.runtime.device import DeviceWeights
 from grc.runtime.engines import COUNTER, Run, load_on_gpu
@@ -109,7 +110,8 @@ class CudaInductor:
     `without` names fused ops that are left to Inductor all the same, and `label` the graph where there are several. With
     `bucket`, it is built for that one batch size and max-autotuned. `layers` says where linear layers go instead of cuBLAS:
     "small" to our kernel for few rows, "chains", where one narrow layer follows another, to our kernel for all of those,
-    "encoder", where whole Transformer layers follow one another, to our kernel for all of those, and the others like "small".
+    "encoder", where whole Transformer layers follow one another, to our kernel for all of those, "tower", where wide layers
+    do, to our kernel for all of those, and the others like "small".
     """
 
     def __init__(
@@ -135,14 +137,14 @@ class CudaInductor:
             cpp.compiler()
         except LoweringError as error:
             return f"{error.message}: {error.hint}"
-        return encoder.missing(str(target.sm)) if self.layers == "encoder" else None
+        return nvrtc.missing_for_clusters(str(target.sm)) if self.layers in ("encoder", "tower") else None
 
     def build(self, lowerable: Lowerable, target: Target, folder: Path) -> Built:
         ready, originals = self.gpu.moved(lowerable)
         graph, counts, checks = ready.graph, False, False
         shims: dict[Any, list[str]] = {}
         objects: list[str] = []
-        few_rows = self.layers in ("small", "encoder")
+        few_rows = self.layers in ("small", "encoder", "tower")
         if self.twins:
             if self.count:
                 graph = with_checked_ids(graph)
@@ -152,7 +154,12 @@ class CudaInductor:
             graph = with_parts_in_place(graph)
             if self.layers == "chains":
                 graph = with_chains(graph)
-            graph = with_rows_as_sums(with_heads_as_sums(aligned(graph)))
+            graph = aligned(graph)
+            if self.layers == "tower":
+                graph, towers = with_towers(graph)
+                shims[tower.register()] = [cpp.declaration(tower.SCHEMA, "cuda")]
+                objects.append(str(tower.build(towers, str(target.sm))))
+            graph = with_rows_as_sums(with_heads_as_sums(graph))
             if few_rows:
                 graph = with_small_linears(graph)
             elif self.bucket is None:  # one that is autotuned may find a kernel of Inductor's with any epilogue
@@ -218,7 +225,10 @@ def gpu_engines(
             for bucket, inputs in fixed:
                 alone = Lowerable(lowerable.graph, inputs, ())
                 offered.append((CudaInductor(gpu, True, count, bucket, without, label), alone))
-        for layers, takes in (("chains", takes_chains), ("small", takes_small_linears), ("encoder", takes_encoders)):
+        ways = {
+            "chains": takes_chains, "small": takes_small_linears, "encoder": takes_encoders, "tower": takes_towers
+        }  # fmt: skip
+        for layers, takes in ways.items():
             if takes(lowerable.graph):
                 offered.append((CudaInductor(gpu, True, count, None, (), label, layers), lowerable))
     if source is not None:

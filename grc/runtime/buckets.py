@@ -191,6 +191,7 @@ class Lane:
         return Recorded(graph, launcher(graph, self.stream), kept, tells, early)
 
     def warm_up(self, device: Tensors, batch: int) -> None:
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # on which weights and buffers were made
         with torch.cuda.stream(self.stream):
             for _ in range(WARM_UP):
                 found = self.run(list(device))

@@ -8,7 +8,6 @@ import ctypes
 import functools
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from torch.nn import functional
 from grc.compiler import optimise
 from grc.graph.capture import capture
 from grc.graph.model_file import from_module
-from grc.kernels import cpp, encoder, nvrtc
+from grc.kernels import encoder, nvrtc
 from grc.kernels.attention import SILU, SOFTMAX
 from grc.kernels.encoder import Form, Layer
 from grc.kernels.packed_linear.activations import GELU, GELU_TANH, RELU
@@ -28,8 +27,7 @@ from grc.lowering.epilogue import with_small_linears
 from grc.lowering.twins import with_twins
 from grc.options import Options
 from grc.progress import Silent
-
-EMULATED = Path(__file__).parent / "emulated"
+from tests.kernels.emulate import emulate
 
 
 def form(**changes: object) -> Form:
@@ -64,13 +62,7 @@ def widened(one: Layer) -> Layer:
 @functools.cache
 def emulated(f: Form, cluster: int) -> ctypes.CDLL:
     """The kernel for a form, compiled for a CPU."""
-    macros = [f"-D{name}={text}" for name, text in f.macros(cluster).items()]
-    sources = [EMULATED / "encoder.cpp", EMULATED / "hopper.h", encoder.HERE / "cuda.cu", encoder.HERE / "parameters.h"]
-    library = cpp.cached(".so", *(source.read_bytes() for source in sources), *macros)
-    flags = ["-O2", "-std=c++20", "-shared", "-fPIC", "-fno-strict-aliasing"]
-    command = [cpp.compiler(), *flags, *macros, f"-I{EMULATED}", f"-I{encoder.HERE}", str(sources[0])]
-    cpp.make(library, lambda out: [*command, "-o", out])
-    found = ctypes.CDLL(str(library))
+    found = emulate("encoder", encoder.HERE, f.macros(cluster))
     found.encode.restype = ctypes.c_char_p
     return found
 
@@ -192,4 +184,4 @@ def test_what_the_kernel_can_not_take() -> None:
 
 
 def test_missing_says_which_gpu_it_needs() -> None:
-    assert "sm_90 or newer, not sm_80" in str(encoder.missing("sm_80"))
+    assert "sm_90 or newer, not sm_80" in str(nvrtc.missing_for_clusters("sm_80"))

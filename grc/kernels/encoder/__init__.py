@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from grc.kernels import cpp, nvrtc
+from grc.kernels import nvrtc
 from grc.kernels.attention import SILU
 from grc.kernels.attention import reference as attention
 from grc.kernels.packed_linear.activations import ACTIVATIONS, GELU, GELU_TANH, RELU
@@ -22,7 +22,6 @@ from grc.kernels.packed_linear.activations import SILU as SILU_ACTIVATION
 
 HERE = Path(__file__).parent
 SCHEMA = "encoder(Tensor x, Tensor weights, Tensor vectors, int layers) -> Tensor"
-ARCHITECTURE = 90  # the first with clusters of blocks
 SLICES = {256: 8, 512: 16}  # of a user's row, by its columns: a cluster has a block for each, or for two of them
 WIDEST = 256  # hidden columns of a block
 MOST_STEPS = 16  # rows of a product of the tensor cores
@@ -169,13 +168,6 @@ def pack(layers: list[Layer], form: Form) -> tuple[Tensor, Tensor]:
     return torch.stack(weights, 1), torch.stack(vectors, 1)
 
 
-def missing(arch: str) -> str | None:
-    """What keeps the kernel from being built for an architecture ("sm_90") here, or None."""
-    if int(arch.removeprefix("sm_")) < ARCHITECTURE:
-        return f"the encoder's kernel needs clusters of blocks: sm_{ARCHITECTURE} or newer, not {arch}"
-    return nvrtc.missing()
-
-
 @functools.cache
 def register() -> torch._ops.OpOverload:
     """Define the operator, which only packages can run: its kernel depends on the form of the layers."""
@@ -189,11 +181,9 @@ def build(form: Form, arch: str) -> Path:
 
     Raises LoweringError with the compilers' words.
     """
-    from torch.utils.cpp_extension import include_paths  # which takes its time, and no host that only serves needs it
-
     wide, half = form.clusters()
-    flags = ["-DUSE_CUDA", f"-DGRC_WIDE={wide}", f"-DGRC_HALF={half}"]
+    flags = [f"-DGRC_WIDE={wide}", f"-DGRC_HALF={half}"]
     for name, cluster in (("WIDE", wide), ("HALF", half)):
         cubin = nvrtc.build(HERE / "cuda.cu", form.macros(cluster), arch)
         flags.append(f'-DGRC_{name}_CUBIN="{cubin}"')
-    return cpp.compile_object(HERE / "shim.cpp", [*flags, *(f"-I{path}" for path in include_paths("cuda"))])
+    return nvrtc.compile_launcher(HERE / "shim.cpp", flags)

@@ -14,7 +14,7 @@
 // last layer's, which is the answer. What the first layer begins with is no such sum.
 //
 // Built for one model: see the GRC_ macros.
-#include <hopper.h>
+#include <products.h>
 
 #include "parameters.h"
 
@@ -24,8 +24,7 @@ constexpr int WIDTH = GRC_WIDTH, HEAD = GRC_HEAD, HIDDEN = GRC_HIDDEN, STEPS = G
 constexpr int CLUSTER = GRC_CLUSTER;  // blocks
 constexpr int WARPS = 16, THREADS = 32 * WARPS;
 static_assert(THREADS + 32 == grc::ENCODER_THREADS, "one warp more for the stream");
-constexpr int ROWS = 16, COLUMNS = 8;  // of a product of the tensor cores
-constexpr int CHUNK = 32;              // numbers of a row that four threads read at once, 16 bytes each
+constexpr int ROWS = 16;  // of a product of the tensor cores
 constexpr int SLICE = WIDTH / CLUSTER, PART = HIDDEN / CLUSTER;  // columns of a block
 constexpr int PACKED = 32, SUBS = SLICE / PACKED;                // columns of a packed slice, of which a block has some
 constexpr int GROUP = HEAD > SLICE ? HEAD : SLICE;               // columns of all heads that a block has a part in
@@ -46,9 +45,6 @@ static_assert(0 < STEPS && STEPS <= ROWS && ROWS == WARPS && CLUSTER <= 16 && SL
 constexpr int HEADS = WIDE * 3 * TILES, OUT = WIDE * TILES, UP = WIDE * HIDDEN_TILES, LAST = DEEP * LAST_TILES;
 constexpr int ALL = HEADS + OUT + UP + LAST;
 
-CONSTANT int least(int a, int b) { return a < b ? a : b; }
-CONSTANT int most(int a, int b) { return a > b ? a : b; }
-
 CONSTANT int largest_divisor(int of, int most) {
   while (of % most) most--;
   return most;
@@ -57,42 +53,8 @@ constexpr int AT_ONCE = largest_divisor(HEADS, largest_divisor(OUT, largest_divi
 constexpr int UNITS = ALL / AT_ONCE, MOST_SLOTS = 16;
 constexpr int SENT = STEPS * SLICE;  // numbers that a block sends to another, of any kind
 
-// Numbers from one row to the next, such that eight threads that read 16 bytes of two rows meet in no bank.
-CONSTANT int apart(int columns) { return columns % 64 == 0 ? columns + 32 : columns; }
-
-// ---- numbers ----
-
-INLINE u16 rounded(float v) { return static_cast<u16>(packed(v, 0.f)); }
-
-struct Rows {
-  uint4 low, high;  // of rows lane_row() and lane_row() + 8, eight columns
-};
-
-// The same over a chunk of the depth: in which order its numbers come does not matter, if both sides have the same.
-INLINE void products(float4& sum, const Rows& left, const uint4& right) {
-  product(sum, left.low.x, left.high.x, left.low.y, left.high.y, right.x, right.y);
-  product(sum, left.low.z, left.high.z, left.low.w, left.high.w, right.z, right.w);
-}
-
-INLINE float activated(float v) {
-#if GRC_ACTIVATION == 1
-  return v < 0.f ? 0.f : v;  // max(v, 0) that keeps NaN
-#elif GRC_ACTIVATION == 2
-  return 0.5f * v * (1.f + erff(v * 0.70710678f));
-#elif GRC_ACTIVATION == 3
-  return v / (1.f + exponential(-1.5957691f * (v + 0.044715f * v * v * v)));
-#elif GRC_ACTIVATION == 4
-  return v / (1.f + exponential(-v));
-#else
-#error "the encoder does not know this activation"
-#endif
-}
-
 // ---- threads, blocks and their memory ----
 
-INLINE int warp() { return threadIdx.x / 32; }
-INLINE int lane_row() { return threadIdx.x % 32 / 4; }
-INLINE int quad() { return threadIdx.x % 4; }
 INLINE int across() { return warp() % ACROSS; }
 INLINE int down() { return warp() / ACROSS; }
 
@@ -173,12 +135,6 @@ INLINE float2 added(const float (&parts)[PARTS][ROWS][SLICE], int row, int colum
     sum.x += part.x, sum.y += part.y;
   }
   return sum;
-}
-
-template <int COLUMNS_OF_ROW>
-INLINE Rows rows_at(const u16 (&matrix)[ROWS][COLUMNS_OF_ROW], int column) {
-  return {*reinterpret_cast<const uint4*>(&matrix[lane_row()][column]),
-          *reinterpret_cast<const uint4*>(&matrix[lane_row() + 8][column])};
 }
 
 // ---- the stream ----
@@ -269,13 +225,6 @@ INLINE void join(Shared& s, const Sums<MANY>& sums, What what) {
     }
     what(tile, sum);
   }
-}
-
-// What the four threads of a row have, side by side.
-INLINE uint4 of_quad(u32 v) {
-  const int first = threadIdx.x % 32 / 4 * 4;
-  const u32 a = of_lane(v, first), b = of_lane(v, first + 1), c = of_lane(v, first + 2), d = of_lane(v, first + 3);
-  return make_uint4(a, b, c, d);
 }
 
 template <int LANES>
@@ -491,8 +440,8 @@ KERNEL(grc::ENCODER_THREADS, CLUSTER) grc_encoder(PARAMETERS EncoderParameters p
         const int row = lane_row(), at = of_sub * COLUMNS + 2 * quad(), column = sub * (PART / SUBS) + at;
         const float2 low = normed(s.normal[row], sum.x, sum.y, v[sub].up_sum + at, v[sub].up + at);
         const float2 high = normed(s.normal[row + 8], sum.z, sum.w, v[sub].up_sum + at, v[sub].up + at);
-        *reinterpret_cast<u32*>(&s.hidden[row][column]) = packed(activated(low.x), activated(low.y));
-        *reinterpret_cast<u32*>(&s.hidden[row + 8][column]) = packed(activated(high.x), activated(high.y));
+        *reinterpret_cast<u32*>(&s.hidden[row][column]) = packed(activated<GRC_ACTIVATION>(low.x), activated<GRC_ACTIVATION>(low.y));
+        *reinterpret_cast<u32*>(&s.hidden[row + 8][column]) = packed(activated<GRC_ACTIVATION>(high.x), activated<GRC_ACTIVATION>(high.y));
       });
     }
     meet_all();

@@ -1,4 +1,4 @@
-// hopper.h of the encoder's kernel on a CPU: every thread of a cluster is a fiber, and whoever waits lets others run.
+// hopper.h of the kernels on a CPU: every thread of a cluster is a fiber, and whoever waits lets others run.
 //
 // In which order they run, and when what was sent arrives, is drawn from a seed, so that other seeds show other races. What
 // no fiber can get beyond is told as a deadlock.
@@ -301,6 +301,8 @@ struct Barrier {
   void wait(int number) {  // as the instruction does, which sees no more than whether turns are odd
     while (turn % 2 == number % 2) emulated::wait_for_change(turn, turn);
   }
+
+  void wait_own(int number) { wait(number); }
 
  private:
   void check() {
