@@ -14,7 +14,7 @@
 // last layer's, which is the answer. What the first layer begins with is no such sum.
 //
 // Built for one model: see the GRC_ macros.
-#include <products.h>
+#include <layers.h>
 
 #include "parameters.h"
 
@@ -57,6 +57,19 @@ constexpr int SENT = STEPS * SLICE;  // numbers that a block sends to another, o
 
 INLINE int across() { return warp() % ACROSS; }
 INLINE int down() { return warp() / ACROSS; }
+
+// Numbers from one row to the next, such that eight threads that read 16 bytes of two rows meet in no bank.
+CONSTANT int apart(int columns) { return columns % 64 == 0 ? columns + 32 : columns; }
+
+struct Rows {
+  uint4 low, high;  // of rows lane_row() and lane_row() + 8, eight columns
+};
+
+// sum += rows @ columns over a chunk of the depth: in which order its numbers come does not matter, if both sides have the same.
+INLINE void products(float4& sum, const Rows& left, const uint4& right) {
+  product(sum, left.low.x, left.high.x, left.low.y, left.high.y, right.x, right.y);
+  product(sum, left.low.z, left.high.z, left.low.w, left.high.w, right.z, right.w);
+}
 
 // Where a block waits for bytes from others: for BYTES in every layer.
 template <int BYTES>
@@ -135,6 +148,12 @@ INLINE float2 added(const float (&parts)[PARTS][ROWS][SLICE], int row, int colum
     sum.x += part.x, sum.y += part.y;
   }
   return sum;
+}
+
+template <int COLUMNS_OF_ROW>
+INLINE Rows rows_at(const Matrix<COLUMNS_OF_ROW>& matrix, int column) {
+  return {*reinterpret_cast<const uint4*>(&matrix[lane_row()][column]),
+          *reinterpret_cast<const uint4*>(&matrix[lane_row() + 8][column])};
 }
 
 // ---- the stream ----
@@ -225,6 +244,13 @@ INLINE void join(Shared& s, const Sums<MANY>& sums, What what) {
     }
     what(tile, sum);
   }
+}
+
+// What the four threads of a row have, side by side.
+INLINE uint4 of_quad(u32 v) {
+  const int first = threadIdx.x % 32 / 4 * 4;
+  const u32 a = of_lane(v, first), b = of_lane(v, first + 1), c = of_lane(v, first + 2), d = of_lane(v, first + 3);
+  return make_uint4(a, b, c, d);
 }
 
 template <int LANES>

@@ -31,7 +31,7 @@ BATCH = 4  # units of the weights' stream that find room at least, of 16 rows
 
 
 class Dense(NamedTuple):
-    """The form of a layer: `activation` is a place in ACTIVATIONS, or PRELU. Cross layers are as wide as what the tower reads."""
+    """The form of a layer: `activation` is a place in ACTIVATIONS, or PRELU. A cross layer has as many columns as depth."""
 
     depth: int
     columns: int

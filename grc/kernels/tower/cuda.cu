@@ -9,7 +9,7 @@
 // The last layer may end with final(it + add).
 //
 // Built for one tower: see the GRC_ macros.
-#include <products.h>
+#include <layers.h>
 
 #include "parameters.h"
 
@@ -222,24 +222,15 @@ INLINE void settle(Shared& s, const TowerParameters& p, const Sums<L>& sums, lon
 #pragma unroll
       for (int h = 0; h < 2; h++) parts[down()][strip * HEIGHT + m][h][lane()] = sums[n][m][h];
   }
-
-  // Other blocks may be sooner through the next layer than the last warp here is with this one, and send what takes the place
-  // of this one's rows: what a warp still needs of them it reads before all have met.
-  uint4 factors[turns(L)] = {}, terms[turns(L)] = {};
-  if constexpr (LAYERS[L].cross) {
-#pragma unroll
-    for (int t = 0; t < turns(L); t++) {
-      const Final<L> final(t, block);
-      if (final.there) factors[t] = s.first[final.strip][final.m][lane()], terms[t] = read_by<L>(s)[final.strip][final.m][lane()];
-    }
-  }
   meet<THREADS>();
 #pragma unroll
   for (int t = 0; t < turns(L); t++) {
     const Final<L> final(t, block);
     if (!final.there) continue;
     const float* vectors = s.vectors + vectors_at(L) + final.column() - block * vectors_of(L);
-    const u32 by[4] = {factors[t].x, factors[t].y, factors[t].z, factors[t].w}, plus[4] = {terms[t].x, terms[t].y, terms[t].z, terms[t].w};
+    uint4 x0 = {}, x = {};
+    if constexpr (LAYERS[L].cross) x0 = s.first[final.strip][final.m][lane()], x = read_by<L>(s)[final.strip][final.m][lane()];
+    const u32 by[4] = {x0.x, x0.y, x0.z, x0.w}, plus[4] = {x.x, x.y, x.z, x.w};
     float2 made[4];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
