@@ -77,7 +77,12 @@ def describe(
             "outputs": source.out_structure,
             "parameters": parameter_names(model.module, source.in_structure),
         },
-        "batch": {"min": source.min_batch, "max": options.max_batch, "dynamic": source.dynamic},
+        "batch": {
+            "min": source.min_batch,
+            "max": options.max_batch,
+            "capped": source.max_batch <= options.max_batch,  # by what the trace holds for
+            "dynamic": source.dynamic,
+        },
         "ids": [asdict(entry) for entry in id_ranges(graph)],
         "segments": [asdict(entry) for entry in segments(source.graph)],
         "on_bad_id": options.on_bad_id,

@@ -190,7 +190,9 @@ def check_artifact(path: Path, settings: Settings, batches: Sequence[int]) -> No
     if batch["dynamic"] and max(batches) > batch["max"]:
         raise BenchError(
             f"{path.name} takes batches up to {batch['max']}, not {max(batches)}",
-            f"measure smaller --batches, or compile with --max-batch {max(batches)}",
+            "measure smaller --batches: the model, as it was traced, takes no more"
+            if batch["capped"]
+            else f"measure smaller --batches, or compile with --max-batch {max(batches)}",
         )
 
 

@@ -62,6 +62,7 @@ class InputCheck:
         self.dtypes = [getattr(torch, spec["dtype"]) for spec in self.specs]
         self.ranks = [len(spec["sizes"]) for spec in self.specs]
         self.max_batch = manifest["batch"]["max"]
+        self.capped = manifest["batch"]["capped"]
         self.constant = [
             [(dim, size) for dim, size in enumerate(spec["sizes"]) if isinstance(size, int)] for spec in self.specs
         ]
@@ -162,7 +163,9 @@ class InputCheck:
         if batch > self.max_batch:
             raise InputError(
                 f"the request has batch {batch}; the artifact takes up to {self.max_batch}",
-                f"split the request, or compile with --max-batch {batch}",
+                "split the request: the model, as it was traced, takes no more"
+                if self.capped
+                else f"split the request, or compile with --max-batch {batch}",
             )
         for i, dim, scale, offset in self.scaled:
             size = inputs[i].shape[dim]

@@ -214,8 +214,9 @@ def test_a_batch_beyond_what_was_traced_is_refused(tmp_path: Path) -> None:
 
     options = grc.Options(output=tmp_path / "two.grc", engine="eager", batches=(1, 1024))
     grc.compile(Two().eval(), lambda batch: (torch.ones(batch, 4),), options)
-    with pytest.raises(InputError, match="the request has batch 101; the artifact takes up to 100"):
+    with pytest.raises(InputError, match="the request has batch 101; the artifact takes up to 100") as caught:
         grc.load(options.output)(torch.ones(101, 4))
+    assert caught.value.hint == "split the request: the model, as it was traced, takes no more"
 
 
 def test_structures_survive_json() -> None:

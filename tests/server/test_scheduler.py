@@ -45,7 +45,7 @@ def slow(text: str, on_gpu: bool = False) -> str:
 MANIFEST = {
     "inputs": [{"name": "ids", "dtype": "int64", "sizes": ["batch", 1]}],
     "outputs": [{"dtype": "int64", "sizes": ["batch", 1]}],
-    "batch": {"min": 1, "max": 32, "dynamic": True},
+    "batch": {"min": 1, "max": 32, "capped": False, "dynamic": True},
     "ids": [{"input": 0, "start": 0, "stop": None, "rows": 100, "table": "t", "padding": None}],
     "segments": [],
     "on_bad_id": "error",
@@ -188,7 +188,7 @@ def test_a_request_that_would_be_late_is_refused_at_once(bench: Callable[..., Be
 
 
 def test_what_waits_is_priced_in_batches_that_the_artifact_takes(bench: Callable[..., Bench]) -> None:
-    b, version = bench(max_rows=256), Doubling(batch={"min": 1, "max": 4, "dynamic": True})
+    b, version = bench(max_rows=256), Doubling(batch={"min": 1, "max": 4, "capped": False, "dynamic": True})
     version.estimate.factor = 1000.0  # 0.1 s a row
     first = b.hold(version)
     waiting = [b.ask(version, i, within=2.0) for i in range(8)]  # 0.8 s, and the batch that runs
@@ -283,7 +283,7 @@ def test_only_requests_of_one_length_share_a_batch(bench: Callable[..., Bench]) 
 
 
 def test_an_artifact_that_can_not_merge_runs_requests_alone(bench: Callable[..., Bench]) -> None:
-    b, version = bench(), Doubling(batch={"min": 1, "max": 32, "dynamic": False})
+    b, version = bench(), Doubling(batch={"min": 1, "max": 32, "capped": False, "dynamic": False})
     first = b.hold(version)
     waiting = [b.ask(version, i) for i in range(5)]
     version.open.set()

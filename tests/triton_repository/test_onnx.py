@@ -156,7 +156,7 @@ def jagged(manifest: dict[str, Any]) -> dict[str, Any]:
             change(on_bad_id="error", ids=[{"input": 1}]),
             "its ids must be checked: compile with --on-bad-id zero to have that in the graph",
         ),
-        (change(batch={"min": 2, "max": 64, "dynamic": True}), "batches below 2 are padded"),
+        (change(batch={"min": 2, "max": 64, "capped": False, "dynamic": True}), "batches below 2 are padded"),
         (jagged, "item has a size beside the batch that varies"),
     ],
 )
