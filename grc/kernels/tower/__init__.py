@@ -27,7 +27,8 @@ STRIP, CHUNK = 16, 32  # columns that a warp finishes at once; numbers of a row 
 ROWS = (16, 32)  # of a cluster
 CLUSTERS = (8, 16)  # blocks: more of them are slower, and fewer clusters of them find room at once
 MEMORY = 227 << 10  # bytes of a block: all that there is
-BATCH = 4  # units of the weights' stream that find room at least, of 16 rows
+BATCH = 4  # units of the weights' stream that find room at least, for 16 rows
+BARRIER = 16  # bytes
 
 
 class Dense(NamedTuple):
@@ -63,16 +64,17 @@ class Form:
 
     def memory(self, rows: int) -> int:
         """Bytes of shared memory that a block needs at least, as `Shared` in cuda.cu lays them out."""
-        count, own = len(self.layers), max(self.own(at) for at in range(len(self.layers)))
+        count = len(self.layers)
         depths = [self.chunks(at) * CHUNK for at in range(count)]
-        wide = [depths[0], *(max([CHUNK, *depths[first::2]]) for first in (1, 2))]
-        height = rows // 16
-        parts = 2 // height * DOWN * own * height * 1024
+        matrices = 2 * rows * sum([depths[0], *(max([CHUNK, *depths[first::2]]) for first in (1, 2))])
         vectors = (
-            sum(self.own(at) * STRIP * (1 + (layer.activation == PRELU)) for at, layer in enumerate(self.layers)) * 4
+            4 * STRIP * sum(self.own(at) * (2 if self.layers[at].activation == PRELU else 1) for at in range(count))
         )
-        slots = (BATCH // height) * DOWN * own * 1024
-        return rows * 2 * sum(wide) + parts + vectors + 16 * (count + 34) + slots
+        part = (
+            DOWN * max(self.own(at) for at in range(count)) * 1024
+        )  # of products of 16 rows, and a unit of the stream
+        parts, slots = 2 * part, BATCH * 16 // rows * part
+        return matrices + vectors + parts + slots + BARRIER * (count + 34)
 
     def rows(self) -> list[int]:
         """The rows of a cluster for which there is a kernel."""
