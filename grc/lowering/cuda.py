@@ -104,6 +104,11 @@ def part_on_gpu(built: Built) -> dict[str, Any]:
     return {"engine": built.engine, "file": built.file, **gpu}
 
 
+def can_build() -> bool:
+    """Whether packages with Triton kernels can be built here."""
+    return importlib.util.find_spec("triton") is not None
+
+
 class CudaInductor:
     """AOTInductor for the GPU: with `twins`, fused ops go to our Triton kernels, whose cubins the package carries.
 
@@ -131,7 +136,7 @@ class CudaInductor:
         self.name = f"{name}@{bucket}" if bucket else name
 
     def missing(self, target: Target) -> str | None:
-        if importlib.util.find_spec("triton") is None:
+        if not can_build():
             return "Triton is not installed: pip install triton"
         try:
             cpp.compiler()
@@ -229,7 +234,7 @@ def gpu_engines(
             "chains": takes_chains, "small": takes_small_linears, "encoder": takes_encoders, "tower": takes_towers
         }  # fmt: skip
         for layers, takes in ways.items():
-            if takes(lowerable.graph):
+            if can_build() and takes(lowerable.graph):  # else the first engine says why
                 offered.append((CudaInductor(gpu, True, count, None, (), label, layers), lowerable))
     if source is not None:
         offered.append((CudaInductor(gpu, False, False), source))

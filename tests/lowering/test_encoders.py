@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-import grc
 from grc.compiler import optimise
 from grc.errors import InputError
 from grc.graph.capture import capture
@@ -22,6 +19,7 @@ from grc.lowering.epilogue import with_small_linears
 from grc.lowering.twins import with_twins
 from grc.options import Options
 from grc.progress import Silent
+from tests.lowering.on_gpu import check
 
 STEPS = 5
 
@@ -130,25 +128,11 @@ def test_answers_on_a_gpu(
 ) -> None:
     torch.manual_seed(0)
     model = Deep(width, hidden, heads, activation, pre).eval().to(dtype)
-    oracle = copy.deepcopy(model).double()
 
     def inputs(batch: int) -> tuple[Tensor]:
         return (torch.randn(batch, steps, width, generator=torch.Generator().manual_seed(batch)).to(dtype),)
 
-    options = Options(tmp_path / "m.grc", "cuda", "inductor-encoder", buckets=(1, 4, 16), max_batch=16, streams=2)
-    grc.compile(model, inputs, options)
-    program = grc.load(tmp_path / "m.grc")
-    kept = {}
-    for batch in (1, 3, 13, 16):
-        (x,) = inputs(batch)
-        want, eager = oracle(x.double()), model.cuda()(x.cuda()).cpu()
-        found = kept[batch] = program(x)
-        bound = 2 * (eager - want).abs().max() + 1e-3
-        assert (found - want).abs().max() < bound
-        model.cpu()
-    with ThreadPoolExecutor(4) as threads:  # clusters of several requests side by side, with answers that differ
-        again = list(threads.map(lambda i: (i, program(*inputs(i))), [1, 16, 3, 13] * 150))
-    assert all(torch.equal(found, kept[batch]) for batch, found in again)
+    program = check(model, inputs, "inductor-encoder", (1, 4, 16), (1, 3, 13, 16), tmp_path / "m.grc")
     (x,) = inputs(3)
     x[1, 0, 0] = torch.nan
     with pytest.raises(InputError, match="nan"):

@@ -32,23 +32,23 @@ constexpr int ACROSS = 4, DOWN = 4;  // warps that share the columns of a block,
 constexpr int BATCH = 4 / HEIGHT;    // chunks that a warp reads at once
 constexpr int BUFFERS = 2 / HEIGHT;  // for the parts of products: one has to be read before the next product is in it
 
-CONSTANT int parts(int n, int size) { return (n + size - 1) / size; }
-CONSTANT int chunks(int l) { return parts(LAYERS[l].depth, CHUNK); }
+CONSTANT int ceil_div(int n, int size) { return (n + size - 1) / size; }
+CONSTANT int chunks(int l) { return ceil_div(LAYERS[l].depth, CHUNK); }
 CONSTANT int depth(int l) { return chunks(l) * CHUNK; }
 
 // Strips of WIDE columns: of all blocks, of each, of each warp. Those that fill the next layer's last chunk are zeros.
-CONSTANT int strips(int l) { return l + 1 < COUNT ? depth(l + 1) / WIDE : parts(LAYERS[l].columns, WIDE); }
-CONSTANT int own(int l) { return parts(strips(l), CLUSTER); }
-CONSTANT int each(int l) { return parts(own(l), ACROSS); }
+CONSTANT int strips(int l) { return l + 1 < COUNT ? depth(l + 1) / WIDE : ceil_div(LAYERS[l].columns, WIDE); }
+CONSTANT int own(int l) { return ceil_div(strips(l), CLUSTER); }
+CONSTANT int each(int l) { return ceil_div(own(l), ACROSS); }
 
 // Units of the stream: a chunk for each warp that shares the depth.
-CONSTANT int deep(int l) { return parts(chunks(l), DOWN); }
+CONSTANT int deep(int l) { return ceil_div(chunks(l), DOWN); }
 CONSTANT int units_before(int l) { return l == 0 ? 0 : units_before(l - 1) + deep(l - 1); }
 
 // Strips of 16 rows when the parts of a product are added up, each by a warp. More warps would share them for the price of
 // reading the parts again, and shared memory is what a layer takes its time for.
 CONSTANT int finals(int l) { return own(l) * HEIGHT; }
-CONSTANT int turns(int l) { return parts(finals(l), WARPS); }
+CONSTANT int turns(int l) { return ceil_div(finals(l), WARPS); }
 
 // Where the weights of a layer begin, of all blocks, and a block's vectors: in strips of a chunk, and in numbers.
 CONSTANT int weights_at(int l) { return l == 0 ? 0 : weights_at(l - 1) + CLUSTER * chunks(l - 1) * own(l - 1); }
@@ -136,7 +136,7 @@ INLINE void multiply(Shared& s, Sums<L>& sums) {
     constexpr int BEFORE = units_before(L);
     const int end = least(first + BATCH, deep(L));
 #pragma unroll
-    for (int d = first; d < end; d++) s.full[(BEFORE + d) % SLOTS].wait_own((BEFORE + d) / SLOTS);
+    for (int d = first; d < end; d++) s.full[(BEFORE + d) % SLOTS].wait((BEFORE + d) / SLOTS);
 #pragma unroll
     for (int d = first; d < end; d++) {
       const int chunk = down() + d * DOWN;
@@ -293,7 +293,7 @@ INLINE u32 read(const TowerParameters& p, long long row, int column, bool whole)
 }
 
 INLINE void begin(Shared& s, const TowerParameters& p, long long first_row) {
-  constexpr int PIECES = depth(0) / WIDE * HEIGHT * 32, EACH = parts(PIECES, THREADS);
+  constexpr int PIECES = depth(0) / WIDE * HEIGHT * 32, EACH = ceil_div(PIECES, THREADS);
   const bool whole = p.x_row % 2 == 0 && reinterpret_cast<unsigned long long>(p.x) % 4 == 0;
   uint4 pieces[EACH];
 #pragma unroll
@@ -336,7 +336,7 @@ KERNEL(grc::TOWER_THREADS, CLUSTER) grc_tower(PARAMETERS TowerParameters p) {
   }
   ready();
   begin(s, p, first_row);
-  s.vectors_full.wait_own(0);
+  s.vectors_full.wait(0);
   meet<THREADS>();
   climb<0>(s, p, first_row, there, block);
 }

@@ -302,8 +302,6 @@ struct Barrier {
     while (turn % 2 == number % 2) emulated::wait_for_change(turn, turn);
   }
 
-  void wait_own(int number) { wait(number); }
-
  private:
   void check() {
     emulated::cluster->moved = true;

@@ -103,24 +103,13 @@ struct Barrier {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at()), "r"(bytes) : "memory");
   }
 
-  // Its time number `turn`, of which there were at most one more, has passed: what any block of the cluster wrote is seen.
+  // Its time number `turn`, of which there were at most one more, has passed.
   INLINE void wait(int turn) {
     u32 done = 0;
     while (!done)
       asm volatile(
           "{\n\t.reg .pred p;\n\t"
           "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
-          "selp.u32 %0, 1, 0, p;\n\t}"
-          : "=r"(done) : "r"(at()), "r"(turn % 2) : "memory");
-  }
-
-  // The same for what this block wrote itself or had copied.
-  INLINE void wait_own(int turn) {
-    u32 done = 0;
-    while (!done)
-      asm volatile(
-          "{\n\t.reg .pred p;\n\t"
-          "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
           "selp.u32 %0, 1, 0, p;\n\t}"
           : "=r"(done) : "r"(at()), "r"(turn % 2) : "memory");
   }
