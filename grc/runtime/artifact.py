@@ -19,7 +19,7 @@ import torch
 from grc.errors import ArtifactError
 from grc.runtime.weights import read_weights
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 SMALL = 64 << 20  # bytes: files up to this size are hashed at load; larger ones by `grc check`
 ISA_ORDER = ("default", "avx2", "avx512")
