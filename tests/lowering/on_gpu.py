@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,3 +42,43 @@ def check(
         again = list(threads.map(lambda batch: (batch, program(*inputs(batch))), [*batches] * 150))
     assert all(torch.equal(found, kept[batch]) for batch, found in again)
     return program
+
+
+OTHERS = """
+import torch
+small, large = torch.randn(64, 64, device="cuda"), torch.randn(4096, 4096, device="cuda", dtype=torch.half)
+torch.cuda.synchronize()
+print("at work", flush=True)
+while True:
+    for _ in range(100):
+        small = torch.relu(small)
+    large @ large
+    small.sum().item()
+"""
+
+
+@contextlib.contextmanager
+def shared_gpu(processes: int = 4) -> Iterator[None]:
+    """Others at work on the GPU within this block: it stops what runs on it every other millisecond, to let them."""
+    started = [
+        subprocess.Popen([sys.executable, "-c", OTHERS], stdout=subprocess.PIPE, text=True) for _ in range(processes)
+    ]
+    try:
+        for process in started:
+            assert process.stdout is not None and process.stdout.readline() == "at work\n"
+        yield
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+def check_beside_others(program: grc.Program, requests: list[tuple[Tensor]], seconds: float) -> None:
+    """Hold a program's answers beside other processes against what it answers alone, bit by bit."""
+    alone = [program(*request) for request in requests]
+    with shared_gpu(), ThreadPoolExecutor(4) as threads:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            turn = [*range(len(requests))] * 100
+            for index, found in zip(turn, threads.map(lambda i: program(*requests[i]), turn), strict=True):
+                assert torch.equal(found, alone[index])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+import grc
 from grc.compiler import optimise
 from grc.errors import InputError
 from grc.graph.capture import capture
@@ -19,7 +20,7 @@ from grc.lowering.epilogue import with_small_linears
 from grc.lowering.twins import with_twins
 from grc.options import Options
 from grc.progress import Silent
-from tests.lowering.on_gpu import check
+from tests.lowering.on_gpu import check, check_beside_others
 
 STEPS = 5
 
@@ -137,3 +138,16 @@ def test_answers_on_a_gpu(
     x[1, 0, 0] = torch.nan
     with pytest.raises(InputError, match="nan"):
         program(x)
+
+
+@pytest.mark.gpu
+@pytest.mark.engine
+@pytest.mark.timeout(300)
+def test_a_gpu_that_others_share_gives_the_same_answers(tmp_path: Path) -> None:
+    """Weights that the copy engine wrote over what a stopped block was still loading: see `arrive_after`."""
+    torch.manual_seed(0)
+    model = Deep(256, 512, 8, "relu", True).eval().half()
+    requests = [(torch.randn(3, 16, 256, generator=torch.Generator().manual_seed(seed)).half(),) for seed in range(8)]
+    options = Options(tmp_path / "m.grc", "cuda", "inductor-encoder", buckets=(4,), max_batch=4, streams=2)
+    grc.compile(model, lambda batch: (torch.randn(batch, 16, 256).half(),), options)
+    check_beside_others(grc.load(options.output), requests, 20)

@@ -221,7 +221,7 @@ INLINE void multiply(Shared& s, Sums<MANY>& sums, const Matrix<COLUMNS_OF_ROW>& 
     products(sums[i % MANY], left, right[k]);
     if (k == AT_ONCE - 1) {
       meet_warp();
-      if (threadIdx.x % 32 == 0) s.empty[slot].arrive();
+      if (threadIdx.x % 32 == 0) s.empty[slot].arrive_after(right[0].x ^ right[k].x);
       unit++;
     }
   }

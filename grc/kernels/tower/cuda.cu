@@ -135,6 +135,7 @@ INLINE void multiply(Shared& s, Sums<L>& sums) {
   for (int first = 0; first < deep(L); first += BATCH) {
     constexpr int BEFORE = units_before(L);
     const int end = least(first + BATCH, deep(L));
+    u32 loaded = 0;
 #pragma unroll
     for (int d = first; d < end; d++) s.full[(BEFORE + d) % SLOTS].wait((BEFORE + d) / SLOTS);
 #pragma unroll
@@ -147,6 +148,7 @@ INLINE void multiply(Shared& s, Sums<L>& sums) {
         if (strip >= own(L)) break;
         const Weights& right = s.weights[(BEFORE + d) % SLOTS][down() * own(L) + strip];
         const uint4 low = right[0][lane()], high = right[1][lane()];
+        loaded ^= low.x ^ high.x;
 #pragma unroll
         for (int m = 0; m < HEIGHT; m++) {
           const uint4 a = read_by<L>(s)[chunk * 2][m][lane()], b = read_by<L>(s)[chunk * 2 + 1][m][lane()];
@@ -161,7 +163,7 @@ INLINE void multiply(Shared& s, Sums<L>& sums) {
     meet_warp();
 #pragma unroll
     for (int d = first; d < end; d++)
-      if (lane() == d - first) s.empty[(BEFORE + d) % SLOTS].arrive();
+      if (lane() == d - first) s.empty[(BEFORE + d) % SLOTS].arrive_after(loaded);
   }
 }
 

@@ -40,6 +40,7 @@ namespace emulated {
 
 constexpr int LANES = 32, MEMORY = 1 << 20;  // bytes of a block's addresses, in which the next one's begin
 constexpr int STACK = 64 << 10;
+constexpr int LONG = 1 << 29;  // rounds: until nothing else happens
 constexpr const char* LATE = "something was sent to a block that had ended";
 
 struct Meeting {
@@ -134,6 +135,16 @@ inline void enter() {
   let_others();
 }
 
+// A warp stands still for some rounds, or for as long as others can go on without it; or all of a block do.
+inline void stop(Cluster& own, std::vector<int>& still) {
+  const int chosen = own.random() % still.size(), each = still.size() / own.blocks.size();
+  const int kind = own.random() % 64;
+  if (kind == 0)
+    for (int i = 0; i < each; i++) still[chosen / each * each + i] = LONG;
+  else
+    still[chosen] = kind < 4 ? LONG : own.random() % 64;
+}
+
 // One cluster from beginning to end. Throws std::runtime_error where no thread can go on.
 inline void run(int index, int blocks, int threads, std::uint32_t seed, std::function<void()> body) {
   Cluster own;
@@ -169,10 +180,12 @@ inline void run(int index, int blocks, int threads, std::uint32_t seed, std::fun
     for (auto each = arrived; each != own.sent.end(); each++) each->arrive();
     own.sent.erase(arrived, own.sent.end());
     std::shuffle(warps.begin(), warps.end(), own.random);
-    if (quiet)
+    if (quiet) {
       std::fill(still.begin(), still.end(), 0);
-    else
-      still[own.random() % still.size()] = own.random() % 64;  // for so many rounds
+      for (Sent& s : own.sent) s.due = own.round;
+    } else {
+      stop(own, still);
+    }
     for (const int warp : warps) {
       const bool stands = still[warp] > 0 && still[warp]--;
       for (int lane = 0; lane < LANES; lane++) {
@@ -283,14 +296,14 @@ struct Barrier {
 
   void open(int count) { *this = {count, count, 0, 0}; }
 
-  void arrive() {
+  void arrive_after(u32) {  // what a fiber has loaded is there
     missing--;
     check();
   }
 
   void expect(int more) {
     bytes += more;
-    arrive();
+    arrive_after(0);
   }
 
   void received(int count) {
@@ -314,9 +327,10 @@ inline void barriers_opened() {}
 
 namespace emulated {
 
-// Most of what is sent arrives soon, and some of it late.
+// Most of what is sent arrives soon, some of it late, and some only when no thread can go on without it.
 inline void post(std::function<void()> arrive) {
-  const int rounds = cluster->random() % 256 ? cluster->random() % 4 : cluster->random() % 64;
+  const int kind = cluster->random() % 256;
+  const int rounds = kind == 0 ? LONG : kind < 3 ? cluster->random() % 64 : cluster->random() % 4;
   cluster->sent.push_back({cluster->round + rounds, std::move(arrive)});
 }
 
