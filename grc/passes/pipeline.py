@@ -7,6 +7,7 @@ from typing import Any
 
 from grc.errors import GrcError
 from grc.options import Options
+from grc.passes.absorb_projections import AbsorbProjections
 from grc.passes.fuse import Fuse
 from grc.passes.guard_ids import GuardIds
 from grc.passes.jagged import Jagged
@@ -25,6 +26,7 @@ NAMES = (
     "split-concat-linear",
     "fuse",
     "needed-rows",
+    "absorb-projections",
     "merge-linears",
     "guard-ids",
 )
@@ -47,7 +49,9 @@ def pipeline(options: Options, fusions: Sequence[Any]) -> list[Pass]:
         "fuse": Fuse(tuple(fusions)),
         "needed-rows": NeededRows(),
     }
-    if options.device == "cpu":  # on a GPU narrow layers of one input are a chain, in one kernel already
+    if options.device == "cpu":
+        passes["absorb-projections"] = AbsorbProjections()
+        # on a GPU narrow layers of one input are a chain, in one kernel already
         passes["merge-linears"] = MergeLinears()
     if options.on_bad_id != "error":
         passes["guard-ids"] = GuardIds(options.on_bad_id)
