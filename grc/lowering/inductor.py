@@ -25,6 +25,7 @@ from grc.kernels.fusion import FusedOp
 from grc.lowering.check_ids import with_checked_ids
 from grc.lowering.engine import Built, Lowerable, Target
 from grc.lowering.export import constants_of, export_graph
+from grc.lowering.failures import failures_raised
 from grc.lowering.pack import pack_linears
 
 
@@ -76,7 +77,7 @@ def package(
 ) -> None:
     """Compile a program by AOTInductor into one file. Raises LoweringError with the first line of what went wrong."""
     try:
-        with torch.no_grad(), quiet_export(), linking(objects):
+        with torch.no_grad(), quiet_export(), linking(objects), failures_raised():
             torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=configs)
     except Exception as error:  # the C++ compiler, Inductor's lowering, or a full disk
         raise LoweringError(f"AOTInductor can't build the graph: {first_line(error)}") from error
