@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from grc.errors import LoweringError
+from grc.lowering.replaced import replaced
 
 NAMED = "aot_inductor.model_name_for_generated_files"  # what Inductor lets the names of kernels begin with
 WAIT = "    tl.extra.cuda.gdc_launch_dependents()\n    tl.extra.cuda.gdc_wait()\n"
@@ -33,11 +34,8 @@ def dependent_kernels() -> Iterator[None]:
         with config.patch({NAMED: "grc"}):
             return str(define(self, with_wait(source), *rest))
 
-    TritonScheduling.define_kernel = define_dependent
-    try:
+    with replaced(TritonScheduling, "define_kernel", define_dependent):
         yield
-    finally:
-        TritonScheduling.define_kernel = define
 
 
 def with_wait(source: str) -> str:

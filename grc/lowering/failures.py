@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest import mock
 
 from grc.errors import LoweringError
+from grc.lowering.replaced import replaced
 
 CHECK = "AOTI_TORCH_CHECK("
 KEEP = """} catch (...) {
@@ -33,10 +33,10 @@ def failures_raised() -> Iterator[None]:
     def define_raising(self: Any, source: str, *rest: Any, **more: Any) -> str:
         return str(define(self, raising(source), *rest, **more))
 
-    with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(CppScheduling, "define_kernel", define_raising))
+    with ExitStack() as stack:
+        stack.enter_context(replaced(CppScheduling, "define_kernel", define_raising))
         for name in ("_generate_scatter_fallback", "_generate_index_put_fallback"):
-            patches.enter_context(mock.patch.object(CppWrapperCpu, name, checked(getattr(CppWrapperCpu, name))))
+            stack.enter_context(replaced(CppWrapperCpu, name, checked(getattr(CppWrapperCpu, name))))
         yield
 
 
@@ -50,7 +50,7 @@ def checked(generate: Any) -> Any:
             bare = isinstance(line, str) and line.startswith("aoti_torch_")
             write(f"AOTI_TORCH_ERROR_CODE_CHECK({line.rstrip(';')});" if bare else line)
 
-        with mock.patch.object(self, "writeline", write_checked):
+        with replaced(self, "writeline", write_checked):
             generate(self, *args, **kwargs)
 
     return generate_checked
@@ -61,9 +61,9 @@ def raising(source: str) -> str:
 
     Raises LoweringError where a region is written in a form that is not known.
     """
-    lines = source.splitlines()
     if CHECK not in source:
         return source
+    lines = source.splitlines()
     for i, line in enumerate(lines):
         if line.lstrip().startswith(("#pragma omp for", "#pragma omp single")):
             loops = int((re.search(r"collapse\((\d+)\)", line) or [0, 1])[1])
