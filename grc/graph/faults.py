@@ -76,8 +76,12 @@ def fault_at(source: Source, batch: int) -> str | None:
     for answer, wanted in zip(answers, expected, strict=True):
         if answer.dtype != wanted.dtype:
             return f"the export answers in {answer.dtype}, the model in {wanted.dtype}"
-    apart = largest_error(answers, expected)
-    if apart > noise(source.graph) and largest_error(answers, list(run_fp64(source.graph, *inputs))) < apart / 2:
+    apart, enough = largest_error(answers, expected), noise(source.graph)
+    if apart <= enough:
+        return None
+    if largest_error(answers, list(source.graph.forward(*inputs))) > enough:
+        return RANDOM
+    if largest_error(answers, list(run_fp64(source.graph, *inputs))) < apart / 2:
         return f"the export answers differently at batch {batch} (error {apart:.1e}): it was specialised or is random"
     return None
 
@@ -109,6 +113,7 @@ def resized(tensor: torch.Tensor, sizes: Sequence[Size], batch: int) -> torch.Te
 
 
 TO_LONGEST = "the model's answer for a row depends on the longest row beside it, to which pad_packed_sequence pads"
+RANDOM = "forward draws random numbers, which the model seeds for itself and an export draws anew at every call"
 ESCAPED = "a value is computed by numpy or Python, where no export can follow it"
 SPARSE_HINT = (
     "add up each row's neighbours instead: torch.zeros_like(x).index_add(0, rows, weights[:, None] * x[columns])"
@@ -144,6 +149,8 @@ def hint_for(reason: str) -> str:
         return SPARSE_HINT
     if "one_hot" in reason:
         return "give it num_classes=, the number of rows that the ids may have"
+    if reason == RANDOM:
+        return "draw them once in __init__, and keep them with self.register_buffer"
     if "graphs of its own" in reason:
         return "compute both answers and choose with torch.where, or write the steps of a loop one after another"
     if "an output is a number" in reason:

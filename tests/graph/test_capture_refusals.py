@@ -235,6 +235,13 @@ def test_randomness(tmp_path: Path) -> None:
     assert "differs between two calls" in error.message
 
 
+def test_random_numbers_that_forward_seeds_are_no_noise(tmp_path: Path) -> None:
+    """The model answers alike at every call and its export does not, in no precision: neither is the nearer to the oracle."""
+    error = refusal(model_file(tmp_path, "torch.manual_seed(0)\nreturn self.layer(x) + torch.rand(4)"))
+    assert "forward draws random numbers, which the model seeds for itself" in error.message
+    assert "__init__" in str(error.hint)
+
+
 def test_training_mode(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="training mode") as caught:
         load_model(model_file(tmp_path, "return self.layer(x)", mode=""))
