@@ -98,7 +98,7 @@ def import_operators(name: str, namespace: str, package: str | None) -> None:
             raise ArtifactError(
                 f"{name} needs the operators {namespace}:: of {package}", f"pip install {package}"
             ) from None
-    if not dir(getattr(torch.ops, namespace)):
+    if not any(operator.startswith(f"{namespace}::") for operator in torch._C._dispatch_get_all_op_names()):
         raise ArtifactError(
             f"{name} needs the operators {namespace}::, which are not loaded here",
             f"import the package that defines {namespace}:: before grc.load()",
