@@ -41,8 +41,12 @@ def test_an_operator_of_a_library_is_named_in_the_manifest_and_where_it_is_missi
         artifact = grc.compile(model, lambda b: (rows(b, 4),), options)
         assert list(artifact.manifest["requires"]) == ["grc_test_library"]
         assert torch.equal(grc.load(tmp_path / "model.grc")(rows(3, 4)), rows(3, 4) * 2 + 1)
-    with pytest.raises(ArtifactError, match="needs the operators grc_test_library::, which are not loaded here") as caught:
-        Artifact.open(tmp_path / "model.grc").check_host()  # before any part is loaded: AOTInductor would fail in torch's words
+    with pytest.raises(
+        ArtifactError, match="needs the operators grc_test_library::, which are not loaded here"
+    ) as caught:
+        Artifact.open(
+            tmp_path / "model.grc"
+        ).check_host()  # before any part is loaded: AOTInductor would fail in torch's words
     assert "before grc.load()" in str(caught.value.hint)
 
 
