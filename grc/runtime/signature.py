@@ -35,18 +35,26 @@ class Signature:
         leaves: list[torch.Tensor] = []
         structure = flatten((args, self.ordered(kwargs)), leaves)
         if not same_structure(structure, self.structure):
+            takes, holds = self.names(self.structure), self.names(structure)
+            if holds == takes:  # nested in another way
+                takes = self.inputs
             raise InputError(
-                f"{self.name} takes {', '.join(self.inputs)}; the request holds {', '.join(self.names(structure))}",
+                f"{self.name} takes {', '.join(takes)}; the request holds {', '.join(holds)}",
                 "nest it as the model's get_inputs does: see grc inspect",
             )
         return leaves
 
     def names(self, structure: Any) -> list[str]:
-        """The tensors of a request, by their places in it."""
+        """The tensors of a request by their places in it, and numbers beside them as `k=3`: an artifact holds for those alone."""
         args, kwargs = structure["tuple"]
         named = [(self.parameters[i] if i < len(self.parameters) else f"input{i}") for i in range(len(args["tuple"]))]
         parts = [*zip(named, args["tuple"], strict=True), *kwargs["dict"].items()]
-        return [name for prefix, part in parts for name in leaf_names(part, prefix)] or ["no tensor"]
+        found = [
+            name
+            for prefix, part in parts
+            for name in ([f"{prefix}={part['constant']!r}"] if "constant" in part else leaf_names(part, prefix))
+        ]
+        return found or ["no tensor"]
 
     def ordered(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         return {key: kwargs[key] for key in self.keywords if key in kwargs} | kwargs

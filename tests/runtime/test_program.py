@@ -227,3 +227,17 @@ def test_structures_survive_json() -> None:
     back = unflatten(structure, leaves)
     assert back["a"][1][1:] == (3, None) and type(back["b"]) is torch.return_types.topk
     assert torch.equal(back["b"].indices, values.indices)
+
+
+def test_numbers_among_the_inputs_are_told_as_they_were_compiled(tmp_path: Path) -> None:
+    class Best(nn.Module):
+        def forward(self, x: Tensor, k: int = 4) -> Tensor:
+            return x.topk(k)[0]
+
+    options = grc.Options(output=tmp_path / "best.grc", engine="eager", batches=(4,))
+    grc.compile(Best().eval(), lambda batch: (torch.randn(batch, 8), 3), options)
+    program, x = grc.load(tmp_path / "best.grc"), torch.randn(2, 8)
+    assert torch.equal(program(x, 3), x.topk(3)[0])
+    for request, holds in (((x, 5), "x, k=5"), ((x,), "x")):
+        with pytest.raises(InputError, match=f"^best takes x, k=3; the request holds {holds}$"):
+            program(*request)
