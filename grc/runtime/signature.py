@@ -45,7 +45,7 @@ class Signature:
         return leaves
 
     def names(self, structure: Any) -> list[str]:
-        """The tensors of a request by their places in it, and numbers beside them as `k=3`: an artifact holds for those alone."""
+        """The tensors of a request by their places in it, and numbers as `k=3`: an artifact holds for those alone."""
         args, kwargs = structure["tuple"]
         named = [(self.parameters[i] if i < len(self.parameters) else f"input{i}") for i in range(len(args["tuple"]))]
         parts = [*zip(named, args["tuple"], strict=True), *kwargs["dict"].items()]
