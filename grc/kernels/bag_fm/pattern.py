@@ -10,9 +10,9 @@ import torch
 from torch import fx
 
 from grc.graph.lookups import find_bag
-from grc.graph.match import Miss, argument, aten, is_op, only_user, same_shape, shape, value
+from grc.graph.match import Miss, argument, aten, is_op, only_user, same_shape, shape, static, value
 from grc.graph.rewrite import Rewriter
-from grc.kernels.bag_dot.pattern import chosen_pairs, triangle
+from grc.kernels.bag_dot.pattern import chosen_pairs, is_gram, triangle
 from grc.kernels.bag_fm import BAG_FM
 from grc.kernels.fusion import Fused, Fusion
 
@@ -172,18 +172,23 @@ def halved(node: fx.Node) -> fx.Node:
 
 
 def pair_sum(module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
-    """The sum of all pairwise dot products, taken from one strict triangle of `E @ E^T`."""
+    """The sum of all pairwise dot products: of what is taken from one strict triangle of `E @ E^T`, or of that with zeros."""
     picked = node.args[0]
-    if not is_op(picked, aten.index, aten.index_select) or value(picked).dim() != 2 or axes(node, 2) != [1]:
+    if is_op(picked, aten.triu, aten.tril) and value(picked).dim() == 3 and axes(node, 3) == [1, 2]:
+        products: Any = picked.args[0] if is_gram(picked.args[0]) else None  # type: ignore[union-attr]
+        strict = argument(picked, "diagonal") == (1 if is_op(picked, aten.triu) else -1)  # type: ignore[arg-type]
+    elif is_op(picked, aten.index, aten.index_select) and value(picked).dim() == 2 and axes(node, 2) == [1]:
+        products, pairs = chosen_pairs(module, picked)  # type: ignore[arg-type]
+        strict = pairs is not None and not triangle(pairs, int(shape(products)[1]))[1]  # type: ignore[arg-type]
+    else:
         return None
-    products, pairs = chosen_pairs(module, picked)  # type: ignore[arg-type]
-    if products is None or pairs is None:
+    features = products.args[0] if products is not None else None
+    if not strict or not is_op(features, aten.reshape, aten.embedding):
         return None
-    features = products.args[0]
-    _, diagonal = triangle(pairs, int(shape(features)[1]))  # type: ignore[arg-type]
-    if diagonal or not is_op(features, aten.reshape):
-        return None
-    return features, node, True  # type: ignore[return-value]
+    last = node
+    while is_op(user := only_user(last), aten.reshape) and all(map(static, shape(user)[1:])):  # type: ignore[arg-type]
+        last = user  # type: ignore[assignment]
+    return features, last, True  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
