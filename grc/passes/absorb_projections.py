@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from grc.graph.attention import SILU, SOFTMAX
 from grc.graph.match import (
     Miss,
     argument,
@@ -28,13 +29,15 @@ from grc.graph.match import (
     where,
 )
 from grc.graph.rewrite import Rewriter
-from grc.kernels.attention import SILU, SOFTMAX
 from grc.passes.manager import Change, Pass
 from grc.passes.pieces import Piece, piece_of
 
 VIEWS = (aten.unflatten, aten.reshape, aten.flatten, aten.unsqueeze, aten.squeeze)
 UNKNOWN_STEPS = 64  # as many are reckoned with where their number varies
 PAYS = 2  # times fewer multiplications
+SMALL = (
+    1 << 18
+)  # numbers of weights, which grow with the heads: up to here a request of one row reads them as fast as before
 
 
 @dataclass(frozen=True)
@@ -82,20 +85,14 @@ class AbsorbProjections(Pass):
 def absorb(edit: Rewriter, node: fx.Node) -> str | None:
     """Rewrite one attention; what that saves, or None where it has many queries, or keys and values of other kinds."""
     q, k, v = node.args[:3]
-    if (
-        not same_size(shape(q)[1], 1)
-        or argument(node, "causal")
-        or not all(static(size) for x in (q, k, v) for size in shape(x)[2:])
-    ):  # type: ignore[arg-type]
+    sizes = [size for operand in (q, k, v) for size in shape(operand)[2:]]  # type: ignore[arg-type]
+    if not same_size(shape(q)[1], 1) or argument(node, "causal") or not all(map(static, sizes)):  # type: ignore[arg-type]
         return None
     keys, values = projected(edit, k), projected(edit, v)
     if keys is None or values is None or not private(node, keys, values):
         return None
     heads, steps = int(shape(k)[2]), shape(k)[1]  # type: ignore[arg-type]
-    many = int(steps) if static(steps) else UNKNOWN_STEPS
-    before = many * sum(layer.weight.numel() + len(layer.weight) for layer in (keys, values))
-    after = heads * sum((many + len(layer.weight)) * layer.depth for layer in (keys, values))
-    if PAYS * after > before:
+    if not pays(keys, values, heads, int(steps) if static(steps) else UNKNOWN_STEPS):
         return None
     check_biases(argument(node, "kind"), argument(node, "bias"), keys, values)
     query = multiplied(edit, query_of(edit, q, keys.node, values.node), q, diagonal(keys.heads(heads).transpose(1, 2)))
@@ -114,6 +111,14 @@ def absorb(edit: Rewriter, node: fx.Node) -> str | None:
         both += [last.bias] if last.bias is not None else []
         edit.replace(last.node, linear(edit, joined, last.weight @ weight, sum(both) if both else None))
     return f"keys and values of {steps} steps"
+
+
+def pays(keys: Layer, values: Layer, heads: int, steps: int) -> bool:
+    """Whether it saves products, and a request of one row does not read much larger weights for that."""
+    numbers = keys.weight.numel() + values.weight.numel()
+    before = steps * (numbers + len(keys.weight) + len(values.weight))
+    after = heads * (numbers + steps * (keys.depth + values.depth))
+    return PAYS * after <= before and heads * numbers <= max(SMALL, numbers)
 
 
 def check_biases(kind: int, mask: Any, keys: Layer, values: Layer) -> None:
@@ -152,7 +157,7 @@ def layer_of(edit: Rewriter, node: Any) -> Layer | None:
         return None
     weight, bias = attribute(edit.module, node.args[1]), argument(node, "bias")
     added = None if bias is None else attribute(edit.module, bias)
-    if weight is None or weight.dtype is not torch.float32 or (bias is not None and added is None):
+    if weight is None or weight.dim() != 2 or weight.dtype is not torch.float32 or (bias is not None and added is None):
         return None
     some = added is not None and bool(added.any())
     return Layer(node, node.args[0], weight.detach().double(), added.detach().double() if some else None)  # type: ignore[union-attr]

@@ -9,14 +9,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from grc.errors import LoweringError
+from grc.graph.attention import SILU, SOFTMAX, STRICT_SOFTMAX
 from grc.kernels.attention.cases import CASES
 from grc.kernels.fusion import Cost, FusedOp
 
 __all__ = ["ATTENTION", "SILU", "SOFTMAX", "STRICT_SOFTMAX"]
-
-# in the order of `Kind` in cpu.cpp: softmax gives zeros where a query sees no key, as F.scaled_dot_product_attention
-# does, the strict one NaN, as aten.softmax does
-SOFTMAX, STRICT_SOFTMAX, SILU = range(3)
 
 
 def reference(
