@@ -14,30 +14,15 @@ import torch
 from torch import Tensor, fx
 
 from grc.graph.attention import SILU, SOFTMAX
-from grc.graph.match import (
-    Miss,
-    argument,
-    aten,
-    attribute,
-    is_op,
-    only_user,
-    same_size,
-    shape,
-    source_text,
-    static,
-    value,
-    where,
-)
+from grc.graph.match import Miss, argument, aten, attribute, is_op, only_user, same_size, shape, static, value
 from grc.graph.rewrite import Rewriter
-from grc.passes.manager import Change, Pass
+from grc.passes.manager import Change, Pass, rewritten
 from grc.passes.pieces import Piece, piece_of
 
 VIEWS = (aten.unflatten, aten.reshape, aten.flatten, aten.unsqueeze, aten.squeeze)
 UNKNOWN_STEPS = 64  # as many are reckoned with where their number varies
 PAYS = 2  # times fewer multiplications
-SMALL = (
-    1 << 18
-)  # numbers of weights, which grow with the heads: up to here a request of one row reads them as fast as before
+SMALL = 1 << 18  # numbers of weights, which grow with the heads, that one row's request reads as fast as before
 
 
 @dataclass(frozen=True)
@@ -65,21 +50,8 @@ class AbsorbProjections(Pass):
 
     def run(self, graph: fx.GraphModule) -> list[Change]:
         edit = Rewriter(graph)
-        changes: list[Change] = []
-        for node in list(graph.graph.nodes):
-            if not is_op(node, torch.ops.grc.attention):
-                continue
-            line, text = where(node), source_text(node)
-            try:
-                with edit.at(node):
-                    saved = absorb(edit, node)
-            except Miss as miss:
-                changes.append(Change("absorbed projections", line, text, missed=str(miss)))
-                continue
-            if saved is not None:
-                changes.append(Change("absorbed projections", line, text, saved))
-        edit.finish()
-        return changes
+        calls = [node for node in graph.graph.nodes if is_op(node, torch.ops.grc.attention)]
+        return rewritten(edit, [("absorbed projections", node) for node in calls], lambda node: absorb(edit, node))
 
 
 def absorb(edit: Rewriter, node: fx.Node) -> str | None:
@@ -188,7 +160,7 @@ def query_of(edit: Rewriter, node: Any, *shared: fx.Node) -> Layer | None:
     layer = layer_of(edit, node)
     if layer is None or (only_user(node) is None and node not in shared):
         return None
-    for piece in pieces:
+    for piece in reversed(pieces):
         if piece.dim == value(node).dim() - 1:
             layer = cut(layer, piece)
         else:

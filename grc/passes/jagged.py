@@ -11,14 +11,10 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from grc.graph.jagged import ended
-from grc.graph.match import argument, attribute, source_text, where
+from grc.graph.match import Miss, argument, attribute
 from grc.graph.rewrite import Rewriter
 from grc.graph.segments import beneath
-from grc.passes.manager import Change, Pass
-
-
-class Unsupported(Exception):
-    """An operator is used in a way that plain aten can't say without reading sizes from data."""
+from grc.passes.manager import Change, Pass, rewritten
 
 
 @dataclass(frozen=True)
@@ -29,22 +25,13 @@ class Jagged(Pass):
 
     def run(self, graph: fx.GraphModule) -> list[Change]:
         edit = Rewriter(graph)
-        changes: list[Change] = []
-        for node in list(graph.graph.nodes):
-            if getattr(node.target, "namespace", "") != "fbgemm":
-                continue
-            name = node.target._opname  # type: ignore[union-attr]
-            place = (name, where(node), source_text(node))
-            try:
-                with edit.at(node):
-                    new = plain(edit, node, name)
-            except Unsupported as reason:
-                changes.append(Change(*place, missed=str(reason)))
-                continue
-            put(edit, node, new)
-            changes.append(Change(*place))
-        edit.finish()
-        return changes
+        calls = [node for node in graph.graph.nodes if getattr(node.target, "namespace", "") == "fbgemm"]
+
+        def rewrite(node: fx.Node) -> str:
+            put(edit, node, plain(edit, node, node.target._opname))  # type: ignore[union-attr]
+            return ""
+
+        return rewritten(edit, [(node.target._opname, node) for node in calls], rewrite)
 
 
 def put(edit: Rewriter, old: fx.Node, new: Any) -> None:
@@ -59,7 +46,7 @@ def put(edit: Rewriter, old: fx.Node, new: Any) -> None:
 def plain(edit: Rewriter, node: fx.Node, name: str) -> Any:
     """The results of an operator's plain form: one node, or a list of them."""
     if name not in FORMS:
-        raise Unsupported(f"fbgemm::{name} has no form in plain aten")
+        raise Miss(f"fbgemm::{name} has no form in plain aten")
     given = [argument(node, a.name) for a in node.target._schema.arguments]  # type: ignore[union-attr]
     if FORMS[name] is permute_columns:  # sizes are read from its tensors
         known = [attribute(edit.module, beneath(given[i])) for i in (1, 2)]
@@ -83,7 +70,7 @@ def exclusive_cumsum(values: Tensor) -> Tensor:
 def to_padded(values: Tensor, offsets: Sequence[Tensor], longest: Sequence[int], padding: float = 0.0) -> Tensor:
     """`[V, ...]` to `[B, L, ...]`: row b holds `values[offsets[b]:offsets[b + 1]]`, cut at L, padded behind."""
     if len(offsets) != 1:
-        raise Unsupported(f"a jagged tensor of {len(offsets)} levels")
+        raise Miss(f"a jagged tensor of {len(offsets)} levels")
     ends = offsets[0]
     place = ends[:-1].unsqueeze(1) + torch.arange(longest[0], device=ends.device)
     # One row of padding behind the values, so that no row is read where there are none.
@@ -103,13 +90,13 @@ def one_to_dense(values: Tensor, offsets: Tensor, longest: int, padding: float) 
 def to_jagged(dense: Tensor, offsets: Sequence[Tensor], total: int | None = None) -> list[Any]:
     """`[B, L, ...]` to `[V, ...]`: the inverse of `to_padded`; zeros where a row is longer than L."""
     if total is None:
-        raise Unsupported("the number of values is read from the offsets: pass total_L")
+        raise Miss("the number of values is read from the offsets: pass total_L")
     return [taken(dense, offsets, total), list(offsets)]
 
 
 def taken(dense: Tensor, offsets: Sequence[Tensor], total: int) -> Tensor:
     if len(offsets) != 1:
-        raise Unsupported(f"a jagged tensor of {len(offsets)} levels")
+        raise Miss(f"a jagged tensor of {len(offsets)} levels")
     ends = offsets[0]
     position = torch.arange(total, device=ends.device, dtype=ends.dtype)
     row = ended(ends[1:], position)
@@ -144,7 +131,7 @@ def permute_features(
 ) -> list[Any]:
     """Lengths `[T, B]` and values `[V]` with the features in another order: each keeps its bags."""
     if total is None:
-        raise Unsupported("the number of values is read from the lengths: pass permuted_lengths_sum")
+        raise Miss("the number of values is read from the lengths: pass permuted_lengths_sum")
     begin = complete_cumsum(lengths.flatten())[:-1].view_as(lengths)[permute].flatten()
     ordered = lengths[permute]
     ends = ordered.flatten().cumsum(0, dtype=lengths.dtype)
@@ -182,7 +169,7 @@ def times_vectors(vectors: Tensor, values: Tensor, offsets: Tensor) -> Tensor:
 def permute_columns(pooled: Tensor, ends: Sequence[int] | None, order: Sequence[int] | None) -> Tensor:
     """Features of pooled rows `[B, D]`, which end at these columns, in another order."""
     if ends is None or order is None:
-        raise Unsupported("the widths of its features are computed")
+        raise Miss("the widths of its features are computed")
     return torch.cat([pooled[:, ends[i] : ends[i + 1]] for i in order], 1)
 
 

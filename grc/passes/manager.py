@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -11,8 +11,9 @@ import torch
 from torch import fx
 
 from grc.errors import PassError, SpecError
+from grc.graph.match import Miss, source_text, where
 from grc.graph.oracle import largest_error, run_fp64, within
-from grc.graph.rewrite import copy_graph
+from grc.graph.rewrite import Rewriter, copy_graph
 from grc.graph.spec import verify, widest_float
 
 
@@ -39,6 +40,26 @@ class Pass:
     def parts(self) -> list[Pass]:
         """The passes that it consists of, to run where it fails as a whole."""
         return []
+
+
+def rewritten(
+    edit: Rewriter, places: Iterable[tuple[str, fx.Node]], rewrite: Callable[[fx.Node], str | None]
+) -> list[Change]:
+    """What `rewrite` does at each place, a name and a node: it returns what that saves, or None where there is nothing to tell,
+    and raises Miss with the reason why it leaves one as it is."""
+    changes: list[Change] = []
+    for what, node in list(places):
+        line, text = where(node), source_text(node)
+        try:
+            with edit.at(node):
+                saved = rewrite(node)
+        except Miss as miss:
+            changes.append(Change(what, line, text, missed=str(miss)))
+            continue
+        if saved is not None:
+            changes.append(Change(what, line, text, saved))
+    edit.finish()
+    return changes
 
 
 @dataclass

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from grc.graph.match import Miss, argument, aten, attribute, is_op, shape, source_text, value, where
+from grc.graph.match import Miss, argument, aten, attribute, is_op, shape, value
 from grc.graph.rewrite import Rewriter
-from grc.passes.manager import Change, Pass
+from grc.passes.manager import Change, Pass, rewritten
 
 
 @dataclass
@@ -59,22 +59,10 @@ class SplitConcatLinear(Pass):
 
     def run(self, graph: fx.GraphModule) -> list[Change]:
         edit = Rewriter(graph)
-        changes: list[Change] = []
-        for node in list(graph.graph.nodes):
-            cat = steps(node.args[0]) if is_op(node, aten.linear) else None
-            if not is_op(cat, aten.cat):
-                continue
-            line, text = where(node), source_text(node)
-            try:
-                with edit.at(node):
-                    saved = split(edit, node, cat)
-            except Miss as miss:
-                changes.append(Change(self.name, line, text, missed=str(miss)))
-                continue
-            if saved is not None:
-                changes.append(Change(self.name, line, text, saved))
-        edit.finish()
-        return changes
+        joined = [n for n in graph.graph.nodes if is_op(n, aten.linear) and is_op(steps(n.args[0]), aten.cat)]
+        return rewritten(
+            edit, [(self.name, node) for node in joined], lambda node: split(edit, node, steps(node.args[0]))
+        )
 
 
 def steps(node: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,7 +75,7 @@ def test_masks_of_heads_are_masks_of_queries() -> None:
 def test_a_query_that_is_no_layer_and_a_result_that_many_read() -> None:
     calls, over, _ = absorbed(
         lambda self, t, h: (lambda y: torch.cat([y, y.relu()], 1))(
-            attend(type("", (), {"q": torch.sin, "k": self.k, "v": self.v}), t, h, 2)
+            attend(SimpleNamespace(q=torch.sin, k=self.k, v=self.v), t, h, 2)
         ),
         rows(3, HIDDEN), rows(3, STEPS, WIDTH), **{name: layers(True)[name] for name in ("k", "v")},
     )  # fmt: skip

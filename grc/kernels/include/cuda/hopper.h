@@ -99,7 +99,7 @@ struct Barrier {
 
   // Arrive once `loaded` has been loaded: where several processes share a GPU, a block may be stopped in between. An arrival does
   // not wait for loads that are under way, and one that is finished after a stop has then read what the copy engine put there
-  // since (seen on an H200, in one of 40,000 launches). That a grid is one block deep is more than the compiler knows.
+  // since (seen on an H200). That a grid is one block deep is more than the compiler knows.
   INLINE void arrive_after(u32 loaded) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at() + (loaded & (gridDim.z - 1))) : "memory");
   }
