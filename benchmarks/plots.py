@@ -132,6 +132,10 @@ def section(name: str, rows: list[Row]) -> str:
 
 # The columns of the pages' smaller tables, by the key of a row.
 FIGURES = {
+    "cpu-kernels": {
+        "op": "op", "rows": "rows", "batch": "batch", "hand_us": "by hand, us", "us": "grc's kernel, us",
+        "ratio": "kernel / hand", "goal": "goal",
+    },
     "gpu-builds": {
         "model": "model", "batch": "batch", "fastest": "fastest", "us": "us", "others": "grc's other candidates, us",
         "aoti": "plain AOTInductor, us", "eager": "eager, us", "ratio": "AOTInductor / fastest",

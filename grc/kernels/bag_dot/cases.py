@@ -77,4 +77,7 @@ CASES = (
     _case("jagged weights", jagged=True, weighted=True),
     _case("float16", dim=20, keep_dense=True, dtype=torch.float16),
     _case("bfloat16", features=26, dim=64, keep_dense=True, dtype=torch.bfloat16),
+    _case("bfloat16, width 13", dim=13, padding=-1, keep_dense=True, dtype=torch.bfloat16),
+    _case("bfloat16, 65 rows", features=65, dim=96, dense=False, upper=True, diagonal=True, dtype=torch.bfloat16),
+    _case("bfloat16, bags", lengths=[3, 1, 0, 7, 2], dim=20, dtype=torch.bfloat16),
 )

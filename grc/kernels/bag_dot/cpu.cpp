@@ -16,7 +16,7 @@ struct Pairs {
   bool upper, diagonal, keep_dense;
 };
 
-template <class T, class Id>
+template <class Words, class T, class Id>
 void bag_dot(const Bags& bags, const std::optional<View>& dense, int64_t dim, const Pairs& pairs, int64_t width,
              typename Reader<T, Id>::Value* out) {
   using Value = typename Reader<T, Id>::Value;
@@ -25,10 +25,10 @@ void bag_dot(const Bags& bags, const std::optional<View>& dense, int64_t dim, co
   const int64_t rows = bags.features() + extra;
   const int64_t work = bags.rows_per_sample() * (dim + 64) + rows * rows * dim / 2 + 1;
   at::parallel_for(0, bags.batch, kWorkPerThread / work + 1, [&](int64_t begin, int64_t end) {
-    Gram gram(rows, dim);
-    for (int64_t b = begin; b < std::min(begin + kAhead, end); ++b) reader.prefetch(b);
+    Gram<Words> gram(rows, dim);
+    reader.prefetch_first(begin, end);
     for (int64_t b = begin; b < end; ++b) {
-      if (b + kAhead < end) reader.prefetch(b + kAhead);
+      const bool more = b + kAhead < end;
       Value* target = out + b * width;
       if (dense) {
         const Value* source = static_cast<const Value*>(dense->data) + b * dense->strides[0];
@@ -37,8 +37,9 @@ void bag_dot(const Bags& bags, const std::optional<View>& dense, int64_t dim, co
         if (pairs.keep_dense) target += dim;
       }
       for (int64_t f = 0; f < bags.features(); ++f) {
-        const T* row = reader.plain() ? reader.row(f, b) : nullptr;
-        if (!reader.plain())
+        if (more) reader.prefetch(f, b + kAhead);
+        const T* row = bags.plain ? reader.row(f, b) : nullptr;
+        if (!bags.plain)  // never where words are pairs
           reader.pool(f, b, gram.tile(f + extra));
         else if constexpr (std::is_same_v<T, Value>)
           gram.set(f + extra, row);
@@ -52,6 +53,16 @@ void bag_dot(const Bags& bags, const std::optional<View>& dense, int64_t dim, co
   });
 }
 
+// Plain rows of bfloat16 are multiplied as they are where the CPU can.
+template <class T, class Id, class... Rest>
+void by_words(const Bags& bags, const Rest&... rest) {
+#ifdef CPU_CAPABILITY_AVX512
+  if constexpr (std::is_same_v<T, c10::BFloat16>)
+    if (BfloatPairs::usable() && bags.plain) return bag_dot<BfloatPairs, T, Id>(bags, rest...);
+#endif
+  bag_dot<Floats, T, Id>(bags, rest...);
+}
+
 }  // namespace
 }  // namespace grc
 
@@ -62,9 +73,8 @@ GRC_EXPORT AOTITorchError aoti_torch_cpu_bag_dot(
     int64_t padding_len_, int32_t upper, int32_t diagonal, int32_t keep_dense, const int64_t* packing,
     int64_t packing_len_, AtenTensorHandle* ret0) {
   return grc::guard([&] {
-    const std::vector<int64_t> dims(bases_len_, dim);
     const grc::Bags bags(arena, ids, offsets, weights, {bases, bases_len_}, {rows, rows_len_},
-                         {dims.data(), bases_len_}, {lengths, lengths_len_}, pooling, {padding, padding_len_},
+                         {&dim, bases_len_, 0}, {lengths, lengths_len_}, pooling, {padding, padding_len_},
                          {packing, packing_len_});
     std::optional<grc::View> first;
     if (dense != nullptr) {
@@ -82,7 +92,7 @@ GRC_EXPORT AOTITorchError aoti_torch_cpu_bag_dot(
         using T = typename decltype(value)::type;
         using Id = typename decltype(id)::type;
         const grc::Pairs pairs{upper != 0, diagonal != 0, keep_dense != 0};
-        grc::bag_dot<T, Id>(bags, first, dim, pairs, width, out.data<typename grc::Reader<T, Id>::Value>());
+        grc::by_words<T, Id>(bags, first, dim, pairs, width, out.data<typename grc::Reader<T, Id>::Value>());
       });
     });
     *ret0 = out.release();

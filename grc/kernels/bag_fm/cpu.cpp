@@ -22,11 +22,12 @@ void bag_fm(const Bags& bags, const std::optional<View>& linear, const int64_t* 
     // A row of zero bytes is zeros in every format.
     const std::vector<uint64_t> zeros((dim * 4 + 4) / 8 + 1);
     std::vector<const T*> rows(features);
-    for (int64_t b = begin; b < std::min(begin + kAhead, end); ++b) reader.prefetch(b);
+    reader.prefetch_first(begin, end);
     for (int64_t b = begin; b < end; ++b) {
-      if (b + kAhead < end) reader.prefetch(b + kAhead);
+      const bool more = b + kAhead < end;
       float first = 0.f;
       for (int64_t f = 0; f < features; ++f) {
+        if (more) reader.prefetch(f, b + kAhead);
         const T* row = reader.row(f, b);
         rows[f] = row != nullptr ? row : reinterpret_cast<const T*>(zeros.data());
         if (row != nullptr && weights != nullptr)
@@ -70,9 +71,9 @@ GRC_EXPORT AOTITorchError aoti_torch_cpu_bag_fm(
     const int64_t* packing, int64_t packing_len_, int32_t summed, int32_t keep, AtenTensorHandle* ret0,
     AtenTensorHandle* ret1) {
   return grc::guard([&] {
-    const std::vector<int64_t> dims(bases_len_, dim), lengths(bases_len_, 1);
+    const int64_t one = 1;
     const grc::Bags bags(arena, ids, nullptr, nullptr, {bases, bases_len_}, {rows, rows_len_},
-                         {dims.data(), bases_len_}, {lengths.data(), bases_len_}, grc::kSum, {padding, padding_len_},
+                         {&dim, bases_len_, 0}, {&one, bases_len_, 0}, grc::kSum, {padding, padding_len_},
                          {packing, packing_len_});
     const bool bytes = packing_len_ > 0;
     grc::require(bytes || bags.arena.rank == 2, "the arena is [rows, dim]");

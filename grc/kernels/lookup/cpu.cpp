@@ -31,13 +31,14 @@ void lookup(const Bags& bags, typename Reader<T, Id>::Value* out) {
   const int64_t bytes = bags.rows_per_sample() * widest * static_cast<int64_t>(sizeof(T)) + 1;
   at::parallel_for(0, bags.batch, kBytesPerThread / bytes + 1, [&](int64_t begin, int64_t end) {
     std::vector<float> pooled(padded(widest));
-    for (int64_t b = begin; b < std::min(begin + kAhead, end); ++b) reader.prefetch(b);
+    reader.prefetch_first(begin, end);
     for (int64_t b = begin; b < end; ++b) {
-      if (b + kAhead < end) reader.prefetch(b + kAhead);
+      const bool more = b + kAhead < end;
       for (int64_t f = 0; f < bags.features(); ++f) {
+        if (more) reader.prefetch(f, b + kAhead);
         const int64_t width = bags.tables[f].dim;
         Value* target = out + b * bags.width + bags.tables[f].out;
-        if (reader.plain()) {
+        if (bags.plain) {
           const T* row = reader.row(f, b);
           if (row == nullptr) {
             std::fill_n(target, width, Value(0.f));

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <tuple>
 #include <utility>
@@ -21,13 +22,40 @@ constexpr int kRows[] = {0, 16, 12};
 constexpr int kRows[] = {0, 12, 6};
 #endif
 
+// What a row is made of, in words of a lane each, and how the products of two vectors of them are added up.
+struct Floats {
+  using Element = float;
+  static constexpr int64_t kElements = 1;
+  static Lanes add(Lanes sum, Lanes a, Lanes b) { return at::vec::fmadd(a, b, sum); }
+};
+
+#ifdef CPU_CAPABILITY_AVX512
+// Two numbers of bfloat16 in a word, multiplied as they are and added in float32; subnormal ones count as zeros. By its name
+// in the assembler, because the rest is built for CPUs without this instruction too.
+struct BfloatPairs {
+  using Element = c10::BFloat16;
+  static constexpr int64_t kElements = 2;
+  static Lanes add(Lanes sum, Lanes a, Lanes b) {
+    __m512 total = sum;
+    asm("vdpbf16ps %2, %1, %0" : "+v"(total) : "v"(static_cast<__m512>(a)), "v"(static_cast<__m512>(b)));
+    return total;
+  }
+  static bool usable() {
+    static const bool has = __builtin_cpu_supports("avx512bf16");
+    return has;
+  }
+};
+#endif
+
 // All dot products of N rows of D. A row is given by address, or written into `tile(i)`.
+template <class Words>
 class Gram {
  public:
   Gram(int64_t rows, int64_t dim)
       : n_(rows),
         dim_(dim),
-        stride_(padded(dim)),
+        words_((dim + Words::kElements - 1) / Words::kElements),
+        stride_(padded(words_)),
         columns_(padded(rows)),
         store_(new float[(rows + 1) * stride_ + (stride_ + columns_) * columns_ + 16]),
         tile_(reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(store_.get()) + 63) & ~uintptr_t{63})),
@@ -40,7 +68,7 @@ class Gram {
   Gram(const Gram&) = delete;
   Gram& operator=(const Gram&) = delete;
 
-  // [padded(D)], of which the lanes past D must be zero.
+  // [padded(D)] of floats, of which the lanes past D must be zero.
   float* tile(int64_t i) {
     rows_[i] = tile_ + i * stride_;
     return tile_ + i * stride_;
@@ -53,14 +81,18 @@ class Gram {
       rows_[i] = zeros();
       return;
     }
-    if constexpr (std::is_same_v<T, float>) {
-      if (dim_ == stride_) {
-        rows_[i] = source;
-        return;
-      }
+    constexpr bool as_it_is = std::is_same_v<T, typename Words::Element>;
+    if (as_it_is && dim_ == stride_ * Words::kElements) {
+      rows_[i] = reinterpret_cast<const float*>(source);
+      return;
     }
     float* target = tile(i);
-    for (int64_t d = 0; d < dim_; d += kLanes) load(source + d, std::min(kLanes, dim_ - d)).store(target + d);
+    if constexpr (as_it_is) {
+      std::memcpy(target, source, dim_ * sizeof(T));
+      std::memset(reinterpret_cast<T*>(target) + dim_, 0, (stride_ * Words::kElements - dim_) * sizeof(T));
+    } else {
+      for (int64_t d = 0; d < dim_; d += kLanes) load(source + d, std::min(kLanes, dim_ - d)).store(target + d);
+    }
   }
 
   // Columns j < i, or with upper j > i, and with diagonal j == i too.
@@ -73,7 +105,7 @@ class Gram {
   }
 
  private:
-  int64_t n_, dim_, stride_, columns_;
+  int64_t n_, dim_, words_, stride_, columns_;
   std::unique_ptr<float[]> store_;
   float *tile_, *transposed_, *products_;
   std::vector<const float*> rows_;
@@ -115,7 +147,7 @@ class Gram {
     const float* left = transposed_ + i;
     const float* right = transposed_ + column * kLanes;
     const int64_t columns = columns_;
-    for (int64_t k = 0; k < dim_; ++k, left += columns, right += columns) {
+    for (int64_t k = 0; k < words_; ++k, left += columns, right += columns) {
       Lanes operand[C];
 #pragma GCC unroll 2
       for (int c = 0; c < C; ++c) operand[c] = Lanes::loadu(right + c * kLanes);
@@ -123,7 +155,7 @@ class Gram {
       for (int r = 0; r < R; ++r) {
         const Lanes scalar(left[r]);
 #pragma GCC unroll 2
-        for (int c = 0; c < C; ++c) sum[r][c] = at::vec::fmadd(scalar, operand[c], sum[r][c]);
+        for (int c = 0; c < C; ++c) sum[r][c] = Words::add(sum[r][c], scalar, operand[c]);
       }
     }
     float* target = products_ + i * columns + column * kLanes;

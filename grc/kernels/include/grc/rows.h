@@ -17,10 +17,11 @@ namespace grc {
 
 enum Pooling : int64_t { kSum = 0, kMean = 1, kMax = 2 };
 
+// `step` 0 is one number, `size` times.
 struct Ints {
   const int64_t* data;
-  int64_t size;
-  int64_t operator[](int64_t i) const { return data[i]; }
+  int64_t size, step = 1;
+  int64_t operator[](int64_t i) const { return data[i * step]; }
 };
 
 // Where feature f's rows start in the arena, in elements, and where its ids and its results lie in a sample.
@@ -41,6 +42,7 @@ struct Bags {
   int64_t pooling;
   int64_t batch = 0;
   int64_t width = 0;
+  bool plain = false;  // one unweighted id per feature: what most models have, and what kernels take a shorter way for
 
   Bags(AtenTensorHandle arena_, AtenTensorHandle ids_, AtenTensorHandle* offsets_, AtenTensorHandle* weights_,
        Ints bases, Ints rows, Ints dims, Ints lengths, int64_t pooling_, Ints padding, Ints packing)
@@ -68,14 +70,17 @@ struct Bags {
       batch = ids.sizes[0];
     }
     int64_t column = 0;
+    plain = !offsets && !weights;
+    tables.reserve(features);
     for (int64_t f = 0; f < features; ++f) {
       const int64_t length = offsets ? 0 : lengths[f];
-      tables.push_back({0, dims[f], rows[f], dims[f], padding[f], column, length, width});
+      Table& table = tables.emplace_back(0, dims[f], rows[f], dims[f], padding[f], column, length, width);
       if (bytes)
-        unpack(tables.back(), packing[2 * f], packing[2 * f + 1]);
+        unpack(table, packing[2 * f], packing[2 * f + 1]);
       else
-        place(tables.back(), bases[f]);
+        place(table, bases[f]);
       require(length >= 0, "lengths are not negative");
+      plain = plain && length == 1;
       column += length;
       width += dims[f];
     }
@@ -150,8 +155,6 @@ class Reader {
     require(!bags.offsets || wide_ || bags.offsets->dtype == aoti_torch_dtype_int32(), "offsets are int32 or int64");
     step_ = bags.ids.strides[bags.ids.rank - 1];
     sample_ = bags.offsets ? 0 : bags.ids.strides[0];
-    plain_ = !bags.offsets && weights_ == nullptr &&
-             std::all_of(bags.tables.begin(), bags.tables.end(), [](const Table& table) { return table.length == 1; });
     if (weights_ != nullptr) {
       weight_step_ = bags.weights->strides[bags.ids.rank - 1];
       weight_sample_ = bags.offsets ? 0 : bags.weights->strides[0];
@@ -192,24 +195,23 @@ class Reader {
     return arena_ + table.start + id * table.stride;
   }
 
-  // One unweighted id per feature: what most models have, and what kernels take a shorter way for.
-  bool plain() const { return plain_; }
-
   int64_t id(int64_t f, int64_t b) const { return ids_[b * sample_ + f * step_]; }
 
   const T* row(int64_t f, int64_t b) const { return row(f, b, {f, 1}, 0); }
 
-  // Inlined by force, as `fetch` is: g++ takes a function that only prefetches for one without effect, and drops the
-  // calls.
-  __attribute__((always_inline)) void prefetch(int64_t b) const {
-    for (int64_t f = 0; f < bags_.features(); ++f) {
-      if (plain_) {
-        fetch(f, b, {f, 1}, 0);
-        continue;
-      }
-      const Bag ahead = bag(f, b);
-      for (int64_t k = 0; k < std::min(ahead.length, kAheadRows); ++k) fetch(f, b, ahead, k);
-    }
+  // For between two rows that are read: asked for at once, a sample's rows would fill the places for loads under way, and what
+  // is read next would wait for one. Inlined by force, as `fetch` is: g++ takes a function that only prefetches for one without
+  // effect, and drops the calls.
+  __attribute__((always_inline)) void prefetch(int64_t f, int64_t b) const {
+    if (bags_.plain) return fetch(f, b, {f, 1}, 0);
+    const Bag ahead = bag(f, b);
+    for (int64_t k = 0; k < std::min(ahead.length, kAheadRows); ++k) fetch(f, b, ahead, k);
+  }
+
+  // The first rows of samples begin..end-1.
+  __attribute__((always_inline)) void prefetch_first(int64_t begin, int64_t end) const {
+    for (int64_t b = begin; b < std::min(begin + kAhead, end); ++b)
+      for (int64_t f = 0; f < bags_.features(); ++f) prefetch(f, b);
   }
 
   // Pools bag (f, b) into `out`, whose width is dim padded to whole vectors; the padding lanes become zero.
@@ -234,7 +236,6 @@ class Reader {
   const Id* ids_;
   const Value* weights_;
   bool wide_;
-  bool plain_;
   int64_t step_ = 1, sample_ = 0, weight_step_ = 1, weight_sample_ = 0;
 
   int64_t offset(int64_t i) const {
