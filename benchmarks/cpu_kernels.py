@@ -44,7 +44,9 @@ def main() -> int:
     parser.add_argument("--batches", default="1,64,1024", metavar="N,...")
     parser.add_argument("--rows", type=int, default=100_000, help="of each table")
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--small", action="store_true", help="small tables and few rounds, to check that everything runs")
+    parser.add_argument(
+        "--small", action="store_true", help="small tables and few rounds, to check that everything runs"
+    )
     options = parser.parse_args()
     if not {"avx512f", "avx512_bf16"} <= set(Path("/proc/cpuinfo").read_text().split()):
         sys.stderr.write("error: this CPU has no AVX-512 with bfloat16 products, for which the other side is written\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ EXAMPLES = (
     "grc run model.grc requests.parquet -o answers.parquet",
     "cat rows.jsonl | grc run model.grc - --format jsonl",
     "grc run model.grc --request request.json        a request as the model's preprocess() takes it",
+    "grc run model.grc --example --format perf_analyzer -o load.json",
 )
 STDIN = "-"
 
@@ -31,8 +33,8 @@ def command(
         Path | None, typer.Option("--output", "-o", metavar="PATH", help="Where the answers go; stdout by default.")
     ] = None,
     form: Annotated[
-        Literal["json", "jsonl", "npz", "parquet"] | None,
-        typer.Option("--format", help="The format, where no extension tells it."),
+        Literal["json", "jsonl", "npz", "parquet", "perf_analyzer"] | None,
+        typer.Option("--format", help="The format, where no extension tells it; perf_analyzer is for --example."),
     ] = None,
     request: Annotated[
         bool,
@@ -51,10 +53,15 @@ def command(
         raise typer.BadParameter("give an INPUT or --example, one of the two")
     if example and request:
         raise typer.BadParameter("--example writes tensors; --request has no example")
+    if form == "perf_analyzer" and not example:
+        raise typer.BadParameter("perf_analyzer is a format of --example: the requests that it sends")
     from grc import load
     from grc.runtime import values
     from grc.runtime.structure import output_names
 
+    if form == "perf_analyzer":
+        put(load_requests(artifact), output, form)
+        return
     if example:
         put(values.encode(golden_inputs(artifact), target_format(output, form, "json")), output, form)
         return
@@ -97,6 +104,17 @@ def golden_inputs(artifact: Path) -> dict[str, Any]:
     tensors = read_weights(artifact / "golden.safetensors")
     index = 1 if "1.input.0" in tensors else 0
     return {spec["name"]: tensors[f"{index}.input.{i}"] for i, spec in enumerate(manifest["inputs"])}
+
+
+def load_requests(artifact: Path) -> bytes:
+    """Every row of the golden requests, as perf_analyzer reads them by --input-data."""
+    from grc import Artifact
+    from grc.runtime.golden import read_golden
+    from grc.runtime.triton_repository.rows import load_data
+    from grc.runtime.triton_repository.tensors import interface
+
+    opened = Artifact.open(artifact)
+    return (dumps(load_data(interface(opened.manifest), read_golden(opened))) + "\n").encode()
 
 
 def read(source: str, hint: str = "make one with grc run ARTIFACT --example -o request.json") -> bytes:

@@ -120,6 +120,21 @@ def test_an_example_can_be_run_as_it_is(grc: Grc, artifact: Path, tmp_path: Path
     assert len(json.loads((tmp_path / "out.json").read_text())["output"]) == 2
 
 
+def test_an_example_can_be_what_perf_analyzer_sends(grc: Grc, artifact: Path):
+    ran = grc("run", artifact, "--example", "--format", "perf_analyzer")
+    assert ran.code == 0
+    requests = json.loads(ran.out)["data"]
+    assert len(requests) > 1
+    # One row each, without its batch: what is left are requests that the artifact answers.
+    rows = [{name: tensor["content"] for name, tensor in request.items()} for request in requests]
+    assert [request[name]["shape"] for request in requests for name in request] == [
+        [len(x)] for row in rows for x in row.values()
+    ]
+    answered = grc("run", artifact, "-", stdin=json.dumps(rows))
+    assert len(json.loads(answered.out)["output"]) == len(requests)
+    assert grc("run", artifact, "-", "--format", "perf_analyzer", stdin="[]").code == 2
+
+
 def test_an_engine_can_be_named(grc: Grc, artifact: Path):
     assert grc("run", artifact, "-", "--engine", "eager", stdin=json.dumps([ROW])).code == 0
     refused(
