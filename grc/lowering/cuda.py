@@ -19,7 +19,7 @@ from grc.graph.oracle import largest_error, run_fp64
 from grc.kernels import OPS, cpp, encoder, nvrtc, tower
 from grc.lowering.align import aligned
 from grc.lowering.chains import takes_chains, with_chains
-from grc.lowering.check_ids import with_checked_ids
+from grc.lowering.check_ids import checks_any, with_checked_ids
 from grc.lowering.dependent import dependent_kernels
 from grc.lowering.eager import Eager
 from grc.lowering.encoders import takes_encoders, with_encoders
@@ -36,7 +36,7 @@ from grc.lowering.in_place import with_parts_in_place
 from grc.lowering.inductor import package, packaged_constants, settings
 from grc.lowering.move import moved
 from grc.lowering.towers import takes_towers, with_towers
-from grc.lowering.twins import optional_twins, with_twins
+from grc.lowering.twins import all_have_twins, optional_twins, with_twins
 from grc.runtime.device import DeviceWeights
 from grc.runtime.engines import COUNTER, Run, load_on_gpu
 from grc.runtime.plan import Plan
@@ -151,11 +151,11 @@ class CudaInductor:
         objects: list[str] = []
         few_rows = self.layers in ("small", "encoder", "tower")
         if self.twins:
-            if self.count:
-                graph = with_checked_ids(graph)
-                checks = all(entry.checked_by_kernel for entry in id_ranges(graph))
+            graph = with_checked_ids(graph, computed=True)
+            seen = all_have_twins(graph) and all(entry.checked_by_kernel for entry in id_ranges(graph))
+            checks = self.count and seen
             without = (*self.without, "cross") if few_rows else self.without
-            graph, counts = with_twins(graph, self.gpu.device, self.count, without)
+            graph, counts = with_twins(graph, self.gpu.device, self.count or checks_any(graph), without)
             graph = with_parts_in_place(graph)
             if self.layers == "chains":
                 graph = with_chains(graph)

@@ -46,6 +46,11 @@ def is_lookup(node: fx.Node) -> bool:
     return own and any(argument.name == "arena" for argument in node.target._schema.arguments)  # type: ignore[union-attr]
 
 
+def all_have_twins(graph: fx.GraphModule) -> bool:
+    """Whether every look-up of rows has a kernel here."""
+    return all(twin_of(node) is not None for node in graph.graph.nodes if is_lookup(node))
+
+
 def is_optional(module: Any | None) -> bool:
     return hasattr(module, "able")
 
@@ -58,7 +63,7 @@ def with_twins(
 
     With `count`, the kernels of look-ups, and those that check the ids of other look-ups, count ids outside of their tables,
     for which they read zeros or row 0, and the answer is whether they do: where by the constant COUNTER, which the runtime
-    fills in, and refuses the request by that number. They do not where one look-up has no kernel, whose ids would not be in
+    fills in, and refuses the request by that number. Look-ups alone do not where one has no kernel, whose ids would not be in
     it.
     """
     copy = copy_graph(graph)
@@ -66,7 +71,7 @@ def with_twins(
     nodes = list(copy.graph.nodes)
     lookups = [node for node in nodes if is_lookup(node)]
     checks = [node for node in nodes if node.target is CHECKED_IDS.overload]
-    counts = count and bool(lookups or checks) and all(twin_of(node) is not None for node in lookups)
+    counts = count and bool(checks or (lookups and all_have_twins(graph)))
     told = edit.constant(COUNTER, [0] * TOLD) if counts else None
     for node in nodes:
         module = twin_of(node)
