@@ -1,66 +1,82 @@
-"""Between which numbers a tensor of integers lies, by what it is made of."""
+"""Between which numbers the integers of a graph lie, by what they are made of."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import fx
 
 from grc.graph.match import argument, aten, attribute, is_op, shape, static, value
 
-VIEWS = (
+# Each element is one of the first argument's.
+MOVES = (
     aten.reshape, aten.view, aten.unsqueeze, aten.squeeze, aten.expand, aten.permute, aten.transpose, aten.slice, aten.select,
     aten.clone, aten.contiguous, aten.to, aten._to_copy, aten.repeat, aten.flip, aten.gather, aten.index_select, aten.index,
 )  # fmt: skip
 PLACES = (aten.topk, aten.sort, aten.max, aten.min)  # (values, their places along a dim)
 
 Interval = tuple[float, float]
+Known = Mapping[fx.Node, Interval]
 ANY: Interval = (-math.inf, math.inf)
 
 
-def interval(graph: fx.GraphModule, node: Any) -> Interval:
-    """The least and the most that an element may be, infinite where nothing is known. A number stands for itself."""
-    if isinstance(node, int):
-        return node, node
-    constant = attribute(graph, node)
-    if constant is not None:
-        return (float(constant.min()), float(constant.max())) if constant.numel() else (0, 0)
-    if not isinstance(node, fx.Node) or node.op != "call_function" or floating(node):
-        return ANY
+def intervals(graph: fx.GraphModule) -> dict[fx.Node, Interval]:
+    """The least and the most that an element of each node may be, infinite where nothing is known."""
+    known: dict[fx.Node, Interval] = {}
+    for node in graph.graph.nodes:
+        constant = attribute(graph, node)
+        if constant is not None and integers(constant):
+            known[node] = (int(constant.min()), int(constant.max())) if constant.numel() else (0, 0)
+        elif node.op == "call_function" and integers(value(node)):
+            known[node] = made(known, node)
+    return known
+
+
+def interval(known: Known, node: Any) -> Interval:
+    """That of a node, or of a number, which stands for itself."""
+    return (node, node) if isinstance(node, int) else known.get(node, ANY)
+
+
+def integers(found: Any) -> bool:
+    kind = getattr(found, "dtype", torch.bool)
+    return kind is not torch.bool and not kind.is_floating_point and not kind.is_complex
+
+
+def made(known: Known, node: fx.Node) -> Interval:
     args = node.args
-    if is_op(node, *VIEWS):
-        return ANY if floating(args[0]) else interval(graph, args[0])
+    if is_op(node, *MOVES):
+        found, kind = interval(known, args[0]), torch.iinfo(value(node).dtype)
+        kept = kind.bits >= 32 or (kind.min <= found[0] and found[1] <= kind.max)
+        return found if kept else ANY  # a narrow type may have wrapped around
     if is_op(node, aten.cat):
-        return around(graph, args[0])
+        return around(known, args[0])
     if is_op(node, aten.where) and len(args) == 3:
-        return around(graph, args[1:])
+        return around(known, args[1:])
     if is_op(node, aten.masked_fill):
-        return around(graph, (args[0], args[2]))
+        return around(known, (args[0], args[2]))
     if is_op(node, aten.clamp, aten.clamp_min, aten.clamp_max, aten.minimum, aten.maximum):
-        return clamped(graph, node)
+        return clamped(known, node)
     if is_op(node, aten.remainder):
-        return 0, interval(graph, args[1])[1] - 1 if interval(graph, args[1])[0] > 0 else math.inf
+        low, high = interval(known, args[1])
+        return (0, high - 1) if low > 0 else ANY
     if is_op(node, aten.add, aten.sub) and len(args) == 2:
-        (low, high), (less, more) = interval(graph, args[0]), interval(graph, args[1])
+        (low, high), (less, more) = interval(known, args[0]), interval(known, args[1])
         return (low + less, high + more) if is_op(node, aten.add) else (low - more, high - less)
     if is_op(node, aten.arange):
         return ranged(args)
     return placed(node)
 
 
-def floating(node: Any) -> bool:
-    found = value(node)
-    return hasattr(found, "dtype") and found.dtype.is_floating_point
-
-
-def around(graph: fx.GraphModule, parts: Any) -> Interval:
-    found = [interval(graph, part) for part in parts]
+def around(known: Known, parts: Any) -> Interval:
+    found = [interval(known, part) for part in parts]
     return min(low for low, _ in found), max(high for _, high in found)
 
 
-def clamped(graph: fx.GraphModule, node: fx.Node) -> Interval:
-    low, high = interval(graph, node.args[0])
+def clamped(known: Known, node: fx.Node) -> Interval:
+    low, high = interval(known, node.args[0])
     least: Any = None
     most: Any = None
     if is_op(node, aten.clamp):
@@ -70,10 +86,10 @@ def clamped(graph: fx.GraphModule, node: fx.Node) -> Interval:
     else:
         most = node.args[1]
     if least is not None:
-        below, above = interval(graph, least)
+        below, above = interval(known, least)
         low, high = max(low, below), max(high, above)
     if most is not None:
-        below, above = interval(graph, most)
+        below, above = interval(known, most)
         low, high = min(low, below), min(high, above)
     return low, high
 
@@ -87,7 +103,7 @@ def ranged(args: tuple[Any, ...]) -> Interval:
 
 
 def placed(node: fx.Node) -> Interval:
-    """Places of a dim, as topk and argmax give them."""
+    """Places along a dim, as topk and argmax give them."""
     source: Any = node
     if getattr(node.target, "__name__", "") == "getitem" and node.args[1] == 1 and is_op(node.args[0], *PLACES):
         source = node.args[0]

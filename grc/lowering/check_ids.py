@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from grc.graph.ids import origins
-from grc.graph.intervals import interval
+from grc.graph.intervals import Known, interval, intervals
 from grc.graph.match import aten, attribute, is_op, shape, value
 from grc.graph.rewrite import Rewriter, copy_graph
 from grc.kernels import CHECKED_IDS
@@ -31,6 +31,7 @@ def with_checked_ids(graph: fx.GraphModule, computed: bool = False) -> fx.GraphM
     """
     copy = copy_graph(graph)
     edit = Rewriter(copy)
+    known = intervals(copy) if computed else {}
     made: dict[tuple[fx.Node, int, bool], fx.Node] = {}
 
     def checked(node: fx.Node, ids: fx.Node, size: int, wraps: bool = False) -> fx.Node:
@@ -51,11 +52,11 @@ def with_checked_ids(graph: fx.GraphModule, computed: bool = False) -> fx.GraphM
             table = attribute(copy, node.args[0])
             asked = table is not None and any(matrix.op == "placeholder" for matrix, _, _ in origins(ids))
             rows = shape(node.args[0])[0]  # type: ignore[arg-type]
-            if (asked and value(ids).dtype in TYPES) or (computed and loose(copy, ids, rows)):
+            if (asked and value(ids).dtype in TYPES) or (computed and loose(known, ids, rows)):
                 node.update_arg(1, checked(node, ids, rows))
         elif computed:
             for place, ids, size, wraps in indices(node):
-                if loose(copy, ids, size, wraps):
+                if loose(known, ids, size, wraps):
                     safe = checked(node, ids, size, wraps)
                     if wraps:
                         found = list(node.args[1])  # type: ignore[arg-type]
@@ -82,11 +83,11 @@ def indices(node: fx.Node) -> Iterator[tuple[int, fx.Node, Any, bool]]:
                 yield place, index, shape(node.args[0])[place], True  # type: ignore[misc, arg-type]
 
 
-def loose(graph: fx.GraphModule, ids: fx.Node, size: Any, wraps: bool = False) -> bool:
+def loose(known: Known, ids: fx.Node, size: Any, wraps: bool = False) -> bool:
     """Whether an index may point outside of 0..size-1, for all that is known. One into a size that varies is left as it is."""
     if not isinstance(size, int) or value(ids).dtype not in TYPES:
         return False
-    low, high = interval(graph, ids)
+    low, high = interval(known, ids)
     return low < (-size if wraps else 0) or high >= size
 
 

@@ -313,7 +313,7 @@ class Lane:
     def refuse(self) -> None:
         """Raise IndexError where the answers come from ids outside of their tables."""
         if self.counts and self.bad[0]:
-            raise IndexError(f"{self.bad[0]} ids, counted with padded rows, are outside of their tables")
+            raise IndexError(f"{self.bad[0]} ids or positions, counted with padded rows, are outside of their tables")
 
 
 def here() -> torch.device:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from grc.graph.capture import capture
-from grc.graph.intervals import interval
+from grc.graph.intervals import interval, intervals
 from grc.graph.model_file import from_module
 
 INF = math.inf
@@ -47,6 +47,7 @@ class Made(nn.Module):
         (lambda m, ids, s: torch.cat([ids % 5, m.limits.expand(ids.shape[0], 3)], 1), (0, 20)),
         (lambda m, ids, s: (ids % 5).gather(1, s.argsort(1)), (0, 4)),
         (lambda m, ids, s: torch.arange(2, 9, 3).expand(ids.shape[0], 3) + ids % 2, (2, 9)),
+        (lambda m, ids, s: (ids % 5 - 1).to(torch.uint8), (-INF, INF)),
         (lambda m, ids, s: s.abs().to(torch.int64), (-INF, INF)),
     ],
 )
@@ -57,7 +58,7 @@ def test_an_index_lies_where_it_is_said_to(make, expected: tuple[float, float]) 
     model = Made(make).eval()
     graph = capture(from_module(model, inputs)).graph
     output = next(node for node in graph.graph.nodes if node.op == "output").args[0][0]
-    low, high = interval(graph, output)
+    low, high = interval(intervals(graph), output)
     found = model(*inputs(8))
     assert low <= found.min() and found.max() <= high
     assert (low, high) == expected
