@@ -62,7 +62,7 @@ def made(known: Known, node: fx.Node) -> Interval:
     if is_op(node, aten.remainder):
         low, high = interval(known, args[1])
         return (0, high - 1) if low > 0 else ANY
-    if is_op(node, aten.add, aten.sub) and len(args) == 2:
+    if is_op(node, aten.add, aten.sub) and len(args) == 2 and not node.kwargs:
         (low, high), (less, more) = interval(known, args[0]), interval(known, args[1])
         return (low + less, high + more) if is_op(node, aten.add) else (low - more, high - less)
     if is_op(node, aten.arange):

@@ -75,7 +75,7 @@ def checks_any(graph: fx.GraphModule) -> bool:
 def indices(node: fx.Node) -> Iterator[tuple[int, fx.Node, Any, bool]]:
     """(where it stands, the index, the size that it points into, whether it may count from the end) of what a node reads or
     writes by."""
-    if is_op(node, *BY_DIM):
+    if is_op(node, *BY_DIM) and shape(node.args[0]):  # type: ignore[arg-type]
         yield 2, node.args[2], shape(node.args[0])[node.args[1]], False  # type: ignore[misc, index, arg-type]
     elif is_op(node, *BY_LIST) and all(value(index).dtype in TYPES for index in node.args[1] if index is not None):  # type: ignore[union-attr]
         for place, index in enumerate(node.args[1]):  # type: ignore[arg-type]

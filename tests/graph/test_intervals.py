@@ -37,6 +37,7 @@ class Made(nn.Module):
         (lambda m, ids, s: ids.clamp(max=49), (-INF, 49)),
         (lambda m, ids, s: torch.minimum(ids.clamp(min=0), m.limits), (0, 20)),
         (lambda m, ids, s: ids % 7 + 3, (3, 9)),
+        (lambda m, ids, s: torch.add(ids % 7, ids % 2, alpha=5), (-INF, INF)),
         (lambda m, ids, s: ids % m.limits, (0, 19)),
         (lambda m, ids, s: s.topk(2).indices, (0, 2)),
         (lambda m, ids, s: s.sort(0).indices + 0 * ids, (-INF, INF)),
