@@ -230,12 +230,12 @@ def record_entry(record: Record) -> dict[str, Any]:
 
 
 def required_operators(graph: fx.GraphModule) -> dict[str, str | None]:
-    """Custom operators in the graph, by namespace, with the package that defines them where that can be told."""
+    """Custom operators in the graph, by name, with the package that defines them where that can be told."""
     found: dict[str, str | None] = {}
     for node in graph.graph.nodes:
         namespace = getattr(node.target, "namespace", "") if node.op == "call_function" else ""
         if namespace and namespace not in ("aten", "prims", "grc", "higher_order", "_operator"):
-            found[namespace] = package_of(namespace)
+            found[node.target.name()] = package_of(namespace)
     return found
 
 

@@ -19,7 +19,7 @@ import torch
 from grc.errors import ArtifactError
 from grc.runtime.weights import read_weights
 
-FORMAT = 4
+FORMAT = 5
 MANIFEST = "manifest.json"
 SMALL = 64 << 20  # bytes: files up to this size are hashed at load; larger ones by `grc check`
 ISA_ORDER = ("default", "avx2", "avx512")
@@ -85,23 +85,25 @@ class Artifact:
             raise ArtifactError(
                 f"{self.path.name} was built with torch {target['torch']}; this is torch {version}", rebuild
             )
-        for namespace, package in self.manifest["requires"].items():
-            import_operators(self.path.name, namespace, package)
+        for operator, package in self.manifest["requires"].items():
+            import_operator(self.path.name, operator, package)
 
 
-def import_operators(name: str, namespace: str, package: str | None) -> None:
-    """Custom operators that an artifact calls must be registered before it is loaded."""
+def import_operator(name: str, operator: str, package: str | None) -> None:
+    """A custom operator that an artifact calls must be registered before it is loaded."""
     if package:
         try:
             importlib.import_module(package)
         except ImportError:
             raise ArtifactError(
-                f"{name} needs the operators {namespace}:: of {package}", f"pip install {package}"
+                f"{name} needs the operator {operator} of {package}", f"pip install {package}"
             ) from None
-    if not any(operator.startswith(f"{namespace}::") for operator in torch._C._dispatch_get_all_op_names()):
+    if operator not in torch._C._dispatch_get_all_op_names():
+        namespace = operator.split("::")[0]
+        other = f"install a version of {package} that has it"
         raise ArtifactError(
-            f"{name} needs the operators {namespace}::, which are not loaded here",
-            f"import the package that defines {namespace}:: before grc.load()",
+            f"{name} needs the operator {operator}, which is not loaded here",
+            other if package else f"import the package that defines {namespace}:: before grc.load()",
         )
 
 

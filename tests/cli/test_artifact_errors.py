@@ -76,7 +76,7 @@ def other_format(manifest: dict) -> None:
 
 
 def lost_operators(manifest: dict) -> None:
-    manifest["requires"] = {"abacus": "no_such_package"}
+    manifest["requires"] = {"abacus::add": "no_such_package"}
 
 
 HOSTS = {
@@ -84,7 +84,7 @@ HOSTS = {
     other_torch: (f"tiny.grc was built with torch 2.4.1; this is torch {torch.__version__.split('+')[0]}",
                   "rebuild it here: {command}"),
     other_format: (f"tiny.grc has format 99; this grc reads format {FORMAT}", "rebuild the artifact"),
-    lost_operators: ("tiny.grc needs the operators abacus:: of no_such_package", "pip install no_such_package"),
+    lost_operators: ("tiny.grc needs the operator abacus::add of no_such_package", "pip install no_such_package"),
 }  # fmt: skip
 
 

@@ -39,10 +39,10 @@ def test_an_operator_of_a_library_is_named_in_the_manifest_and_where_it_is_missi
         model = Forward(lambda self, x: torch.ops.grc_test_library.twice(x) + 1).eval()
         options = Options(output=tmp_path / "model.grc", engine="eager", batches=(4,))
         artifact = grc.compile(model, lambda b: (rows(b, 4),), options)
-        assert list(artifact.manifest["requires"]) == ["grc_test_library"]
+        assert list(artifact.manifest["requires"]) == ["grc_test_library::twice"]
         assert torch.equal(grc.load(tmp_path / "model.grc")(rows(3, 4)), rows(3, 4) * 2 + 1)
     with pytest.raises(
-        ArtifactError, match="needs the operators grc_test_library::, which are not loaded here"
+        ArtifactError, match="needs the operator grc_test_library::twice, which is not loaded here"
     ) as caught:
         Artifact.open(
             tmp_path / "model.grc"
