@@ -8,7 +8,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -190,17 +190,20 @@ def test_a_client_that_left_is_not_computed_for(tmp_path: Path, compiled: Callab
 
     artifact = compiled(tmp_path / "slow.grc", edit=slow)
     with running(tmp_path, f"tiny={artifact}", "--max-rows", 1) as server:
-        with peer(server) as stays:
-            stays.send(post(INFER, ROW) * 2)
+        with ExitStack() as open_ones:
+            stay = [open_ones.enter_context(peer(server)) for _ in range(30)]
+            for client in stay:
+                client.send(post(INFER, ROW))
             with peer(server) as leaves:
                 leaves.send(post(INFER, ROW))
-                time.sleep(0.01)
+                for _ in range(2):  # what was sent before these are answered has been read
+                    assert server.ask("/v2/health/live")[0] == 200
                 leaves.reset()
-            assert [stays.answer()[0] for _ in range(2)] == [200, 200]
+            assert [client.answer()[0] for client in stay] == [200] * len(stay)
         for _ in until("the client that left"):
             if server.metric('grc_refusals_total{model="tiny",reason="gone"}') == 1:
                 break
-        assert server.metric('grc_requests_total{code="200",model="tiny",protocol="http"}') == 2
+        assert server.metric('grc_requests_total{code="200",model="tiny",protocol="http"}') == len(stay)
 
 
 def test_a_client_over_grpc_that_left_is_counted_as_gone_and_not_computed_for(
