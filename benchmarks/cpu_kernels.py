@@ -1,6 +1,6 @@
 """The C++ look-ups beside kernels written by hand for one shape, both called from C++ as an AOTInductor package calls them.
 
-    python -m benchmarks.cpu_kernels [--batches 1,64,1024] [--rows 100000] [--rounds 60] [--small]
+    python -m benchmarks.cpu_kernels [--batches 1,64,1024] [--rows 100000] [--rounds 200] [--small]
 
 DLRM's shape: 26 tables of 64 columns, and a dense vector beside them for the interaction. The hand knows the shape at compile
 time and checks no id; grc's kernels know it at run time, and check every id. Ids come from a pool whose rows do not fit the
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.precision import replace
 from grc.bench.host import machine, tuned_environment, versions
 from grc.kernels import cpp
 from grc.kernels.bag_dot import BAG_DOT
@@ -31,6 +32,7 @@ from grc.kernels.lookup import LOOKUP
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu-kernels.jsonl"
 TABLES, DIM = 26, 64
+KEY = ("op", "rows", "batch", "machine")  # one row of each is kept
 GOAL = 1.3  # times the hand's
 ROUND_S = 0.004  # of each side
 POOL_BYTES = 128 << 20  # of rows: more than the last-level cache that one core sees
@@ -43,7 +45,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--batches", default="1,64,1024", metavar="N,...")
     parser.add_argument("--rows", type=int, default=100_000, help="of each table")
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument(
         "--small", action="store_true", help="small tables and few rounds, to check that everything runs"
     )
@@ -58,7 +60,9 @@ def main() -> int:
     library = build()
     told = ", ".join(f"{name} {version}" for name, version in versions().items() if name in ("grc", "torch"))
     about = {"machine": machine("cpu"), "versions": told, "date": datetime.date.today().isoformat()}
-    said = f"python -m benchmarks.cpu_kernels --batches {options.batches} --rows {options.rows}"
+    said = (
+        f"python -m benchmarks.cpu_kernels --batches {options.batches} --rows {options.rows} --rounds {options.rounds}"
+    )
     found = []
     for dtype in BOUND:
         arena = torch.randn(TABLES * options.rows, DIM).to(dtype)
@@ -67,7 +71,7 @@ def main() -> int:
                 found.append({**measure(library, op, arena, batch, options.rounds), **about, "command": said})
                 print(json.dumps(found[-1]), flush=True)
     if not options.small:
-        keep(found)
+        replace(found, RESULTS, KEY)
     return 1 if any(row["ratio"] > GOAL for row in found) else 0
 
 
@@ -119,13 +123,6 @@ def check(out: Tensor, op: str, arena: Tensor, ids: Tensor, dense: Tensor | None
     error = float((own.double() - out.double()).abs().max() / own.double().abs().max())
     if not error <= BOUND[arena.dtype]:
         raise RuntimeError(f"{op} {arena.dtype}: the two sides differ by {error:.1e} of the largest value")
-
-
-def keep(rows: list[dict[str, Any]]) -> None:
-    """Newer cells take the place of older ones of the same machine."""
-    old = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    kept = {tuple(row[key] for key in ("op", "rows", "batch", "machine")): row for row in [*old, *rows]}
-    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in kept.values()))
 
 
 if __name__ == "__main__":

@@ -98,19 +98,18 @@ def recommended(program: Any, text: str) -> bytes:
 def golden_inputs(artifact: Path) -> dict[str, Any]:
     """The second golden request, which has more than one row where the model takes batches."""
     from grc import Artifact
-    from grc.runtime.weights import read_weights
+    from grc.runtime.golden import read_golden
 
-    manifest = Artifact.open(artifact).manifest
-    tensors = read_weights(artifact / "golden.safetensors")
-    index = 1 if "1.input.0" in tensors else 0
-    return {spec["name"]: tensors[f"{index}.input.{i}"] for i, spec in enumerate(manifest["inputs"])}
+    opened = Artifact.open(artifact)
+    request = read_golden(opened)[:2][-1]
+    return {spec["name"]: tensor for spec, tensor in zip(opened.manifest["inputs"], request.inputs, strict=True)}
 
 
 def load_requests(artifact: Path) -> bytes:
     """Every row of the golden requests, as perf_analyzer reads them by --input-data."""
     from grc import Artifact
     from grc.runtime.golden import read_golden
-    from grc.runtime.triton_repository.rows import load_data
+    from grc.runtime.triton_repository.perf_analyzer import load_data
     from grc.runtime.triton_repository.tensors import interface
 
     opened = Artifact.open(artifact)

@@ -28,7 +28,7 @@ def intervals(graph: fx.GraphModule) -> dict[fx.Node, Interval]:
     known: dict[fx.Node, Interval] = {}
     for node in graph.graph.nodes:
         constant = attribute(graph, node)
-        if constant is not None and integers(constant):
+        if constant is not None and constant.dtype in (torch.int32, torch.int64):  # bytes are tables, and may be large
             known[node] = (int(constant.min()), int(constant.max())) if constant.numel() else (0, 0)
         elif node.op == "call_function" and integers(value(node)):
             known[node] = made(known, node)

@@ -220,8 +220,8 @@ def gpu_engines(
     fixed: Sequence[tuple[int, list[torch.Tensor]]],
 ) -> list[tuple[Engine, Lowerable]]:
     """The engines in the order in which ties go. `optimised` are the graphs to build, by label; `source` is the graph as
-    it came; without it bad ids are guarded in the graph, and nothing is counted. `fixed` are batch sizes to build for
-    alone, and inputs of those."""
+    it came; without it bad ids are guarded in the graph, and only computed indices are counted. `fixed` are batch sizes to
+    build for alone, and inputs of those."""
     count = source is not None
     offered: list[tuple[Engine, Lowerable]] = []
     for label, lowerable in optimised.items():

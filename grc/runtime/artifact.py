@@ -100,10 +100,11 @@ def import_operator(name: str, operator: str, package: str | None) -> None:
             ) from None
     if operator not in torch._C._dispatch_get_all_op_names():
         namespace = operator.split("::")[0]
-        other = f"install a version of {package} that has it"
         raise ArtifactError(
             f"{name} needs the operator {operator}, which is not loaded here",
-            other if package else f"import the package that defines {namespace}:: before grc.load()",
+            f"install a version of {package} that has it"
+            if package
+            else f"import the package that defines {namespace}:: before grc.load()",
         )
 
 

@@ -79,12 +79,18 @@ def lost_operators(manifest: dict) -> None:
     manifest["requires"] = {"abacus::add": "no_such_package"}
 
 
+def older_library(manifest: dict) -> None:
+    manifest["requires"] = {"abacus::add": "json"}
+
+
 HOSTS = {
     other_isa: ("tiny.grc was built for avx512; this CPU has avx2", "rebuild it here: {command}"),
     other_torch: (f"tiny.grc was built with torch 2.4.1; this is torch {torch.__version__.split('+')[0]}",
                   "rebuild it here: {command}"),
     other_format: (f"tiny.grc has format 99; this grc reads format {FORMAT}", "rebuild the artifact"),
     lost_operators: ("tiny.grc needs the operator abacus::add of no_such_package", "pip install no_such_package"),
+    older_library: ("tiny.grc needs the operator abacus::add, which is not loaded here",
+                    "install a version of json that has it"),
 }  # fmt: skip
 
 

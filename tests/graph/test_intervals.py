@@ -23,6 +23,7 @@ class Made(nn.Module):
         super().__init__()
         self.make = make
         self.register_buffer("limits", torch.tensor([[3, 9, 20]]))
+        self.register_buffer("table", torch.arange(60, dtype=torch.uint8))
 
     def forward(self, ids: Tensor, scores: Tensor) -> Tensor:
         return self.make(self, ids, scores)
@@ -48,6 +49,7 @@ class Made(nn.Module):
         (lambda m, ids, s: torch.cat([ids % 5, m.limits.expand(ids.shape[0], 3)], 1), (0, 20)),
         (lambda m, ids, s: (ids % 5).gather(1, s.argsort(1)), (0, 4)),
         (lambda m, ids, s: torch.arange(2, 9, 3).expand(ids.shape[0], 3) + ids % 2, (2, 9)),
+        (lambda m, ids, s: m.table[ids % 7], (-INF, INF)),
         (lambda m, ids, s: (ids % 5 - 1).to(torch.uint8), (-INF, INF)),
         (lambda m, ids, s: s.abs().to(torch.int64), (-INF, INF)),
     ],

@@ -8,7 +8,6 @@
 #include <memory>
 #include <tuple>
 #include <utility>
-#include <vector>
 
 #include "lanes.h"
 
@@ -57,11 +56,12 @@ class Gram {
         words_((dim + Words::kElements - 1) / Words::kElements),
         stride_(padded(words_)),
         columns_(padded(rows)),
-        store_(new float[(rows + 1) * stride_ + (stride_ + columns_) * columns_ + 16]),
+        store_(new float[(rows + 1) * stride_ + (stride_ + columns_) * columns_ + 2 * columns_ + 16]),
         tile_(reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(store_.get()) + 63) & ~uintptr_t{63})),
         transposed_(tile_ + (rows + 1) * stride_),
         products_(transposed_ + stride_ * columns_),
-        rows_(columns_, zeros()) {
+        rows_(reinterpret_cast<const float**>(products_ + columns_ * columns_)) {
+    std::fill_n(rows_, columns_, zeros());
     // The rest is written before it is read, and clearing it would cost as much as a small batch.
     std::fill_n(tile_ + n_ * stride_, stride_, 0.f);
   }
@@ -108,14 +108,14 @@ class Gram {
   int64_t n_, dim_, words_, stride_, columns_;
   std::unique_ptr<float[]> store_;
   float *tile_, *transposed_, *products_;
-  std::vector<const float*> rows_;
+  const float** rows_;
 
   const float* zeros() const { return tile_ + n_ * stride_; }
 
   // Interleaving the first half of the vectors with the second, log2(kLanes) times over, transposes a square of them.
   void transpose() {
     for (int64_t i = 0; i < columns_; i += kLanes) {
-      const float* const* rows = rows_.data() + i;
+      const float* const* rows = rows_ + i;
       float* target = transposed_ + i;
       for (int64_t d = 0; d < stride_; d += kLanes) {
         Lanes a[kLanes], b[kLanes];
