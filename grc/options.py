@@ -25,7 +25,7 @@ class Options:
     engine: str = "auto"
     """`auto` builds every usable engine and keeps the fastest; a name forces that one."""
     batches: tuple[int, ...] = (1, 64, 1024)
-    """Batch sizes at which the candidates are measured; each may have its own winner."""
+    """Batch sizes at which the candidates are measured on a CPU; each may have its own winner. On a GPU those are `buckets`."""
     max_batch: int = 4096
     """Largest batch a request may have."""
     buckets: tuple[int, ...] = ()
@@ -35,7 +35,8 @@ class Options:
     streams: int = 1
     """On a GPU: requests that run at once, each with graphs and buffers of its own."""
     static_buckets: bool = False
-    """On a GPU: also build for each of `batches` alone, max-autotuned; minutes of build, kept only where faster."""
+    """On a GPU: also build for each of `batches` alone, max-autotuned, which makes it a bucket; minutes of build, kept only
+    where faster."""
     on_bad_id: BadIdPolicy = "error"
     """An id outside its table: refuse the request, read zeros, clamp to the table, or hash into it."""
     precision: str = "fp32"

@@ -15,6 +15,7 @@ Tensors = list[torch.Tensor]
 LARGE = 128 << 10  # bytes an input: a thread copies them in about 10 us
 APART = 64 << 10  # bytes of an answer from which on a copy of its own costs less than one more on the host
 LENT = 64 << 20  # bytes of those answers that callers may hold for each bucket: those of two requests in any case
+CUTS = 256  # sizes of requests whose cuts a bucket keeps
 ON_HOST = 1 << 12  # numbers of a single answer up to which one thread of the host finds NaN sooner than the device does
 
 
@@ -73,10 +74,12 @@ class Bucket:
         return views(memory, specs, batch)
 
     def cut(self, plan: Plan, batch: int, host: bool) -> Cut:
-        """The buffers on one side, cut for a request of `batch` rows; made once for each size."""
+        """The buffers on one side, cut for a request of `batch` rows; made once for each size while there are not too many."""
         found = self.cuts.get((batch, host))
         if found is None:
             taken, given = (self.host, self.answers) if host else (self.device, [])
+            if len(self.cuts) >= CUTS:
+                self.cuts.popitem()
             found = self.cuts[batch, host] = Cut.of(plan, taken, given, batch)
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -30,17 +31,33 @@ def load_part(part: Mapping[str, Any], folder: Path, constants: Mapping[str, tor
     return loader(folder / part["file"], constants)
 
 
-def part_loader(manifest: Mapping[str, Any]) -> Callable[[Mapping[str, Any], Path, Mapping[str, torch.Tensor]], Run]:
-    """`load_part` for the device that an artifact was built for. On a GPU all its parts share one upload of the weights."""
+def part_loader(
+    manifest: Mapping[str, Any], alone: bool = False
+) -> Callable[[Mapping[str, Any], Path, Mapping[str, torch.Tensor]], Run]:
+    """`load_part` for the device that an artifact was built for. On a GPU all its parts share one upload of the weights, and
+    each has the buckets of the requests that it is chosen for: with `alone`, where it answers all, all buckets."""
     if manifest["target"]["device"] != "cuda":
         return load_part
     weights = DeviceWeights(torch.device("cuda", torch.cuda.current_device()))
     plan = Plan.of(manifest["inputs"], manifest["outputs"], **manifest["gpu"])
+    own = {} if alone else buckets_of_parts(manifest)
 
     def load(part: Mapping[str, Any], folder: Path, constants: Mapping[str, torch.Tensor]) -> Run:
-        return load_on_gpu(part, folder, {n: weights.on_device(t) for n, t in constants.items()}, plan)
+        chosen = replace(plan, buckets=own.get(part["file"], plan.buckets))
+        return load_on_gpu(part, folder, {n: weights.on_device(t) for n, t in constants.items()}, chosen)
 
     return load
+
+
+def buckets_of_parts(manifest: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The buckets that each part answers, by its file."""
+    choice = manifest["choice"]
+    own: dict[str, tuple[int, ...]] = {}
+    for size in manifest["gpu"]["buckets"]:
+        entry = choice[bisect.bisect_left([c["up_to"] for c in choice[:-1]], size)]
+        file = manifest["parts"][entry["part"]]["file"]
+        own[file] = (*own.get(file, ()), size)
+    return own
 
 
 def load_on_gpu(part: Mapping[str, Any], folder: Path, constants: Mapping[str, torch.Tensor], plan: Plan) -> Run:

@@ -126,7 +126,7 @@ def views(arena: torch.Tensor, specs: Sequence[Spec], batch: int) -> list[torch.
     ]
 
 
-def bucket_sizes(wanted: Sequence[int], smallest: int, largest: int) -> tuple[int, ...]:
-    """The sizes to capture: `wanted`, or a ladder of fours, always with the smallest batch and the largest one."""
-    ladder = wanted or (1, 8, 32, 128, 512, 2048, 8192, 32768)
+def bucket_sizes(wanted: Sequence[int], smallest: int, largest: int, more: Sequence[int] = ()) -> tuple[int, ...]:
+    """The sizes to capture: `wanted`, or a ladder of fours, and `more`, always with the smallest batch and the largest one."""
+    ladder = (*(wanted or (1, 8, 32, 128, 512, 2048, 8192, 32768)), *more)
     return tuple(sorted({smallest, largest, *(size for size in ladder if smallest <= size <= largest)}))

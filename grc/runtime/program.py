@@ -55,12 +55,15 @@ class Program:
             map_ahead(weights.values())
             if keep_memory:
                 keep_freed_memory()
-        load_one = part_loader(manifest)
-        self.runs: list[Run] = [load_one(p, artifact.path / "parts", bound(p["weights"], weights)) for p in parts]
-        self.self_checking = [bool(p["checks_ids"]) for p in parts]
         forced = next((i for i, p in enumerate(parts) if p["engine"] == engine), None)
         self.limits = [] if forced is not None else [c["up_to"] for c in manifest["choice"][:-1]]
         self.chosen = [forced] if forced is not None else [c["part"] for c in manifest["choice"]]
+        load_one = part_loader(manifest, forced is not None)
+        self.runs: dict[int, Run] = {
+            i: load_one(parts[i], artifact.path / "parts", bound(parts[i]["weights"], weights))
+            for i in sorted(set(self.chosen))
+        }
+        self.self_checking = [bool(p["checks_ids"]) for p in parts]
         self.check = InputCheck(manifest)
         self.min_batch = manifest["batch"]["min"]
         self.leaves = Signature(manifest).leaves

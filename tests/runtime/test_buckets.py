@@ -13,6 +13,7 @@ from grc.runtime.answers import Answers
 from grc.runtime.bucket import Cut
 from grc.runtime.buckets import Buckets
 from grc.runtime.device import DeviceWeights
+from grc.runtime.engines import buckets_of_parts
 from grc.runtime.plan import LINE, Plan, Spec, bucket_sizes, layout, obstacle, views
 
 DENSE = {"name": "dense", "dtype": "float32", "sizes": ["batch", 3]}
@@ -33,6 +34,14 @@ def test_sizes_are_a_ladder_with_both_ends() -> None:
     assert bucket_sizes((), 1, 4096) == (1, 8, 32, 128, 512, 2048, 4096)
     assert bucket_sizes((), 2, 100) == (2, 8, 32, 100)
     assert bucket_sizes((64, 16, 5000), 1, 1024) == (1, 16, 64, 1024)
+    assert bucket_sizes((), 1, 100, (50, 100, 700)) == (1, 8, 32, 50, 100)
+
+
+def test_a_part_has_the_buckets_of_the_requests_that_it_is_chosen_for() -> None:
+    parts = [{"file": "small.pt2"}, {"file": "large.pt2"}]
+    choice = [{"up_to": up_to, "part": part} for up_to, part in ((1, 0), (8, 1), (32, 0), (2**31 - 1, 1))]
+    manifest = {"parts": parts, "choice": choice, "gpu": {"buckets": [1, 8, 32, 100]}}
+    assert buckets_of_parts(manifest) == {"small.pt2": (1, 32), "large.pt2": (8, 100)}
 
 
 def test_fixed_sizes_are_one_bucket() -> None:
