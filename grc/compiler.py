@@ -23,6 +23,7 @@ from grc.lowering.choose import Choice, Requests, build_all, choose, engines_for
 from grc.lowering.cuda import Gpu, full_precision, gpu_engines, gpu_target, mixed_rows
 from grc.lowering.engine import Built, Engine, Lowerable, Target
 from grc.lowering.export import written_out
+from grc.lowering.kernel_times import KernelTimes
 from grc.lowering.stages import BuiltStage, Line
 from grc.lowering.timing import crowding
 from grc.lowering.traffic import interpolated, learn, read_traffic, told
@@ -258,9 +259,11 @@ def lower(
         relearn = Relearn(gpu, source, optimised, options, traffic) if traffic and gpu.plan.buckets else None
         model = gpu.model_runner(theirs, source.inputs)
         with full_precision():
-            return build_and_choose(
+            lowering = build_and_choose(
                 offered, target, parts, requests, options, progress, gpu.load, model, gpu.plan, relearn
             )
+        lowering[0].kernels = gpu.times.entry()
+        return lowering
     requests = make_requests(source, optimised, options)
     if lowered is not None and lowered.formats:
         requests = replace(requests, judge=lowered.judge)
@@ -318,9 +321,11 @@ def target_of(options: Options) -> Target:
 
 def open_gpu(source: Source, options: Options) -> Gpu:
     """The GPU with the plan of its buckets; models whose rows read each other get none."""
-    sizes = bucket_sizes((*options.buckets,), source.min_batch, options.max_batch)
+    fixed = options.batches if options.static_buckets else ()
+    sizes = bucket_sizes(options.buckets, source.min_batch, options.max_batch, fixed)
     plan = Plan.of(*source.described(), sizes, options.streams, mixed_rows(source, source.graph))
-    return Gpu(DeviceWeights(torch.device("cuda", torch.cuda.current_device())), plan)
+    device = torch.device("cuda", torch.cuda.current_device())
+    return Gpu(DeviceWeights(device), plan, KernelTimes(device))
 
 
 @dataclass(frozen=True)

@@ -141,11 +141,12 @@ def stage_segments(stage: BuiltStage, source: Source) -> list[dict[str, Any]]:
 
 
 def gpu_entry(choice: Choice) -> dict[str, Any]:
-    """Which batch sizes have a CUDA graph, or why none has."""
+    """Which batch sizes have a CUDA graph, or why none has, and the times of fused ops."""
     plan = choice.plan
     if plan is None:
         return {}
-    return {"gpu": {"buckets": list(plan.buckets), "streams": plan.streams, "reason": plan.reason}}
+    gpu = {"buckets": list(plan.buckets), "streams": plan.streams, "reason": plan.reason}
+    return {"gpu": gpu, "kernels": choice.kernels}
 
 
 def part_entry(candidate: Candidate, store: Store, target: Target) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def command(artifact: p.ArtifactPath, json: p.Json = False, traceback: Traceback
 
 def sections(manifest: dict[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]]:
     """Every table of the manifest: a title and rows of text."""
-    from grc.report.summary import changes, rolled_back, size
+    from grc.report.summary import changes, fused_on_gpu, rolled_back, size
     from grc.runtime.inputs import InputCheck
 
     check = InputCheck(manifest)
@@ -86,6 +86,7 @@ def sections(manifest: dict[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]
         ("missed", [(name(c), place(c), c["missed"]) for c in missed]),
         ("rolled back", [(r["pass"], r["why"]) for r in rolled_back(manifest)]),
         ("engines: medians by batch, largest error against fp64", engine_rows(manifest)),
+        ("fused ops as they were timed on this GPU", fused_on_gpu(manifest)),
         ("files", [(file, size(entry["bytes"])) for file, entry in manifest["files"].items()]),
     ]
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 
 Way = TypeVar("Way")
+Tile = TypeVar("Tile", bound=tuple[int, ...])
 
 
 def by_count(count: Any, ways: Sequence[tuple[Way, int]], last: Way) -> list[tuple[Way, Any]]:
@@ -22,3 +23,13 @@ def by_count(count: Any, ways: Sequence[tuple[Way, int]], last: Way) -> list[tup
         found.append((way, asked - fewer))
         fewer = asked
     return [*found, (last, 1 - fewer)]
+
+
+def as_measured(count: Any, tiles: Sequence[int] | None, usual: Tile) -> list[tuple[Tile, Any]]:
+    """The tiles of a kernel as `by_count` gives its ways. `tiles` were measured: the most rows that one is for, then its
+    numbers, and so on, the last for all that are more; without them there is the `usual` one."""
+    if not tiles:
+        return [(usual, 1)]
+    step, kind = 1 + len(usual), cast(Callable[..., Tile], type(usual))
+    found = [(kind(*tiles[at + 1 : at + step]), tiles[at]) for at in range(0, len(tiles), step)]
+    return by_count(count, found[:-1], found[-1][0])

@@ -54,6 +54,7 @@ class Choice:
     eager_times: dict[int, float]
     winners: list[tuple[int, Candidate]]
     plan: Plan | None = None  # of a GPU's buckets
+    kernels: dict[str, Any] = field(default_factory=dict)  # how fast a GPU's fused ops are
     crowded: str | None = None  # what other programs took meanwhile, if it was much
 
     @property

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor import cpu_vec_isa
 
 from grc.errors import ArtifactError, LoweringError
 from grc.graph.capture import Source
@@ -34,6 +35,7 @@ from grc.lowering.epilogue import (
 from grc.lowering.export import export_graph
 from grc.lowering.in_place import with_parts_in_place
 from grc.lowering.inductor import package, packaged_constants, settings
+from grc.lowering.kernel_times import KernelTimes
 from grc.lowering.move import moved
 from grc.lowering.towers import takes_towers, with_towers
 from grc.lowering.twins import all_have_twins, optional_twins, with_twins
@@ -61,6 +63,7 @@ class Gpu:
 
     weights: DeviceWeights
     plan: Plan
+    times: KernelTimes
 
     @property
     def device(self) -> torch.device:
@@ -96,6 +99,20 @@ class Gpu:
             return [answer.cpu() for answer in graph(*(tensor.to(self.device) for tensor in given))]
 
         return run
+
+
+NO_VECTORS = {"cpp.vec_isa_ok": False}  # a package's code for the host only launches kernels
+
+
+@contextmanager
+def looking_for_no_vectors() -> Iterator[None]:
+    """Let Inductor find anew which vectors of the CPU it may use, here and after this block: what it found it keeps, and to
+    try all that a CPU has takes torch 2.11 a minute."""
+    cpu_vec_isa.valid_vec_isa_list.cache_clear()
+    try:
+        yield
+    finally:
+        cpu_vec_isa.valid_vec_isa_list.cache_clear()
 
 
 def part_on_gpu(built: Built) -> dict[str, Any]:
@@ -155,7 +172,8 @@ class CudaInductor:
             seen = all_have_twins(graph) and all(entry.checked_by_kernel for entry in id_ranges(graph))
             checks = self.count and seen
             without = (*self.without, "cross") if few_rows else self.without
-            graph, counts = with_twins(graph, self.gpu.device, self.count or checks_any(graph), without)
+            counting, sizes = self.count or checks_any(graph), (self.bucket,) if self.bucket else self.gpu.plan.buckets
+            graph, counts = with_twins(graph, self.gpu.device, counting, without, self.gpu.times, sizes)
             graph = with_parts_in_place(graph)
             if self.layers == "chains":
                 graph = with_chains(graph)
@@ -175,8 +193,8 @@ class CudaInductor:
                 objects.append(str(encoder.build(form, str(target.sm))))
         program = export_graph(Lowerable(graph, ready.inputs, ready.shapes), OPS)
         file = f"{self.name}.pt2"
-        configs = settings([]) | ({"max_autotune": True} if self.bucket else {})
-        with dependent_kernels():
+        configs = settings([]) | NO_VECTORS | ({"max_autotune": True} if self.bucket else {})
+        with dependent_kernels(), looking_for_no_vectors():
             package(program, folder / file, configs | {"aot_inductor.custom_ops_to_c_shims": shims}, objects)
         constants = packaged_constants(folder / file, graph, program)
         if counts and COUNTER not in constants:  # a bad id would be answered like a good one

@@ -14,6 +14,7 @@ from torch import fx
 from grc.graph.match import aten, call_arguments, is_op, value
 from grc.graph.rewrite import copy_graph
 from grc.kernels import CHECKED_IDS
+from grc.lowering.kernel_times import KernelTimes
 from grc.runtime.engines import COUNTER
 from grc.runtime.mapped import TOLD
 
@@ -56,7 +57,12 @@ def is_optional(module: Any | None) -> bool:
 
 
 def with_twins(
-    graph: fx.GraphModule, device: torch.device, count: bool, without: Sequence[str] = ()
+    graph: fx.GraphModule,
+    device: torch.device,
+    count: bool,
+    without: Sequence[str] = (),
+    times: KernelTimes | None = None,
+    batches: Sequence[int] = (),
 ) -> tuple[fx.GraphModule, bool]:
     """A copy of a graph on `device` in which fused look-ups are `grc_cuda::` operators on ready-made lists, and other
     fused ops that have a kernel are such operators too, but for those named in `without`.
@@ -64,7 +70,7 @@ def with_twins(
     With `count`, the kernels of look-ups, and those that check the ids of other look-ups, count ids outside of their tables,
     for which they read zeros or row 0, and the answer is whether they do: where by the constant COUNTER, which the runtime
     fills in, and refuses the request by that number. Look-ups alone do not where one has no kernel, whose ids would not be in
-    it.
+    it. With `times`, kernels are timed at these batch sizes, and look-ups take the tiles that were the fastest.
     """
     copy = copy_graph(graph)
     edit = Constants(copy, device)
@@ -78,6 +84,7 @@ def with_twins(
         if module is None or (is_optional(module) and node.target._opname in without):
             continue
         given = call_arguments(node)
+        tiles = times.tiles(copy, node, module, batches) if times and batches and node not in checks else None
         if not hasattr(module, "lists"):
             counter = (told,) if node in checks else ()
             node.args, node.kwargs, node.target = (*given.values(), *counter), {}, module.register()
@@ -86,7 +93,7 @@ def with_twins(
         values = module.lists(value(given["arena"]), *(given[parameter] for parameter in list(wanted)[1:]))
         if given["packing"]:
             widen(node, len(node.target._schema.returns))  # type: ignore[union-attr]
-        node.args = (*given.values(), edit.constant(f"{node.name}_tables", values), told)
+        node.args = (*given.values(), edit.constant(f"{node.name}_tables", values), told, tiles)
         node.kwargs = {}
         node.target = module.register()
     copy.graph.eliminate_dead_code()

@@ -112,6 +112,23 @@ def speed(manifest: dict[str, Any]) -> dict[str, Any] | None:
 SHARED = ("--on-bad-id", "--disable")  # flags of `grc compile` that `grc explain` and `grc opt` take too
 
 
+def fused_on_gpu(manifest: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Each fused op of a GPU's graph at each batch: its time, what it moves, and its bandwidth beside that of a copy."""
+    return [
+        (
+            f"{row['op']} {row['dtype']}",
+            row["node"],
+            f"batch {row['batch']}",
+            microseconds(row["us"]),
+            size(row["bytes"]),
+            f"{row['bytes'] / row['us'] / 1e3:.0f} GB/s",
+            f"{row['of_copy']:.0%} of a copy's",
+            f"tile {', '.join(map(str, row['tile']))}" if row["tile"] else "",
+        )
+        for row in manifest.get("kernels", {}).get("fused", [])
+    ]
+
+
 def next_steps(manifest: dict[str, Any], missed: list[dict[str, Any]]) -> list[str]:
     """Commands that are worth a try after this compilation, the most useful first."""
     model, *flags = shlex.split(manifest["command"].removeprefix("grc compile "))

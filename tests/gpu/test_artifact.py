@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import grc
+from benchmarks.gpu_stress import sound, stress
 from grc.errors import ArtifactError, InputError
+from grc.graph.model_file import from_module
 from grc.runtime import bucket
 from grc.runtime import device as device_memory
 from grc.runtime.artifact import write_manifest
@@ -132,6 +137,38 @@ def test_the_part_has_graphs_and_counts_bad_ids(program: grc.Program) -> None:
     assert part["engine"] == "inductor" and part["graphs"] and part["checks_ids"] and part["notes"] == []
 
 
+def test_neither_triton_nor_a_compiler_nor_the_model_is_needed_to_load(
+    program: grc.Program, path: Path, tmp_path: Path
+) -> None:
+    inputs = click_inputs(5)
+    torch.save(inputs, tmp_path / "inputs.pt")
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, grc
+torch.save(grc.load(sys.argv[1])(*torch.load(sys.argv[2])), sys.argv[3])
+"""
+    environment = {**os.environ, "PATH": str(tmp_path), "CXX": "/nowhere/g++", "CC": "/nowhere/gcc"}
+    command = [sys.executable, "-c", code, str(path), str(tmp_path / "inputs.pt"), str(tmp_path / "answers.pt")]
+    subprocess.run(command, check=True, env=environment, timeout=300)
+    answers, wanted = torch.load(tmp_path / "answers.pt"), program(*inputs)
+    assert torch.equal(answers["scores"], wanted["scores"]) and torch.equal(answers["best"], wanted["best"])
+
+
+def test_look_ups_are_timed_and_take_the_tile_that_won(program: grc.Program) -> None:
+    kernels = program.artifact.manifest["kernels"]
+    rows = [row for row in kernels["fused"] if row["op"] == "bag_dot"]
+    assert [row["batch"] for row in rows] == program.artifact.manifest["gpu"]["buckets"]
+    assert all(row["us"] > 0 and 0 <= row["of_copy"] < 1.2 and len(row["tile"]) == 4 for row in rows)
+    assert kernels["copy_gbps"] > 100
+
+
+def test_tables_go_to_the_device_in_chunks(program: grc.Program, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_memory, "CHUNK", 256)
+    inputs = click_inputs(9)
+    assert torch.equal(grc.load(path)(*inputs)["scores"], program(*inputs)["scores"])
+
+
 def test_every_bit_of_a_replay_is_that_of_a_run(program: grc.Program, path: Path) -> None:
     manifest = program.artifact.manifest
     part = manifest["parts"][0]
@@ -194,6 +231,8 @@ def test_the_fastest_of_all_engines_is_kept(model: nn.Module, tmp_path: Path) ->
     assert ("inductor@4", 1) not in measured
     assert artifact.manifest["rejected"] == {}
     inputs = click_inputs(3)
+    captured = [run.plan.buckets for run in grc.load(artifact.path).runs.values() if isinstance(run, Buckets)]
+    assert sorted(size for sizes in captured for size in sizes) == [1, 4], "a part has the buckets that it answers"
     for engine in [None, *(part["engine"] for part in artifact.manifest["parts"])]:
         scores = grc.load(artifact.path, engine=engine)(*inputs)["scores"]
         torch.testing.assert_close(scores, model(*inputs)["scores"].detach(), rtol=1e-4, atol=1e-4)
@@ -253,3 +292,9 @@ def test_tables_that_do_not_fit_are_read_from_the_host(
     with pytest.raises(InputError, match="has id -1 at row 2, column 1"):
         spilled(dense, ids)
     assert held < 72 << 20, "only graphs and workspaces lie on the device"
+
+
+@pytest.mark.parametrize("replays", [4_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_no_bit_differs_and_no_memory_stays_behind(model: nn.Module, path: Path, replays: int) -> None:
+    found = stress(path, from_module(model, click_inputs), replays, threads=4, loads=12)
+    assert found["replays"] >= replays and sound(found), found

@@ -82,9 +82,17 @@ DOT_FORMS = [
 ]
 
 
-def run_dot(a: dict[str, Any], dense: torch.Tensor | None, upper: bool, diagonal: bool, keep: bool) -> torch.Tensor:
+def run_dot(
+    a: dict[str, Any],
+    dense: torch.Tensor | None,
+    upper: bool,
+    diagonal: bool,
+    keep: bool,
+    tiles: list[int] | None = None,
+) -> torch.Tensor:
     head = (a["arena"], a["ids"], a["offsets"], a["weights"], dense, a["bases"], a["rows"], a["dims"][0])
-    out, bad = counted(bag_dot.register(), *head, a["lengths"], a["pooling"], a["padding"], upper, diagonal, keep)
+    rest = (a["lengths"], a["pooling"], a["padding"], upper, diagonal, keep)
+    out, bad = counted(bag_dot.register(), *head, *rest, tiles=tiles)
     assert bad == outside(a)
     return out
 
@@ -119,7 +127,7 @@ def test_bag_dot_follows_its_pairs_by_zeros_up_to_a_width(keep: bool) -> None:
     dense = torch.randn(len(a["ids"]), a["dims"][0]).to(DEVICE, torch.float16)
     out = run_dot(a, dense, False, False, keep)
     head = (a["arena"], a["ids"], None, None, dense, a["bases"], a["rows"], a["dims"][0], a["lengths"], 0, a["padding"])
-    wide = bag_dot.register()(*head, False, False, keep, [], None, None, 24)
+    wide = bag_dot.register()(*head, False, False, keep, [], None, None, None, 24)
     assert wide.shape == (len(out), 24)
     assert torch.equal(wide, torch.nn.functional.pad(out, (0, 24 - out.shape[1])))
 
@@ -180,19 +188,22 @@ def test_bi_interaction(name: str, dtype: torch.dtype, keep: bool) -> None:
 
 @runs
 @pytest.mark.parametrize("choice", lookup.CONFIGS, ids=str)
-def test_every_lookup_config_is_right(choice: lookup.Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lookup, "config", lambda *_: choice)
+def test_every_lookup_config_is_right(choice: lookup.Config) -> None:
     a = make(LOOKUPS["mean"], torch.float16)
-    close(lookup.register()(*a.values()), torch.cat(pooled(a), 1), torch.cat(pooled(a, absolute=True), 1))
+    close(
+        lookup.register()(*a.values(), tiles=[1, *lookup.CONFIGS[0], 0, *choice]),
+        torch.cat(pooled(a), 1),
+        torch.cat(pooled(a, absolute=True), 1),
+    )
 
 
 @runs
 @pytest.mark.parametrize("choice", bag_dot.CONFIGS + bag_dot.FLOAT32_CONFIGS, ids=str)
-def test_every_bag_dot_config_is_right(choice: bag_dot.Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bag_dot, "config", lambda *_: choice)
+def test_every_bag_dot_config_is_right(choice: bag_dot.Config) -> None:
     a = make(Bags(dims=(150,) * 3), torch.float32 if choice in bag_dot.FLOAT32_CONFIGS else torch.float16)
     nodes = torch.stack(pooled(a), 1)
-    close(run_dot(a, None, False, False, False), pairs(nodes, False, False), pairs(nodes.abs(), False, False), 4.0)
+    out = run_dot(a, None, False, False, False, [len(a["ids"]), *choice, 0, *bag_dot.CONFIGS[0]])
+    close(out, pairs(nodes, False, False), pairs(nodes.abs(), False, False), 4.0)
 
 
 DECLARED = [(op, module, case) for op, module in MODULES for case in op.cases]
@@ -232,10 +243,10 @@ def test_declared_case_errs_at_most_twice_as_much_as_the_reference(op: FusedOp, 
 
 @runs
 @pytest.mark.parametrize("choice", bag_fm.CONFIGS, ids=str)
-def test_every_bag_fm_config_is_right(choice: bag_fm.Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bag_fm, "config", lambda *_: choice)
+def test_every_bag_fm_config_is_right(choice: bag_fm.Config) -> None:
     a = make(LOOKUPS["padding"], torch.float32)
-    flat, _ = bag_fm.register()(a["arena"], None, a["ids"], a["bases"], a["rows"], a["dims"][0], a["padding"])
+    given = (a["arena"], None, a["ids"], a["bases"], a["rows"], a["dims"][0], a["padding"])
+    flat, _ = bag_fm.register()(*given, tiles=[0, *choice])
     assert torch.equal(flat.double().cpu(), torch.cat(pooled(a), 1))
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.library import wrap_triton
@@ -13,7 +13,6 @@ from grc.kernels.bag_dot.triangle import triangle, write
 from grc.kernels.dependent import ready
 from grc.kernels.gpu_op import registering
 from grc.kernels.rows import (
-    ARENA,
     INT4,
     NO_PADDING,
     answer_dtype,
@@ -31,6 +30,7 @@ from grc.kernels.rows import (
     triton,
 )
 from grc.kernels.tiles import lanes
+from grc.kernels.ways import as_measured
 
 
 class Config(NamedTuple):
@@ -90,6 +90,36 @@ def config(batch: int | torch.SymInt, features: int, dim: int, dtype: torch.dtyp
         return choices[-1][1]
     size = batch * features * dim * dtype.itemsize
     return next(choice for limit, choice in choices if size <= limit)
+
+
+def tiles_of(given: Mapping[str, Any]) -> tuple[Config, ...]:
+    """The tiles that a call may take: which is the fastest is measured where it will run."""
+    if by_integers(given["arena"], **{name: given[name] for name in CALL}):
+        return INTEGER_CONFIGS
+    return FLOAT32_CONFIGS if answer_dtype(given["arena"]) is torch.float32 else CONFIGS
+
+
+CALL = ("offsets", "weights", "dense", "bases", "dim", "lengths", "packing")
+
+
+def by_integers(
+    arena: torch.Tensor,
+    offsets: Any,
+    weights: Any,
+    dense: Any,
+    bases: Sequence[int],
+    dim: int,
+    lengths: Sequence[int],
+    packing: Sequence[int] | None,
+) -> bool:
+    """Whether rows of 8 or 4 bits are multiplied as integers, for which there must be enough of them.
+
+    For an id that has no row that kernel reads the arena's first bytes, so there must be some.
+    """
+    if not packing or offsets is not None or weights is not None or set(lengths) != {1}:
+        return False
+    nodes, pitch = len(bases) + (dense is not None), layout(arena, bases, [dim] * len(bases), packing).pitch[0]
+    return nodes >= LEAST_ROWS and LEAST_COLUMNS <= dim <= MOST_COLUMNS and arena.numel() >= pitch
 
 
 @triton.jit
@@ -208,6 +238,7 @@ def bag_dot(
     packing: list[int] | None = None,
     tables: torch.Tensor | None = None,
     told: torch.Tensor | None = None,
+    tiles: list[int] | None = None,
     width: int = 0,
 ) -> torch.Tensor:
     """All pairs of T = [dense; pooled rows]: [B, pairs], or [B, dim + pairs] if keep_dense (DLRM; Naumov et al. 2019).
@@ -220,9 +251,10 @@ def bag_dot(
     Rows of 8 or 4 bits are multiplied as integers where that is less work (LEAST_ROWS, LEAST_COLUMNS): before it is rounded
     to float16, the product of two is then within INTEGERS * dim of that of the largest sizes that their scales and offsets
     can give. The dense row is taken in steps of FIXED of its largest size, and gives NaN if it is not finite.
-    `tables` are this call's `lists` on the device; without them they are made here. With `width`, columns of zeros follow
-    up to it: rows that begin on 16 bytes are stored, and read by a product, in whole vectors. Raises LoweringError for an
-    arena whose rows are not contiguous and for weights with a pooling other than sum.
+    `tables` are this call's `lists` on the device; without them they are made here. `tiles` are those that were measured,
+    as `as_measured` reads them. With `width`, columns of zeros follow up to it: rows that begin on 16 bytes are stored, and
+    read by a product, in whole vectors. Raises LoweringError for an arena whose rows are not contiguous and for weights
+    with a pooling other than sum.
     """
     check(arena, weights, pooling)
     count = len(bases)
@@ -233,10 +265,8 @@ def bag_dot(
     keep = keep_dense and has_dense
     nodes = count + has_dense
     one = offsets is None and weights is None and set(lengths) == {1}
-    # For an id that has no row the kernel of integers reads the arena's first bytes, so there must be some.
-    integers = form != ARENA and one and nodes >= LEAST_ROWS and LEAST_COLUMNS <= dim <= MOST_COLUMNS
-    integers = integers and arena.numel() >= pitch[0]
-    choice = config(batch, count, dim, arena.dtype if integers else dtype)
+    integers = by_integers(arena, offsets, weights, dense, bases, dim, lengths, packing)
+    usual = config(batch, count, dim, arena.dtype if integers else dtype)
     pairs = nodes * (nodes + 1 if diagonal else nodes - 1) // 2
     head = dim if keep else 0
     width = max(width, pairs + head)
@@ -246,32 +276,33 @@ def bag_dot(
     dense_row, dense_step = (0, 0) if dense is None else strides(dense)
     if tables is None:
         tables = table(lists(arena, bases, rows, dim, lengths, padding, packing), arena.device)
-    grid = (torch.sym_min(batch, choice.programs),)
     size = lanes(nodes)
     rest = triton.next_power_of_2(width - head - pairs) if width > head + pairs else 0
     padded = any(p != NO_PADDING for p in padding)
-    block = min(choice.block, triton.next_power_of_2(dim // (2 if form == INT4 else 1)))
-    if integers:
-        wrap_triton(grc_byte_dot)[grid](
-            arena, ids, arena if dense is None else dense, tables, out, tables if told is None else told, batch,
-            id_row, id_step, dense_row, dense_step,
-            F=count, D=dim, PITCH=pitch[0], SCALE=scale[0], ALIGN=align, FORM=form, PAIRS=pairs, WIDTH=width,
-            DENSE=int(has_dense), KEEP=keep, UPPER=upper, DIAGONAL=diagonal, PADDED=padded,
-            P=max(32, size), REST=rest, K=max(32, block), STAGES=choice.stages, TOLD=told is not None,
-            num_warps=max(choice.warps, size // 32),
-        )  # fmt: skip
-        return out
-    wrap_triton(grc_bag_dot)[grid](
-        arena, ids, ids if offsets is None else offsets.contiguous(), arena if weights is None else weights,
-        arena if dense is None else dense, tables, out, tables if told is None else told, batch, ids.shape[0],
-        id_row, id_step, weight_row, weight_step, dense_row, dense_step,
-        F=count, D=dim, PITCH=pitch[0], SCALE=scale[0], ALIGN=align, FORM=form, PAIRS=pairs, WIDTH=width,
-        DENSE=int(has_dense), KEEP=keep, UPPER=upper, DIAGONAL=diagonal,
-        IN_PLACE=dense is not None and dense.dtype == arena.dtype and dense_step == 1,
-        ONE=one, JAGGED=offsets is not None, WEIGHTED=weights is not None, PADDED=padded,
-        POOLING=pooling, P=size, REST=rest, BLOCK=max(16, block), STAGES=choice.stages,
-        PRECISION=FLOAT32 if dtype == torch.float32 else "ieee", TOLD=told is not None, num_warps=choice.warps,
-    )  # fmt: skip
+    widest = triton.next_power_of_2(dim // (2 if form == INT4 else 1))
+    for choice, asked in as_measured(batch, tiles, usual):
+        grid, block = (torch.sym_min(batch, choice.programs) * asked,), min(choice.block, widest)
+        if integers:
+            wrap_triton(grc_byte_dot)[grid](
+                arena, ids, arena if dense is None else dense, tables, out, tables if told is None else told, batch,
+                id_row, id_step, dense_row, dense_step,
+                F=count, D=dim, PITCH=pitch[0], SCALE=scale[0], ALIGN=align, FORM=form, PAIRS=pairs, WIDTH=width,
+                DENSE=int(has_dense), KEEP=keep, UPPER=upper, DIAGONAL=diagonal, PADDED=padded,
+                P=max(32, size), REST=rest, K=max(32, block), STAGES=choice.stages, TOLD=told is not None,
+                num_warps=max(choice.warps, size // 32),
+            )  # fmt: skip
+        else:
+            wrap_triton(grc_bag_dot)[grid](
+                arena, ids, ids if offsets is None else offsets.contiguous(), arena if weights is None else weights,
+                arena if dense is None else dense, tables, out, tables if told is None else told, batch, ids.shape[0],
+                id_row, id_step, weight_row, weight_step, dense_row, dense_step,
+                F=count, D=dim, PITCH=pitch[0], SCALE=scale[0], ALIGN=align, FORM=form, PAIRS=pairs, WIDTH=width,
+                DENSE=int(has_dense), KEEP=keep, UPPER=upper, DIAGONAL=diagonal,
+                IN_PLACE=dense is not None and dense.dtype == arena.dtype and dense_step == 1,
+                ONE=one, JAGGED=offsets is not None, WEIGHTED=weights is not None, PADDED=padded,
+                POOLING=pooling, P=size, REST=rest, BLOCK=max(16, block), STAGES=choice.stages,
+                PRECISION=FLOAT32 if dtype == torch.float32 else "ieee", TOLD=told is not None, num_warps=choice.warps,
+            )  # fmt: skip
     return out
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.library import wrap_triton
@@ -12,6 +12,7 @@ from grc.errors import LoweringError
 from grc.kernels.dependent import ready
 from grc.kernels.gpu_op import registering
 from grc.kernels.rows import NO_PADDING, answer_dtype, check, fetch, layout, outside, strides, table, tell, tl, triton
+from grc.kernels.ways import as_measured
 
 
 class Config(NamedTuple):
@@ -32,6 +33,11 @@ def config(batch: int | torch.SymInt, features: int, dim: int, dtype: torch.dtyp
         return BY_BYTES[-1][1]
     size = batch * features * dim * dtype.itemsize
     return next(choice for limit, choice in BY_BYTES if size <= limit)
+
+
+def tiles_of(given: Mapping[str, Any]) -> tuple[Config, ...]:
+    """The tiles that a call may take: which is the fastest is measured where it will run."""
+    return CONFIGS
 
 
 @triton.jit
@@ -108,6 +114,7 @@ def bag_fm(
     keep: bool = True,
     tables: torch.Tensor | None = None,
     told: torch.Tensor | None = None,
+    tiles: list[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows [B, F * dim], their factorisation machine [B, 1] (Rendle 2010; DeepFM, Guo et al. 2017), or without `summed`
     their bi-interaction pooling [B, dim] (He & Chua 2017). Without `keep` the rows are [B, 0].
@@ -115,8 +122,9 @@ def bag_fm(
     arena [R, dim], float32, float16 or bfloat16, or bytes with their `packing`, all of 8 or all of 4 bits, which give
     float16; linear [R] or [R, 1]; ids [B, F] of any strides, int32 or int64. The sums are taken in float32. Ids outside
     their table read nothing and give zeros; `told`, a `telling`, counts them. `tables` are this call's `lists` on the
-    device; without them they are made here. Raises LoweringError for an arena whose rows are not contiguous, and for linear
-    weights beside a 1-D arena, whose bases don't count rows, or beside a machine that is not summed.
+    device; without them they are made here. `tiles` are those that were measured, as `as_measured` reads them. Raises
+    LoweringError for an arena whose rows are not contiguous, and for linear weights beside a 1-D arena, whose bases don't
+    count rows, or beside a machine that is not summed.
     """
     check(arena, None, 0)
     if linear is not None and arena.dim() != 2 and not packing:
@@ -127,22 +135,23 @@ def bag_fm(
     batch = ids.shape[0]
     form, _, pitch, scale, _, align = layout(arena, bases, [dim] * count, packing)
     dtype = answer_dtype(arena)
-    choice = config(batch, count, dim, dtype)
+    usual = config(batch, count, dim, dtype)
     flat = arena.new_empty(batch, count * dim if keep else 0, dtype=dtype)
     fm = arena.new_empty(batch, 1 if summed else dim, dtype=dtype)
     id_row, id_step = strides(ids)
     if tables is None:
         tables = table(lists(arena, bases, rows, dim, padding, packing), arena.device)
-    wrap_triton(grc_bag_fm)[(triton.cdiv(batch, choice.samples),)](
-        arena, arena if linear is None else linear, ids, tables, flat, fm,
-        tables if told is None else told, batch, id_row, id_step,
-        F=count, D=dim, PITCH=pitch[0], SCALE=scale[0], FORM=form,
-        LINEAR_PITCH=0 if linear is None else linear.stride(0), ALIGN=align, LINEAR=linear is not None,
-        SUMMED=summed, KEEP=keep,
-        PADDED=any(p != NO_PADDING for p in padding), TOLD=told is not None,
-        P=triton.next_power_of_2(count), BLOCK=min(128, triton.next_power_of_2(dim)), SAMPLES=choice.samples,
-        num_warps=choice.warps,
-    )  # fmt: skip
+    for choice, asked in as_measured(batch, tiles, usual):
+        wrap_triton(grc_bag_fm)[(triton.cdiv(batch, choice.samples) * asked,)](
+            arena, arena if linear is None else linear, ids, tables, flat, fm,
+            tables if told is None else told, batch, id_row, id_step,
+            F=count, D=dim, PITCH=pitch[0], SCALE=scale[0], FORM=form,
+            LINEAR_PITCH=0 if linear is None else linear.stride(0), ALIGN=align, LINEAR=linear is not None,
+            SUMMED=summed, KEEP=keep,
+            PADDED=any(p != NO_PADDING for p in padding), TOLD=told is not None,
+            P=triton.next_power_of_2(count), BLOCK=min(128, triton.next_power_of_2(dim)), SAMPLES=choice.samples,
+            num_warps=choice.warps,
+        )  # fmt: skip
     return flat, fm
 
 

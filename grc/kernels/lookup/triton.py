@@ -6,8 +6,8 @@ widths of the tables, and no lane idles on the narrow ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.library import wrap_triton
@@ -31,6 +31,7 @@ from grc.kernels.rows import (
     tl,
     triton,
 )
+from grc.kernels.ways import as_measured
 
 
 class Config(NamedTuple):
@@ -66,6 +67,11 @@ def config(batch: int | torch.SymInt, features: int, dim: int, dtype: torch.dtyp
         return BY_BYTES[-1][1]
     size = batch * features * dim * dtype.itemsize
     return next(choice for limit, choice in BY_BYTES if size <= limit)
+
+
+def tiles_of(given: Mapping[str, Any]) -> tuple[Config, ...]:
+    """The tiles that a call may take: which is the fastest is measured where it will run."""
+    return CONFIGS
 
 
 @triton.jit
@@ -152,14 +158,15 @@ def lookup(
     packing: list[int] | None = None,
     tables: torch.Tensor | None = None,
     told: torch.Tensor | None = None,
+    tiles: list[int] | None = None,
 ) -> torch.Tensor:
     """Look up F features in their tables, pool each bag, and concatenate: [B, sum(dims)] in the arena's dtype.
 
     arena [R, D] or [E], float32, float16 or bfloat16, or bytes with their `packing`, all of 8 or all of 4 bits, which give
     float16; ids [B, sum(lengths)] of any strides, or [V] with offsets [F * B + 1]; int32 or int64. Ids outside their table
     read nothing and give rows of zeros; `told`, a `telling`, counts them. `tables` are this call's `lists` on the
-    device; without them they are made here. Raises LoweringError for an arena whose rows are not contiguous and for weights
-    with a pooling other than sum.
+    device; without them they are made here. `tiles` are those that were measured, as `as_measured` reads them. Raises
+    LoweringError for an arena whose rows are not contiguous and for weights with a pooling other than sum.
     """
     check(arena, weights, pooling)
     count = len(dims)
@@ -168,23 +175,24 @@ def lookup(
     widths = [dim // vec for dim in dims]
     total = sum(widths)
     dtype = answer_dtype(arena)
-    choice = config(batch, count, max(dims), dtype, form != ARENA)
+    usual = config(batch, count, max(dims), dtype, form != ARENA)
     uniform = len(set(dims)) == 1
     if tables is None:
         tables = table(lists(arena, bases, rows, dims, lengths, padding, packing), arena.device)
     out = arena.new_empty(batch, total * vec, dtype=dtype)
     id_row, id_step = strides(ids)
     weight_row, weight_step = (0, 0) if weights is None else strides(weights)
-    wrap_triton(grc_lookup)[(triton.cdiv(batch * total, choice.chunks),)](
-        arena, ids, ids if offsets is None else offsets.contiguous(), arena if weights is None else weights,
-        tables, out, tables if told is None else told, batch, ids.shape[0], id_row, id_step, weight_row, weight_step,
-        F=count, WIDTH=total, COLUMNS=widths[0] if uniform else 0, PITCH=pitch[0] if len(set(pitch)) == 1 else 0,
-        VEC=vec, ONE=offsets is None and weights is None and set(lengths) == {1},
-        JAGGED=offsets is not None, WEIGHTED=weights is not None, PADDED=any(p != NO_PADDING for p in padding),
-        POOLING=pooling, UNROLL=4 if offsets is not None or max(lengths) > 2 else 2, CHUNKS=choice.chunks,
-        FORM=form, ALIGN=align, TOLD=told is not None,
-        num_warps=choice.warps,
-    )  # fmt: skip
+    for choice, asked in as_measured(batch, tiles, usual):
+        wrap_triton(grc_lookup)[(triton.cdiv(batch * total, choice.chunks) * asked,)](
+            arena, ids, ids if offsets is None else offsets.contiguous(), arena if weights is None else weights,
+            tables, out, tables if told is None else told, batch, ids.shape[0], id_row, id_step, weight_row, weight_step,
+            F=count, WIDTH=total, COLUMNS=widths[0] if uniform else 0, PITCH=pitch[0] if len(set(pitch)) == 1 else 0,
+            VEC=vec, ONE=offsets is None and weights is None and set(lengths) == {1},
+            JAGGED=offsets is not None, WEIGHTED=weights is not None, PADDED=any(p != NO_PADDING for p in padding),
+            POOLING=pooling, UNROLL=4 if offsets is not None or max(lengths) > 2 else 2, CHUNKS=choice.chunks,
+            FORM=form, ALIGN=align, TOLD=told is not None,
+            num_warps=choice.warps,
+        )  # fmt: skip
     return out
 
 
