@@ -9,13 +9,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 
 from grc.bench import host
 from grc.bench.contender import Form, Stopwatch, flat
-from grc.bench.peers import GRC, PEERS, known
+from grc.bench.peers import GRC, PEERS, known, usual
 from grc.bench.quality import Quality, fault, judge
 from grc.bench.requests import Request, draws, pool
 from grc.bench.rows import Row, check
@@ -36,7 +37,7 @@ class Settings:
     """What to measure. `artifact` is used as it is where one is given; else the model is compiled with `engine`."""
 
     model: str
-    against: Sequence[str] = tuple(PEERS)
+    against: Sequence[str] | None = None  # all that run there
     batches: Sequence[int] = (1, 64, 1024)
     threads: int | None = None
     device: str = "cpu"
@@ -108,14 +109,16 @@ def measure(
     settings: Settings,
     progress: Callable[[str], None] = lambda text: None,
     keep: Callable[[list[Row]], None] = lambda rows: None,
+    built: Callable[[dict[str, Any]], None] = lambda manifest: None,
 ) -> list[Row]:
     """The rows of one run: grc and each peer at each batch size, with uniform and, if the file has them, Zipf ids. `keep`
-    gets those of each batch size as they are measured.
+    gets those of each batch size as they are measured, `built` the manifest of the artifact.
 
     An engine that fails, dies or answers wrongly has a row without a time, and with the reason. Raises GrcError when the
     model can't be compiled, a peer is unknown, or a batch size is refused by the model.
     """
-    names = known(settings.against, settings.precision)
+    asked = usual(settings.precision, settings.device) if settings.against is None else settings.against
+    names = known(asked, settings.precision, settings.device)
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise BenchError("this host has no usable GPU", "measure with --device cpu")
     threads = settings.threads or torch.get_num_threads()
@@ -131,6 +134,7 @@ def measure(
         drawn = {kind: draw for kind, draw in found.items() if kind in settings.ids}
         batches = usable_batches(settings.batches, subject.source)
         build_s = compiled(settings, staff, batches, progress)
+        built(Artifact.open(artifact).manifest)
         run = Run(settings, subject, staff, build_s, progress, common(settings, subject.source))
         rows: list[Row] = []
         for batch in batches:
@@ -167,6 +171,7 @@ def compiled(settings: Settings, staff: Staff, batches: Sequence[int], progress:
         settings.engine,
         batches=tuple(batches),
         max_batch=max(*batches, Options.max_batch),
+        buckets=tuple(batches) if settings.device == "cuda" else (),  # peers are built for these very sizes
         precision=settings.precision,
         budget=settings.budget,
     )

@@ -15,15 +15,24 @@ PEERS = {
 }
 GRC = "grc.bench.contender:build_grc"
 LOWERED = ("onnxruntime",)  # peers that quantise a model by themselves
+ON_GPU = ("eager", "compile", "aoti")  # of a lower precision they run the model in 16 bits
 
 
-def known(names: Sequence[str], precision: str = "fp32") -> list[str]:
+def usual(precision: str = "fp32", device: str = "cpu") -> list[str]:
+    """The peers that run on a device and have a form of a precision."""
+    if device == "cuda":
+        return list(ON_GPU)
+    return list(PEERS) if precision == "fp32" else list(LOWERED)
+
+
+def known(names: Sequence[str], precision: str = "fp32", device: str = "cpu") -> list[str]:
     """The names, in the order of PEERS. Raises BenchError for one that is no peer, or has no form of a precision."""
+    able = usual(precision, device)
     for name in names:
         if name not in PEERS:
-            raise BenchError(f"there is no peer {name}", f"choose from {', '.join(PEERS)}")
-        if precision != "fp32" and name not in LOWERED:
+            raise BenchError(f"there is no peer {name}", f"choose from {', '.join(able)}")
+        if name not in able:
             raise BenchError(
-                f"{name} has no form of precision {precision}", f"compare with --against {','.join(LOWERED)}"
+                f"{name} has no form of precision {precision} on {device}", f"compare with --against {','.join(able)}"
             )
     return [name for name in PEERS if name in names]

@@ -41,7 +41,7 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "date": TEXT,
     "command": TEXT,
 }
-KEY = ("model", "device", "precision", "batch", "ids", "engine", "machine")
+CELL = ("model", "device", "precision", "batch", "ids", "machine")  # what engines are compared in, all of one run
 
 
 def check(row: Row) -> Row:
@@ -69,14 +69,16 @@ def read(path: Path) -> list[Row]:
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows to a file. A row for the same model, batch, ids, engine and machine takes the place of the older one."""
-    kept = {key(row): row for row in read(path)}
-    kept |= {key(row): check(row) for row in rows}
+    """Add the rows of a run to a file. They take the place of all rows for the same model, batch, ids and machine: times of
+    another run are not compared with theirs."""
+    fresh = [check(row) for row in rows]
+    measured = {cell(row) for row in fresh}
+    kept = [row for row in read(path) if cell(row) not in measured] + fresh
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in kept.values()))
+    partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
     partial.replace(path)
 
 
-def key(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in KEY)
+def cell(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in CELL)

@@ -36,14 +36,16 @@ class Place:
 
 
 class Subject:
-    """The model in its place, captured when that is asked for."""
+    """The model in its place, captured when that is asked for. For peers on a GPU it may be `narrowed` to 16 bits."""
 
-    def __init__(self, place: Place):
+    def __init__(self, place: Place, narrowed: bool = False):
         self.place = place
+        self.narrowed = narrowed and place.device == "cuda" and place.precision != "fp32"
 
     @cached_property
     def model(self) -> Model:
-        return load_model(self.place.model)
+        model = load_model(self.place.model)
+        return in_16_bits(model, self.place.precision) if self.narrowed else model
 
     @cached_property
     def source(self) -> Source:
@@ -52,6 +54,27 @@ class Subject:
     @property
     def module(self) -> nn.Module:
         return self.model.module if self.place.device == "cpu" else self.source.model.module
+
+
+class Narrowed(nn.Module):
+    """A module in a narrower dtype, called as before: numbers are cast on their way in."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.module, self.dtype = module.to(dtype), dtype
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = pytree.tree_map(self.cast, (args, kwargs))
+        return self.module(*args, **kwargs)
+
+    def cast(self, x: Any) -> Any:
+        return x.to(self.dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def in_16_bits(model: Model, precision: str) -> Model:
+    """A model as people run it on a GPU who lower it by hand: bfloat16 where that is asked for, else float16."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    return replace(model, module=Narrowed(model.module, dtype), program=None)
 
 
 def placed(source: Source, device: str) -> Source:

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grc.bench.rows import Row
+from grc.bench.rows import CELL, Row
 
-PLACE = ("model", "device", "precision", "batch", "ids", "machine")
 HEAD = ("batch", "engine", "form", "p50", "min", "p99", "spread", "error", "top-100", "grc is")
 
 
@@ -65,12 +64,12 @@ def time_of(row: Row) -> float | None:
 def cells(rows: Iterable[Row]) -> list[Cell]:
     grouped: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        place = tuple(row[name] for name in PLACE)
+        place = tuple(row[name] for name in CELL)
         grouped.setdefault(place, []).append(row)
     found = []
     for place, group in grouped.items():
         ordered = sorted(group, key=lambda row: (row["engine"] != "grc", time_of(row) or math.inf))
-        found.append(Cell(rows=tuple(ordered), **dict(zip(PLACE, place, strict=True))))
+        found.append(Cell(rows=tuple(ordered), **dict(zip(CELL, place, strict=True))))
     return sorted(found, key=lambda c: (c.machine, c.device, c.model, c.precision, c.ids, c.batch))
 
 

@@ -184,7 +184,7 @@ def main() -> None:
 
 
 def serve(connection: Connection) -> None:
-    stage = Stage(Subject(unpacked(connection.recv_bytes())))
+    stage = Stage(Subject(unpacked(connection.recv_bytes()), narrowed=True))
     torch.set_num_threads(stage.subject.place.threads)
     while True:
         question, arguments = unpacked(connection.recv_bytes())

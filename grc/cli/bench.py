@@ -6,7 +6,7 @@ import json as jsons
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -19,12 +19,14 @@ EXAMPLES = (
     "grc bench model.py --artifact model.grc --against eager,onnxruntime --plot times.svg",
     "grc bench model.py --output rows.jsonl --json",
 )
-PEERS = "eager,compile,aoti,onnxruntime"
+PEERS = "all"
 
 
 def command(
     model: p.Model,
-    against: Annotated[str, typer.Option(metavar="PEER,…", help="What to compare with.")] = PEERS,
+    against: Annotated[
+        str, typer.Option(metavar="PEER,…", help="What to compare with: by default all that run there.")
+    ] = PEERS,
     batches: Annotated[str, typer.Option(metavar="N,N,…", help="Batch sizes to measure.")] = "1,64,1024",
     threads: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Threads of every engine; torch's own number by default.")
@@ -53,7 +55,8 @@ def command(
 ) -> None:
     """Compile a model and measure it beside its peers: same inputs, same threads, in turns.
 
-    With --precision, peers are those that quantise a model by themselves.
+    With --precision, peers are those that lower it by themselves: on a CPU those that quantise a model, and on a GPU the
+    model in half precision.
 
     Every time stands beside its error against the fp64 oracle and the overlap of the best 100 ids; an engine that
     answers wrongly has no time. Each engine builds and runs in a process of its own, with malloc tuned for all alike.
@@ -62,14 +65,15 @@ def command(
     from grc.bench import rows as table_rows
     from grc.bench.host import allocator
     from grc.bench.measure import Settings, measure
-    from grc.bench.peers import LOWERED, known
+    from grc.bench.peers import known, usual
     from grc.bench.plot import drawing, plot_times
     from grc.bench.subject import BenchError
     from grc.bench.table import text_table
+    from grc.cli.summary import table
+    from grc.report.summary import fused_on_gpu
 
-    if precision != "fp32" and against == PEERS:
-        against = ",".join(LOWERED)
-    names = known([name for name in against.split(",") if name], precision)
+    asked = usual(precision, device) if against == PEERS else [name for name in against.split(",") if name]
+    names = known(asked, precision, device)
     kinds = ids.split(",")
     if not set(kinds) <= {"uniform", "zipf"}:
         raise BenchError(f"ids are drawn uniform or zipf, not {ids}", "use --ids uniform,zipf")
@@ -112,10 +116,14 @@ def command(
         if output is not None:
             table_rows.write(output, measured)
 
-    rows = measure(settings, lambda text: say(f"  {text}"), keep)
+    manifests: list[dict[str, Any]] = []
+    rows = measure(settings, lambda text: say(f"  {text}"), keep, manifests.append)
     if plot is not None:
         plot_times(rows, plot)
-    lines = [jsons.dumps(row) for row in rows] if json else [text_table(rows)]
+    fused = table(fused_on_gpu(manifests[0]))
+    if fused:
+        fused = ["", "fused ops, timed when they were built:", *fused]
+    lines = [jsons.dumps(row) for row in rows] if json else [text_table(rows), *fused]
     sys.stdout.write("\n".join(lines) + "\n")
 
 

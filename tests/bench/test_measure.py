@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import grc
 from grc.bench import host, peers
 from grc.bench.measure import Settings, measure
 from grc.bench.requests import draws, pool
 from grc.bench.rows import Row, read
-from grc.bench.subject import BenchError
+from grc.bench.subject import BenchError, in_16_bits
 from grc.errors import LoweringError
 from grc.graph.capture import capture
 from grc.graph.model_file import load_model
@@ -136,6 +137,34 @@ def test_an_unknown_peer_is_named_with_those_there_are():
     with pytest.raises(BenchError, match="there is no peer tensorflow") as error:
         measure(Settings("no-such-file.py", ("eager", "tensorflow")))
     assert error.value.hint == "choose from eager, compile, aoti, onnxruntime"
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "able"),
+    [
+        ("fp32", "cpu", ["eager", "compile", "aoti", "onnxruntime"]),
+        ("int8", "cpu", ["onnxruntime"]),
+        ("fp32", "cuda", ["eager", "compile", "aoti"]),
+        ("fp8", "cuda", ["eager", "compile", "aoti"]),
+    ],
+)
+def test_peers_are_those_that_run_there_in_that_precision(precision: str, device: str, able: list[str]):
+    assert peers.usual(precision, device) == able
+    for name in set(peers.PEERS) - set(able):
+        with pytest.raises(BenchError, match=f"{name} has no form of precision {precision} on {device}"):
+            peers.known([name], precision, device)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("precision", "dtype"), [("int8", torch.float16), ("bf16", torch.bfloat16)])
+def test_peers_of_fewer_bits_on_a_gpu_are_the_model_in_16(model_file: Path, precision: str, dtype: torch.dtype):
+    model = load_model(model_file)
+    args, kwargs = model.inputs(3)
+    whole = model.module(*args, **kwargs)
+    source = capture(in_16_bits(model, precision))
+    narrow = source.model.module(*args, **kwargs)
+    assert {p.dtype for p in source.model.module.parameters()} == {dtype} and narrow.dtype is dtype
+    torch.testing.assert_close(narrow.float(), whole, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize(("parameters", "seed"), [("", "0"), (", seed=0", "seed"), (', ids="uniform"', "0")])

@@ -1,4 +1,4 @@
-"""Rows as the file keeps them: checked, and each key once."""
+"""Rows as the file keeps them: checked, and of each cell those of one run."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path):
     assert read(tmp_path / "new" / "rows.jsonl") == rows
 
 
-def test_a_newer_row_takes_the_place_of_the_older_one(tmp_path: Path):
+def test_a_newer_run_takes_the_place_of_the_older_one_and_of_all_its_peers(tmp_path: Path):
     file = tmp_path / "rows.jsonl"
     write(file, [row("grc", 10.0), row("eager", 20.0)])
-    write(file, [row("grc", 5.0), row("grc", 7.0, batch=1), row("grc", 6.0, machine="another")])
+    write(file, [row("grc", 7.0, batch=1), row("grc", 6.0, machine="another")])
+    write(file, [row("grc", 5.0), row("aoti", 9.0)])
     assert [(r["engine"], r["batch"], r["p50_us"]) for r in read(file)] == [
-        ("grc", 64, 5.0),
-        ("eager", 64, 20.0),
         ("grc", 1, 7.0),
         ("grc", 64, 6.0),
+        ("grc", 64, 5.0),
+        ("aoti", 64, 9.0),
     ]
 
 
