@@ -161,9 +161,13 @@ def test_a_bad_request_is_named(program: grc.Program, spoil: object, message: st
     program(*ranker_inputs(4))  # the next request is answered
 
 
+@pytest.mark.parametrize("engine", ["eager", ON_GPU])
 @pytest.mark.parametrize("policy", ["zero", "clamp", "hash"])
-def test_bad_ids_by_policy(model: nn.Module, tmp_path: Path, policy: str) -> None:
-    options = grc.Options(output=tmp_path / "r.grc", engine="eager", batches=(4,), on_bad_id=policy)  # type: ignore[arg-type]
+def test_bad_ids_by_policy(model: nn.Module, tmp_path: Path, policy: str, engine: str) -> None:
+    device, engine = ("cuda", "inductor") if engine == "cuda" else ("cpu", engine)
+    options = grc.Options(
+        tmp_path / "r.grc", device, engine, batches=(4,), buckets=(4,), max_batch=4, on_bad_id=policy  # type: ignore[arg-type]
+    )  # fmt: skip
     grc.compile(model, ranker_inputs, options)
     dense, ids = ranker_inputs(4)
     bad = ids.clone()

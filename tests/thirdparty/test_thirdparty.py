@@ -34,6 +34,7 @@ from tests.thirdparty.models import MODELS, Inputs, ThirdParty
 pytestmark = [pytest.mark.thirdparty, pytest.mark.engine]
 
 UNSEEN = (1, 6, 29, 64)
+LISTED = [pytest.param(entry, marks=[pytest.mark.slow] if entry.slow else [], id=entry.name) for entry in MODELS]
 
 
 @dataclass(frozen=True)
@@ -65,29 +66,29 @@ def engines_of(entry: ThirdParty) -> Callable[..., list[tuple[Engine, Lowerable]
     return lambda optimised, source: [(engine, optimised) for engine in chosen]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(entry, marks=[pytest.mark.slow] if entry.slow else []) for entry in MODELS],
-    ids=[entry.name for entry in MODELS],
-)
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    entry: ThirdParty = request.param
+def require(entry: ThirdParty) -> None:
     if importlib.util.find_spec(entry.package) is None:
         pytest.skip(f"needs {entry.package}, which is not installed")
+
+
+@pytest.fixture(scope="module", params=LISTED)
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    entry: ThirdParty = request.param
+    require(entry)
     module, inputs = entry.model()
     output: Path = tmp_path_factory.mktemp("thirdparty") / f"{entry.name}.grc"
-    found: list[Choice] = []
+    choices: list[Choice] = []
 
     def chosen(candidates: list[Candidate], rejected: dict[str, str], times: dict[int, float]) -> Choice:
-        found.append(choose(candidates, rejected, times))
-        return found[-1]
+        choices.append(choose(candidates, rejected, times))
+        return choices[-1]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("grc.compiler.engines_for", engines_of(entry))
         patch.setattr("grc.compiler.choose", chosen)
         artifact = grc.compile(module, inputs, Options(output=output, batches=(4,), strict=True))
-    engines = {candidate.built.engine: candidate for candidate in found[0].candidates}
-    return Compiled(entry, module, inputs, artifact, engines, found[0].rejected)
+    engines = {candidate.built.engine: candidate for candidate in choices[0].candidates}
+    return Compiled(entry, module, inputs, artifact, engines, choices[0].rejected)
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
@@ -125,6 +126,23 @@ def test_engines_are_built(compiled: Compiled) -> None:
     missing = () if importlib.util.find_spec("onnxscript") else ("onnxruntime",)
     wanted = {"onnxruntime", "eager", *(["inductor"] if by_inductor(compiled.entry) else [])}
     assert set(compiled.engines) == wanted - set(missing), compiled.rejected
+
+
+@torch.no_grad()
+@pytest.mark.gpu
+@pytest.mark.parametrize("entry", LISTED)
+def test_answers_on_a_gpu(entry: ThirdParty, artifact_path: Path) -> None:
+    require(entry)
+    module, inputs = entry.model()
+    options = Options(artifact_path, "cuda", "inductor", buckets=(1, 8, 64), max_batch=64, strict=True)
+    grc.compile(module, inputs, options)
+    program = grc.load(artifact_path)
+    for batch in UNSEEN:
+        given = inputs(batch)
+        args, kwargs = (given, {}) if isinstance(given, tuple) else ((), given)
+        answers = tensors(program(*args, **kwargs))
+        # tf32 in three passes, and sums in another order
+        assert largest_error(answers, tensors(module(*args, **kwargs))) < 1e-4, f"batch {batch}"
 
 
 @torch.no_grad()
