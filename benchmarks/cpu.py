@@ -3,7 +3,7 @@
     python -m benchmarks.cpu [--only dlrm,din] [--small] [--threads N] [--seconds S] [--against eager,compile,...]
 
 Each model runs in a process of its own, so that one that runs out of memory costs no other its rows. Rows go to
-benchmarks/results/cpu.jsonl, where they replace those of the same model, batch, ids, engine and machine. `--small` runs
+benchmarks/results/cpu.jsonl, where they replace those of the same model, batch, ids and machine. `--small` runs
 the small sizes at small batches as a check of the machinery: it keeps nothing, and holds nothing against the goals.
 """
 

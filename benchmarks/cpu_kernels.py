@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import datetime
 import json
 import os
 import statistics
@@ -23,14 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.precision import replace
-from grc.bench.host import machine, tuned_environment, versions
+from benchmarks.rows import RESULTS, place, replace
+from grc.bench.host import machine, tuned_environment
 from grc.kernels import cpp
 from grc.kernels.bag_dot import BAG_DOT
 from grc.kernels.lookup import LOOKUP
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "cpu-kernels.jsonl"
 TABLES, DIM = 26, 64
 KEY = ("op", "rows", "batch", "machine")  # one row of each is kept
 GOAL = 1.3  # times the hand's
@@ -58,20 +56,19 @@ def main() -> int:
     if options.small:
         options.rows, options.rounds = 1000, 3
     library = build()
-    told = ", ".join(f"{name} {version}" for name, version in versions().items() if name in ("grc", "torch"))
-    about = {"machine": machine("cpu"), "versions": told, "date": datetime.date.today().isoformat()}
-    said = (
+    told = (
         f"python -m benchmarks.cpu_kernels --batches {options.batches} --rows {options.rows} --rounds {options.rounds}"
     )
+    about = place(machine("cpu"), told, ("grc", "torch"))
     found = []
     for dtype in BOUND:
         arena = torch.randn(TABLES * options.rows, DIM).to(dtype)
         for op in OPS:
             for batch in map(int, options.batches.split(",")):
-                found.append({**measure(library, op, arena, batch, options.rounds), **about, "command": said})
+                found.append({**measure(library, op, arena, batch, options.rounds), **about})
                 print(json.dumps(found[-1]), flush=True)
     if not options.small:
-        replace(found, RESULTS, KEY)
+        replace(found, RESULTS / "cpu-kernels.jsonl", KEY)
     return 1 if any(row["ratio"] > GOAL for row in found) else 0
 
 

@@ -12,7 +12,6 @@ itself measured, plain AOTInductor under the same graphs among it, goes to rows-
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
 import subprocess
 import sys
@@ -22,8 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.precision import replace
-from grc.bench.host import versions
+from benchmarks.rows import RESULTS, place, replace
 from grc.bench.rows import read
 from grc.bench.table import text_table
 
@@ -71,7 +69,7 @@ def main() -> int:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.jsonl")
+    parser.add_argument("--output", type=Path, default=RESULTS / "gpu.jsonl")
     parser.add_argument("--models", default="dlrm,dcnv2,deepfm,gr", metavar="NAME,...")
     parser.add_argument("--precisions", default="fp32,fp16", metavar="fp32,fp16")
     parser.add_argument("--batches", metavar="N,...", help="instead of 1,128,2048,16384 (gr: 1,8,32,128)")
@@ -142,20 +140,13 @@ def build(model: str, path: str, options: argparse.Namespace) -> None:
         print(f"  {stage['name']:8} {stage['seconds']:6.1f} s  {stage['summary']}")
     for row in manifest["measured"]:
         print(f"  {row['engine']:16} batch {row['batch']:6} {row['p50_us']:10.1f} us")
-    place = {
-        "machine": torch.cuda.get_device_name(),
-        "versions": ", ".join(
-            f"{name} {version}" for name, version in versions().items() if name in ("torch", "triton")
-        ),
-        "date": datetime.date.today().isoformat(),
-        "command": f"python -m benchmarks.gpu --models {name} --precisions {options.precisions} --batches "
-        + ",".join(map(str, sizes)),
-    }
+    command = f"python -m benchmarks.gpu --models {name} --precisions {options.precisions} --batches "
+    about = place(torch.cuda.get_device_name(), command + ",".join(map(str, sizes)))
     rows = [
         {
             "model": name, "precision": options.precisions, "engine": row["engine"], "batch": row["batch"],
             "p50_us": row["p50_us"], "p99_us": row.get("p99_us"), "build_s": row.get("build_s"),
-            "error": manifest["quality"].get(row["engine"]), **place,
+            "error": manifest["quality"].get(row["engine"]), **about,
         }
         for row in manifest["measured"]
     ]  # fmt: skip

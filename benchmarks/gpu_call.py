@@ -1,6 +1,6 @@
 """Where the time of a call on a GPU goes: kernels, copies, launch and wait, Python; requests copied by kernel and by engine.
 
-    python -m benchmarks.gpu_call MODEL ARTIFACT [--batches 1,128,2048] [--json FILE]
+    python -m benchmarks.gpu_call MODEL ARTIFACT [--batches 1,128,2048] [--output FILE]
 
 Medians in us. kernels: the graph without its copies, by events; graph: with them, by events; replay: launched and waited
 for, by the clock; call: `program(*inputs)` from host memory to host memory. `over` is the call less the kernels.
@@ -9,7 +9,6 @@ for, by the clock; call: `program(*inputs)` from host memory to host memory. `ov
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 import grc
+from benchmarks.rows import RESULTS, place, replace
 from grc.graph.model_file import load_model
 from grc.runtime import buckets
 from grc.runtime.buckets import Buckets
@@ -79,19 +79,22 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--batches", default="1,128,2048")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--output", type=Path, default=RESULTS / "gpu-call.jsonl")
     options = parser.parse_args()
     model = load_model(options.model)
+    told = (
+        f"python -m benchmarks.gpu_call {Path(options.model).name} {options.artifact.name} --batches {options.batches}"
+    )
+    about = place(torch.cuda.get_device_name(), told)
     rows = []
     for copies, limit in (("engine", 0), ("kernel", BY_KERNEL), ("kernel, any size", 1 << 40)):
         buckets.BY_KERNEL = limit
         program = grc.load(options.artifact)
         for batch in map(int, options.batches.split(",")):
             row = {"copies": copies, "batch": batch, **measure(program, model.inputs(batch)[0], batch)}
-            rows.append({"model": model.name, "device": torch.cuda.get_device_name(), **row})
+            rows.append({"model": model.name, **row, **about})
             print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-    if options.json:
-        options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    replace(rows, options.output, ("model", "copies", "batch", "machine"))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,17 @@
 """Times of the Triton look-ups on one GPU, beside its copy bandwidth, plain torch, and the error against float64.
 
-    python benchmarks/gpu_kernels.py --json kernels.json [--only lookup,bag_dot,bag_fm,pooled,int8,int4,float32,aoti]
+    python -m benchmarks.gpu_kernels [--only lookup,bag_dot,bag_fm,pooled,int8,int4,float32] [--output FILE]
 
 Each figure is the median over replays of a CUDA graph that holds many launches, each with its own ids and output, so
-that neither comes from the last-level cache. Bytes are counted once for every row, id and output element.
+that neither comes from the last-level cache. Bytes are counted once for every row, id and output element. Rows of the best
+tile of each go to benchmarks/results/gpu-kernels.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
-import json
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +19,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_packages import package_all
 from torch import Tensor
 
+from benchmarks.rows import RESULTS, place, replace
 from grc.kernels.bag_dot import triton as bag_dot
 from grc.kernels.bag_fm import triton as bag_fm
 from grc.kernels.lookup import triton as lookup
@@ -34,7 +32,6 @@ BATCHES = (128, 2048, 8192, 16384, 65536)
 NO_PADDING = [-(2**63)] * FEATURES
 POOL_BYTES = 256 << 20  # more than four times the L2 of an H200
 PRECISIONS = ("ieee", "tf32x3")
-RESULTS: list[dict[str, Any]] = []
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class Problem:
     batch: int
     bytes: int
     ids: Callable[[], Tensor]
-    call: Callable[[Tensor], Any]
+    call: Callable[..., Any]  # of ids, and of tiles by name
     plain: Callable[[Tensor], Any]
     exact: Callable[[Tensor], Tensor]
     extra: dict[str, Any] = field(default_factory=dict)
@@ -58,8 +55,8 @@ def side_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-def graph_us(call: Callable[[Tensor], Any], sets: list[Tensor]) -> tuple[float, float]:
-    """Median time and spread ((max - min) / median) of one launch, in us, over replays that visit every set of ids."""
+def graph_us(call: Callable[[Tensor], Any], sets: list[Tensor]) -> float:
+    """The median time of one launch, in us, over replays that visit every set of ids."""
     side = side_stream()
     with torch.cuda.stream(side):
         for ids in sets[:2]:
@@ -79,8 +76,7 @@ def graph_us(call: Callable[[Tensor], Any], sets: list[Tensor]) -> tuple[float, 
         end.synchronize()
         times.append(begin.elapsed_time(end) * 1000 / len(sets))
     del kept, graph
-    middle = statistics.median(times)
-    return middle, (max(times) - min(times)) / middle
+    return statistics.median(times)
 
 
 def copy_bandwidth() -> float:
@@ -113,17 +109,6 @@ def error(out: Tensor | tuple[Tensor, ...], exact: Tensor) -> float:
     return float((got.double() - exact).norm() / exact.norm())
 
 
-@contextlib.contextmanager
-def tile(module: Any, choice: Any) -> Iterator[None]:
-    """Make a kernel take one tile whatever the batch."""
-    config = module.config
-    module.config = lambda *_: choice
-    try:
-        yield
-    finally:
-        module.config = config
-
-
 def tiles(problem: Problem) -> tuple[Any, ...]:
     """The tiles that a problem's kernel may take."""
     dtype = problem.extra.get("dtype")
@@ -134,32 +119,31 @@ def tiles(problem: Problem) -> tuple[Any, ...]:
     return problem.module.CONFIGS  # type: ignore[no-any-return]
 
 
-def measure(problem: Problem, bandwidth: float) -> None:
-    """Every tile of one problem, then plain torch; one line on the screen, one row for each tile in the results."""
+def measure(problem: Problem, bandwidth: float) -> dict[str, Any]:
+    """Every tile of one problem, then plain torch; one line on the screen, and a row of the fastest tile."""
     count = max(4, min(256, POOL_BYTES // problem.bytes + 1))
     sets = [problem.ids() for _ in range(count)]
     probe = sets[0][: min(problem.batch, 512)]
     exact = problem.exact(probe)
-    base = {"op": problem.name, "batch": problem.batch, "bytes": problem.bytes, **problem.extra}
     rows = []
     for choice in tiles(problem):
-        with tile(problem.module, choice):
-            wrong = error(problem.call(probe), exact)
-            us, spread = graph_us(problem.call, sets)
+        call = functools.partial(problem.call, tiles=[0, *choice])
+        wrong = error(call(probe), exact)
+        us = graph_us(call, sets)
         rate = problem.bytes / us * 1e6
-        rows.append(base | {"config": list(choice), "us": us, "spread": spread, "GBps": rate / 1e9,
-                            "of_copy": rate / bandwidth, "error": wrong})  # fmt: skip
-    RESULTS.extend(rows)
+        rows.append({"config": list(choice), "us": us, "GBps": rate / 1e9, "of_copy": rate / bandwidth, "error": wrong})
     best = min(rows, key=lambda row: row["us"])
-    us, _ = graph_us(problem.plain, sets[: max(2, count // 8)])
+    us = graph_us(problem.plain, sets[: max(2, count // 8)])
     plain = problem.plain(probe)
     wrong = error(plain, exact[:, : plain.shape[1]] if isinstance(plain, Tensor) else exact)
-    RESULTS.append(base | {"config": "torch", "us": us, "error": wrong, "ratio": us / best["us"]})
     tried = " ".join(f"{row['us']:.1f}" for row in rows)
     label = problem.name + "".join(f" {value}" for value in problem.extra.values())
     ours = f"{best['us']:8.1f} {best['GBps']:7.0f} {best['of_copy']:6.2f} {best['error']:9.1e}"
     theirs = f"{us:9.1f} {us / best['us']:5.1f}x {wrong:9.1e}"
     print(f"{label:25} {problem.batch:6} {ours} {theirs}  {tuple(best['config'])!s:12} | {tried}", flush=True)
+    rounded = {"us": round(best["us"], 2), "GBps": round(best["GBps"]), "of_copy": round(best["of_copy"], 3)}
+    about = {"op": problem.name, **problem.extra, "batch": problem.batch, "copy_GBps": round(bandwidth / 1e9)}
+    return {**about, **best, **rounded, "torch_us": round(us, 1)}
 
 
 def random_ids(rows: int, batch: int, columns: int = FEATURES) -> Callable[[], Tensor]:
@@ -195,12 +179,12 @@ def problems(arena: Tensor, rows: int, only: set[str], batches: tuple[int, ...])
             op = lookup.register()
             yield Problem(
                 "lookup", lookup, batch, 2 * row_bytes + id_bytes, ids,
-                lambda x, op=op: op(arena, x, None, None, bases, sizes, dims, ones, 0, NO_PADDING),
+                lambda x, op=op, **kw: op(arena, x, None, None, bases, sizes, dims, ones, 0, NO_PADDING, **kw),
                 gather, lambda x: exact_rows(x).flatten(1), kind,
             )  # fmt: skip
         if "bag_dot" in only:
             op = bag_dot.register()
-            rest = (bases, sizes, DIM, ones, 0, NO_PADDING, False, False, True, None, None, None, width)
+            rest = (bases, sizes, DIM, ones, 0, NO_PADDING, False, False, True)
 
             def plain_dot(x: Tensor, dense: Tensor = dense) -> Tensor:
                 head = dense[: len(x)]
@@ -214,8 +198,10 @@ def problems(arena: Tensor, rows: int, only: set[str], batches: tuple[int, ...])
                     torch.cat([head, (nodes @ nodes.transpose(1, 2))[:, i, j]], 1), (0, width - DIM - i.numel())
                 )
 
-            def run_dot(x: Tensor, dense: Tensor = dense, op: Any = op, rest: tuple[Any, ...] = rest) -> Tensor:
-                return op(arena, x, None, None, dense[: len(x)], *rest)
+            def run_dot(
+                x: Tensor, dense: Tensor = dense, op: Any = op, rest: tuple[Any, ...] = rest, **kw: Any
+            ) -> Tensor:
+                return op(arena, x, None, None, dense[: len(x)], *rest, width=width, **kw)
 
             moved = row_bytes + id_bytes + batch * item * (DIM + width)
             yield Problem("bag_dot", bag_dot, batch, moved, ids, run_dot, plain_dot, exact_dot, kind)
@@ -223,7 +209,7 @@ def problems(arena: Tensor, rows: int, only: set[str], batches: tuple[int, ...])
             op = bag_fm.register()
             yield Problem(
                 "bag_fm", bag_fm, batch, 2 * row_bytes + id_bytes + batch * item, ids,
-                lambda x, op=op: op(arena, None, x, bases, sizes, DIM, NO_PADDING),
+                lambda x, op=op, **kw: op(arena, None, x, bases, sizes, DIM, NO_PADDING, **kw),
                 lambda x: (rows := gather(x), fm(rows.view(-1, FEATURES, DIM))),
                 lambda x: torch.cat([(rows := exact_rows(x)).flatten(1), fm(rows)], 1), kind,
             )  # fmt: skip
@@ -243,7 +229,9 @@ def problems(arena: Tensor, rows: int, only: set[str], batches: tuple[int, ...])
             yield Problem(
                 "lookup sum of 10", lookup, batch, (LENGTH + 1) * row_bytes + LENGTH * id_bytes,
                 random_ids(rows, batch, FEATURES * LENGTH),
-                lambda x, op=op, tens=tens: op(arena, x, None, None, bases, sizes, dims, tens, 0, NO_PADDING),
+                lambda x, op=op, tens=tens, **kw: op(
+                    arena, x, None, None, bases, sizes, dims, tens, 0, NO_PADDING, **kw
+                ),
                 plain_bags, exact_bags, kind,
             )  # fmt: skip
 
@@ -275,14 +263,14 @@ def packed_problems(form: str, rows: int, batches: tuple[int, ...]) -> Iterator[
         fixed = batch * FEATURES * (pitch + 8)
         yield Problem(
             "lookup", lookup, batch, fixed + batch * FEATURES * DIM * item, random_ids(rows, batch),
-            lambda x: gather(arena, x, None, None, bases, sizes, dims, ones, 0, NO_PADDING, where),
+            lambda x, **kw: gather(arena, x, None, None, bases, sizes, dims, ones, 0, NO_PADDING, where, **kw),
             plain, lambda x: unpacked(table[x + at], form, DIM).double().flatten(1), {"dtype": form},
         )  # fmt: skip
         yield Problem(
             "bag_dot", bag_dot, batch, fixed + batch * item * (DIM + width), random_ids(rows, batch),
-            lambda x, head=head: dot(
+            lambda x, head=head, **kw: dot(
                 arena, x, None, None, head[: len(x)], bases, sizes, DIM, ones, 0, NO_PADDING, False, False, True, where,
-                None, None, width,
+                width=width, **kw,
             ),
             lambda x, head=head: plain_dot(x, head),
             lambda x, head=head: F.pad(plain_dot(x, head.double(), Tensor.double), (0, width - DIM - i.numel())),
@@ -291,64 +279,41 @@ def packed_problems(form: str, rows: int, batches: tuple[int, ...]) -> Iterator[
 
 
 def main() -> None:
-    everything = "lookup,bag_dot,bag_fm,pooled,int8,int4,float32,aoti"
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", default=everything)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_kernels", description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=RESULTS / "gpu-kernels.jsonl")
+    parser.add_argument("--only", default="lookup,bag_dot,bag_fm,pooled,int8,int4,float32")
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)), metavar="N,...")
     parser.add_argument("--rows", type=int, default=ROWS, help="rows of each of the 26 tables")
     options = parser.parse_args()
-    only = set(options.only.split(","))
+    only, batches = set(options.only.split(",")), tuple(map(int, options.batches.split(",")))
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = False
     bandwidth = copy_bandwidth()
-    machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_GBps": bandwidth / 1e9}
-    print(
-        f"{machine['device']}, torch {torch.__version__}, copy {bandwidth / 1e9:.0f} GB/s, 26 x {options.rows} x {DIM}"
-    )
-    settings = {"features": FEATURES, "rows": options.rows, "dim": DIM}
-
-    def save() -> None:
-        if options.json:
-            options.json.write_text(json.dumps({**machine, **settings, "results": RESULTS}, indent=1))
-
+    told = f"python -m benchmarks.gpu_kernels --only {options.only} --batches {options.batches}"
+    about = place(torch.cuda.get_device_name(), told)
+    print(f"{about['machine']}, copy {bandwidth / 1e9:.0f} GB/s, 26 x {options.rows} x {DIM}")
     ours, theirs = f"{'us':>8} {'GB/s':>7} {'/copy':>6} {'error':>9}", f"{'torch us':>9} {'ratio':>6} {'error':>9}"
     print(f"{'op':25} {'batch':>6} {ours} {theirs}  {'best':12} | us of every config")
-    begin = time.perf_counter()
+
+    def keep(given: Iterator[Problem]) -> None:
+        for problem in given:
+            replace([measure(problem, bandwidth) | about], options.output, ("op", "dtype", "batch", "machine"))
+            torch.cuda.empty_cache()
+
     if only & {"lookup", "bag_dot", "bag_fm", "pooled"}:
         arena = torch.empty(FEATURES * options.rows, DIM, dtype=torch.float16, device="cuda").normal_()
-        for problem in problems(arena, options.rows, only, tuple(map(int, options.batches.split(",")))):
-            measure(problem, bandwidth)
-            save()
-            torch.cuda.empty_cache()
+        keep(problems(arena, options.rows, only, batches))
         del arena
-    for form in ("int8", "int4"):
-        for problem in (
-            packed_problems(form, options.rows, tuple(map(int, options.batches.split(",")))) if form in only else ()
-        ):
-            measure(problem, bandwidth)
-            save()
-            torch.cuda.empty_cache()
+    for form in only & {"int8", "int4"}:
+        keep(packed_problems(form, options.rows, batches))
     if "float32" in only:
         rows = options.rows // 2
         arena = torch.empty(FEATURES * rows, DIM, device="cuda").normal_()
-        for problem in problems(arena, rows, {"lookup"}, (2048, 16384)):
-            measure(problem, bandwidth)
-        usual = bag_dot.FLOAT32
+        keep(problems(arena, rows, {"lookup"}, (2048, 16384)))
         for precision in PRECISIONS:
             bag_dot.FLOAT32 = precision
-            for problem in problems(arena, rows, {"bag_dot"}, (2048, 16384)):
-                measure(Problem(**{**vars(problem), "extra": {"dtype": precision}}), bandwidth)
-                save()
-        bag_dot.FLOAT32 = usual
-        del arena
-    if "aoti" in only:
-        torch.cuda.empty_cache()
-        for row in package_all():
-            RESULTS.append(row)
-            save()
-    save()
-    print(f"{time.perf_counter() - begin:.0f} s", flush=True)
+            again = problems(arena, rows, {"bag_dot"}, (2048, 16384))
+            keep(Problem(**{**vars(problem), "extra": {"dtype": precision}}) for problem in again)
 
 
 if __name__ == "__main__":

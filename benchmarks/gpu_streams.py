@@ -1,6 +1,6 @@
 """Requests a second through one, two and three streams: while one request is computed, the next one is copied.
 
-    python -m benchmarks.gpu_streams MODEL ARTIFACT [--batches 128,2048] [--threads 4] [--seconds 2] [--json FILE]
+    python -m benchmarks.gpu_streams MODEL ARTIFACT [--batches 128,2048] [--threads 4] [--seconds 2] [--output FILE]
 
 Every thread asks for the next answer as soon as it has the last one, from host memory to host memory.
 """
@@ -8,13 +8,13 @@ Every thread asks for the next answer as soon as it has the last one, from host 
 from __future__ import annotations
 
 import argparse
-import json
 import threading
 import time
 from pathlib import Path
 
 import torch
 
+from benchmarks.rows import RESULTS, place, replace
 from grc.graph.model_file import load_model
 from grc.runtime.artifact import Artifact
 from grc.runtime.program import Program
@@ -51,9 +51,14 @@ def main() -> None:
     parser.add_argument("--batches", default="128,2048")
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=2.0)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--output", type=Path, default=RESULTS / "gpu-streams.jsonl")
     options = parser.parse_args()
     model = load_model(options.model)
+    told = (
+        f"python -m benchmarks.gpu_streams {Path(options.model).name} {options.artifact.name} "
+        f"--batches {options.batches} --seconds {options.seconds:g}"
+    )
+    about = place(torch.cuda.get_device_name(), told)
     rows = []
     for streams in (1, 2, 3):
         artifact = Artifact.open(options.artifact)
@@ -61,12 +66,11 @@ def main() -> None:
         program = Program(artifact)
         for batch in map(int, options.batches.split(",")):
             rate = requests_a_second(program, model.inputs(batch)[0], options.threads, options.seconds)
-            row = {"model": model.name, "device": torch.cuda.get_device_name(), "streams": streams, "batch": batch}
-            rows.append(row | {"threads": options.threads, "requests_per_s": round(rate, 1)})
-            print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+            row = {"model": model.name, "streams": streams, "batch": batch, "threads": options.threads}
+            rows.append({**row, "requests_per_s": round(rate, 1), **about})
+            print(f"{model.name} batch {batch}, {streams} streams: {rate:.0f} requests/s", flush=True)
         del program
-    if options.json:
-        options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    replace(rows, options.output, ("model", "streams", "batch", "machine"))
 
 
 if __name__ == "__main__":

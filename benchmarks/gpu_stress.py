@@ -1,7 +1,7 @@
 """Stress one artifact on this GPU: interleaved replays from many threads, no bit differing, and loads without growth.
 
     python -m benchmarks.gpu_stress [--model dlrm] [--replays 100000] [--threads 4] [--streams 2] [--loads 20]
-                                    [--artifact PATH] [--json FILE]
+                                    [--artifact PATH] [--output FILE]
 
 Every answer of a captured graph is compared, bit for bit, with a run of the same part without graphs on the same request
 padded by hand to the same bucket. Requests have random sizes and are drawn anew for every round.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import random
 import sys
@@ -24,7 +23,9 @@ from typing import Any
 import torch
 
 import grc
+from benchmarks.rows import RESULTS, place, replace
 from grc.compiler import as_model
+from grc.runtime.artifact import Artifact
 from grc.runtime.buckets import Buckets
 from grc.runtime.engines import part_loader
 from grc.runtime.program import bound
@@ -32,6 +33,7 @@ from grc.runtime.program import bound
 ROOT = Path(__file__).resolve().parent.parent
 BUCKETS = (1, 8, 128, 512)
 POOL = 256  # requests of one round, each replayed many times in random order
+LEAK = 16 << 20  # bytes of the host that later loads may add: its allocator's own
 
 Request = tuple[list[torch.Tensor], list[torch.Tensor]]
 
@@ -44,7 +46,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--streams", type=int, default=2)
     parser.add_argument("--loads", type=int, default=20)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--output", type=Path, default=RESULTS / "gpu-stress.jsonl")
     options = parser.parse_args()
     os.environ.setdefault("GRC_ZOO_SIZE", "small")
     model = ROOT / "examples" / "zoo" / f"{options.model}.py"
@@ -58,38 +60,50 @@ def main() -> int:
             start = time.perf_counter()
             grc.compile(str(model), options=chosen)
             print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
-        found = {"model": options.model, "device": torch.cuda.get_device_name(), "torch": torch.__version__}
-        found |= replay_all(path, as_model(str(model), None), options)
-        print(json.dumps(found), flush=True)
-        found |= load_often(path, as_model(str(model), None), options.loads)
-    print(json.dumps(found), flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
-    return 1 if found["different"] or found["failed"] else 0
+        found = stress(path, as_model(str(model), None), options.replays, options.threads, options.loads)
+    told = (
+        f"python -m benchmarks.gpu_stress --model {options.model} --replays {options.replays} --loads {options.loads}"
+    )
+    row = {"model": options.model, "threads": options.threads, "streams": options.streams, **found}
+    print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    replace(
+        [row | place(torch.cuda.get_device_name(), told)], options.output, ("model", "threads", "streams", "machine")
+    )
+    return 0 if sound(found) else 1
 
 
-def replay_all(path: Path, model: Any, options: argparse.Namespace) -> dict[str, Any]:
-    program = grc.load(path)
-    manifest = program.artifact.manifest
+def stress(path: Path, model: Any, replays: int, threads: int, loads: int) -> dict[str, Any]:
+    """How many of so many replays differed or failed, and what loading the artifact so often left behind."""
+    return replay_all(path, model, replays, threads) | load_often(path, model, loads)
+
+
+def sound(found: dict[str, Any]) -> bool:
+    grown = found["device_growth_bytes"] > 0 or found["host_growth_bytes"] > LEAK
+    return not (found["different"] or found["failed"] or grown)
+
+
+def replay_all(path: Path, model: Any, replays: int, threads: int) -> dict[str, Any]:
+    manifest = Artifact.open(path).manifest
     part = manifest["parts"][0]
+    program = grc.load(path, engine=part["engine"])
     constants = bound(part["weights"], program.artifact.weights)
     direct = part_loader(manifest)({**part, "graphs": False}, path / "parts", constants)
     graphs = program.runs[0]
     assert isinstance(graphs, Buckets)
     different, failed, done, start = [0], [0], 0, time.perf_counter()
-    rounds = max(1, options.replays // (POOL * 40))
+    rounds = max(1, replays // (POOL * 40))
     for number in range(rounds):
         pool = draw(model, graphs, direct, number)
-        share = options.replays // rounds // options.threads
-        threads = [
+        share = -(-replays // (rounds * threads))
+        asking = [
             threading.Thread(target=replay, args=(program, pool, share, number * 1000 + t, different, failed))
-            for t in range(options.threads)
+            for t in range(threads)
         ]
-        for thread in threads:
+        for thread in asking:
             thread.start()
-        for thread in threads:
+        for thread in asking:
             thread.join()
-        done += share * options.threads
+        done += share * threads
         print(f"  {done} replays, {different[0]} differ, {failed[0]} failed", flush=True)
     seconds = time.perf_counter() - start
     return {"replays": done, "different": different[0], "failed": failed[0], "replay_s": round(seconds, 1)}

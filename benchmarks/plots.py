@@ -27,6 +27,7 @@ README = ROOT / "README.md"
 NOT_MEASURED = "Not measured yet."
 COMPILERS = {"cpu": {"compile", "aoti", "onnxruntime"}, "gpu": {"compile", "aoti"}}
 MOST = 4  # of the zoo's seven models
+DRAWN = 5  # cells of a machine from which on its ratios are drawn
 BLOCK = re.compile(r"(<!-- begin: ([\w-]+) -->\n).*?(<!-- end: \2 -->)", re.S)
 
 
@@ -123,11 +124,26 @@ def section(name: str, rows: list[Row]) -> str:
             )
         commands = sorted({row["command"] for row in own})
         parts.append("```\n" + "\n".join(commands) + "\n```")
-    parts.append(f"![Ratios of medians](performance-{name}-ratios.svg)")
-    parts += [
-        f"![Times of {model}](performance-{name}-{model}.svg)" for model in sorted({row["model"] for row in rows})
-    ]
+        if len(found) >= DRAWN:
+            parts.append(f"![Ratios of medians]({ratios_of(name, machine)})")
+    own = [row for row in rows if row["machine"] == widest(rows)]
+    parts.append(f"Times on {widest(rows)}:")
+    parts += [f"![Times of {model}]({times_of(name, model)})" for model in sorted({row["model"] for row in own})]
     return "\n\n".join(parts)
+
+
+def widest(rows: list[Row]) -> str:
+    """The machine that was measured most."""
+    found = [cell.machine for cell in cells(rows) if cell.ratio is not None]
+    return max(sorted(set(found)), key=found.count)
+
+
+def ratios_of(name: str, machine: str) -> str:
+    return f"performance-{name}-ratios-{re.sub(r'[^a-z0-9]+', '-', machine.lower()).strip('-')}.svg"
+
+
+def times_of(name: str, model: str) -> str:
+    return f"performance-{name}-{model}.svg"
 
 
 # The columns of the pages' smaller tables, by the key of a row.
@@ -281,12 +297,16 @@ def measured(results: Path) -> list[str]:
 
 
 def draw(name: str, rows: list[Row]) -> None:
-    if any(cell.ratio is not None for cell in cells(rows)):
-        plot_ratios(rows, DOCUMENT.parent / f"performance-{name}-ratios.svg")
-    for model in sorted({row["model"] for row in rows}):
-        own = [row for row in rows if row["model"] == model]
-        if any(time_of(row) is not None for row in own):
-            plot_times(own, DOCUMENT.parent / f"performance-{name}-{model}.svg")
+    """The plots that the page shows, and no older ones."""
+    for old in DOCUMENT.parent.glob(f"performance-{name}-*.svg"):
+        old.unlink()
+    for machine in sorted({row["machine"] for row in rows}):
+        own = [row for row in rows if row["machine"] == machine]
+        if sum(cell.ratio is not None for cell in cells(own)) >= DRAWN:
+            plot_ratios(own, DOCUMENT.parent / ratios_of(name, machine))
+    own = [row for row in rows if row["machine"] == widest(rows)]
+    for model in sorted({row["model"] for row in own}):
+        plot_times([row for row in own if row["model"] == model], DOCUMENT.parent / times_of(name, model))
 
 
 if __name__ == "__main__":

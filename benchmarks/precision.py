@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import shlex
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 
 import grc
+from benchmarks.rows import RESULTS, replace
 from grc.bench import host
 from grc.cli.summary import table
 from grc.compiler import compile
@@ -34,7 +34,6 @@ from grc.lowering.timing import Turn, interleave, summarise
 from grc.report.summary import microseconds, size
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "precision.jsonl"
 BATCHES = {"cpu": {"gr": (1, 8, 64)}, "cuda": {"gr": (1, 8, 32, 128)}}
 USUAL = {"cpu": (1, 64, 1024), "cuda": (1, 128, 2048)}
 PRECISIONS = {"cpu": "fp32,bf16,int8,int4", "cuda": "fp32,fp16,bf16,int8,fp8"}
@@ -69,7 +68,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.precision", description=__doc__.splitlines()[0])
     parser.add_argument("--only", metavar="NAME,…", default="gr,dlrm,dcnv2,deepfm,din,sasrec,hstu")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=RESULTS / "precision.jsonl")
     parser.add_argument("--precisions", metavar="P,…")
     parser.add_argument(
         "--small", action="store_true", help="small sizes, to check that everything runs; keeps nothing"
@@ -142,14 +141,6 @@ def shown(name: str, rows: list[dict[str, Any]]) -> None:
         quality = ", ".join(f"{metric} {value:.2g}" for metric, value in own[0]["quality"].items())
         lines.append((precision, *times, size(own[0]["weight_bytes"]), formats, quality))
     print("\n".join(table(lines, indent="")), flush=True)
-
-
-def replace(rows: list[dict[str, Any]], file: Path, key: tuple[str, ...]) -> None:
-    """Add rows to a file, in the place of those that have the same key."""
-    new = {tuple(r[name] for name in key) for r in rows}
-    old = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    staying = [r for r in old if tuple(r[name] for name in key) not in new]
-    file.write_text("".join(json.dumps(r) + "\n" for r in [*staying, *rows]))
 
 
 if __name__ == "__main__":
