@@ -1,12 +1,13 @@
 """Time, bytes and quality of the zoo by precision: every precision of a model in one run, in turns.
 
     python -m benchmarks.precision [--only gr,dlrm] [--precisions fp32,bf16,int8,int4] [--small] [--seconds S]
-    python -m benchmarks.precision --device cuda [--precisions fp32,fp16,bf16,int8,fp8]
+    python -m benchmarks.precision --device cuda [--precisions fp32,fp16,bf16,int8,fp8] [--artifacts FOLDER [--build]]
 
 The ISA is the CPU's own, or what ATEN_CPU_CAPABILITY lowers it to. Each precision is compiled as `grc compile` does by
 itself, with the budget below, so that what is compared is grc beside grc; `grc bench --precision` holds it against ONNX
 Runtime. On a GPU times are from host memory to host memory. Rows go to benchmarks/results/precision.jsonl, or --output,
-where they replace those of the same model, precision, ISA and machine.
+where they replace those of the same model, precision, ISA and machine. `--artifacts` keeps what is compiled in a folder, and
+takes what is there; with `--build` nothing is measured, so that several may be built side by side before.
 """
 
 from __future__ import annotations
@@ -49,8 +50,11 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     os.environ["GRC_ZOO_SIZE"] = "small" if options.small else "full"
     for name in options.only.split(","):
-        with tempfile.TemporaryDirectory() as folder:
-            rows = measured(name, Path(folder), options)
+        with tempfile.TemporaryDirectory() as scratch:
+            artifacts = compiled(name, options.artifacts or Path(scratch), options)
+            if options.build:
+                continue
+            rows = measured(name, artifacts, options)
         shown(name, rows)
         if not options.small:
             replace(rows, options.output, KEY)
@@ -70,6 +74,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, default=RESULTS / "precision.jsonl")
     parser.add_argument("--precisions", metavar="P,…")
+    parser.add_argument("--artifacts", type=Path, metavar="FOLDER")
+    parser.add_argument("--build", action="store_true")
     parser.add_argument(
         "--small", action="store_true", help="small sizes, to check that everything runs; keeps nothing"
     )
@@ -78,22 +84,36 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measured(name: str, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Compile a model in every precision, then time all of them in turns at each batch size."""
-    file = ROOT / "examples" / "zoo" / f"{name}.py"
-    batches = BATCHES[options.device].get(name, USUAL[options.device])
-    programs: dict[str, grc.Program] = {}
+def compiled(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Path]:
+    """A model's artifact in every precision."""
+    batches, found = batches_of(name, options), {}
     for precision in (options.precisions or PRECISIONS[options.device]).split(","):
+        found[precision] = folder / f"{name}-{precision}.grc"
+        if found[precision].exists():
+            continue
         sys.stderr.write(f"{name}: compile {precision}\n")
         settings = grc.Options(
-            folder / f"{precision}.grc", options.device, batches=batches, precision=precision, budget=BUDGET,
+            found[precision], options.device, batches=batches, precision=precision, budget=BUDGET,
             buckets=batches if options.device == "cuda" else (), max_batch=max(batches),
         )  # fmt: skip
-        compile(str(file), options=settings)
-        programs[precision] = grc.load(settings.output)  # type: ignore[arg-type]
-    model = load_model(file)
+        compile(str(zoo(name)), options=settings)
+    return found
+
+
+def zoo(name: str) -> Path:
+    return ROOT / "examples" / "zoo" / f"{name}.py"
+
+
+def batches_of(name: str, options: argparse.Namespace) -> tuple[int, ...]:
+    return BATCHES[options.device].get(name, USUAL[options.device])
+
+
+def measured(name: str, artifacts: dict[str, Path], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Times of a model in every precision, in turns at each batch size."""
+    programs = {precision: grc.load(path) for precision, path in artifacts.items()}
+    model = load_model(zoo(name))
     rows = []
-    for batch in batches:
+    for batch in batches_of(name, options):
         args, kwargs = model.inputs(batch)
         turns = {p: Turn(partial(call, program, args, kwargs)) for p, program in programs.items()}
         interleave(list(turns.values()), 1, options.seconds)

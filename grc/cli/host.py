@@ -26,10 +26,6 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 FLAGS = {  # what /proc/cpuinfo calls them
     "AVX2": "avx2", "AVX-512": "avx512f", "VNNI": "avx512_vnni", "BF16": "avx512_bf16", "AMX": "amx_tile",
 }  # fmt: skip
-PIP_ENGINE = {
-    "tensorrt": ("torch_tensorrt", "pip install torch-tensorrt"),
-    "tensorrt_rtx": ("tensorrt_rtx", "pip install tensorrt-rtx"),
-}
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,6 @@ def findings() -> list[Finding]:
         *(check() for check in checks),
         *(engine_finding(engine, target) for engine in engines),
         *(on_gpu(name) for name in ("inductor", "aoti", "eager")),
-        *(gpu_engine(name, *entry) for name, entry in PIP_ENGINE.items()),
     ]
 
 
@@ -165,11 +160,3 @@ def on_gpu(name: str) -> Finding:
             if not needed.usable:
                 return Finding("engine", label, False, f"needs {needed.name}: {needed.detail}", needed.command)
     return Finding("engine", label, True, f"usable, captured in CUDA graphs on {found.detail}")
-
-
-def gpu_engine(name: str, module: str, command: str) -> Finding:
-    if not torch.cuda.is_available():
-        return Finding("engine", name, False, "there is no GPU")
-    if importlib.util.find_spec(module) is None:
-        return Finding("engine", name, False, f"{module} is not installed", command)
-    return Finding("engine", name, True, "usable")
