@@ -44,7 +44,7 @@ SANITIZED = tests/kernels/test_triton.py tests/kernels/test_triton_octets.py tes
   tests/lowering/test_encoders.py tests/lowering/test_towers.py
 sanitize: $(READY) ## the GPU kernels' tests under compute-sanitizer: no access outside of any tensor
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 --target-processes all \
-	  $(PY) -m pytest -o addopts= -q -p no:cacheprovider $(SANITIZED)
+	  $(PY) -m pytest -o addopts= -q -n auto -p no:cacheprovider $(SANITIZED)
 
 bench: $(READY) ## measure the zoo against its peers
 	$(PY) -m benchmarks.cpu
