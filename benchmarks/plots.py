@@ -164,6 +164,10 @@ FIGURES = {
         "op": "op", "dtype": "rows", "batch": "batch", "us": "us", "GBps": "GB/s", "of_copy": "of copy bandwidth",
         "torch_us": "plain torch, us", "error": "error",
     },
+    "gpu-stress": {
+        "model": "model", "threads": "threads", "streams": "streams", "replays": "replays", "different": "differ",
+        "failed": "failed", "loads": "loads", "load_median_s": "s a load", "device_growth_bytes": "bytes more after all",
+    },
     "gpu-streams": {"batch": "batch", "streams": "streams", "threads": "threads", "requests_per_s": "requests a second"},
 }  # fmt: skip
 

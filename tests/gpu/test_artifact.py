@@ -296,5 +296,5 @@ def test_tables_that_do_not_fit_are_read_from_the_host(
 
 @pytest.mark.parametrize("replays", [4_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_no_bit_differs_and_no_memory_stays_behind(model: nn.Module, path: Path, replays: int) -> None:
-    found = stress(path, from_module(model, click_inputs), replays, threads=4, loads=12)
+    found = stress(path, from_module(model, click_inputs), replays, threads=4, loads=60)
     assert found["replays"] >= replays and sound(found), found
