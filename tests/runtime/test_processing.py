@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date, datetime
 from enum import Enum
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from grc.errors import ArtifactError
+from grc.errors import ArtifactError, InputError
 from grc.runtime.processing import Processing, written
 
 NAN = float("nan")
@@ -64,13 +66,41 @@ def test_what_is_no_json_is_refused(answer: Any, reason: str) -> None:
     assert caught.value.message.startswith(reason)
 
 
-@pytest.mark.parametrize(("error", "told"), [(ValueError("no films left"), "no films left"), (KeyError(), "KeyError")])
-def test_a_postprocess_that_raises_is_told_in_its_own_words(error: Exception, told: str) -> None:
-    def fail(outputs: Any) -> Any:
+def failing(error: BaseException) -> Processing:
+    """Functions that raise it."""
+
+    def fail(given: Any) -> Any:
         raise error
 
     processing = Processing.__new__(Processing)
-    processing.functions = {"postprocess": fail}
-    with pytest.raises(ArtifactError) as caught:
+    processing.functions = {"preprocess": fail, "postprocess": fail}
+    return processing
+
+
+RAISED = [
+    (ValueError("no films left"), "no films left"),
+    (KeyError(), "KeyError"),
+    (StopIteration("x"), "x"),
+    (SystemExit(3), "SystemExit(3)"),
+    (asyncio.CancelledError(), "CancelledError()"),
+]
+
+
+@pytest.mark.parametrize(("error", "told"), RAISED)
+def test_a_function_that_raises_or_exits_is_told_in_its_own_words(error: BaseException, told: str) -> None:
+    processing = failing(error)
+    with pytest.raises(ArtifactError) as after:
         processing.postprocess(torch.ones(1), {})
-    assert caught.value.message == f"postprocess: {told}"
+    assert after.value.message == f"postprocess: {told}"
+    with pytest.raises(InputError) as before:
+        processing.preprocess({})
+    assert before.value.message == f"preprocess: {told}"
+
+
+def test_an_interrupt_ends_the_process_and_is_an_error_on_a_thread() -> None:
+    """Signals reach the main thread alone: on any other, the function itself has raised it."""
+    processing = failing(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        processing.preprocess({})
+    with ThreadPoolExecutor(1) as pool, pytest.raises(InputError, match=r"preprocess: KeyboardInterrupt\(\)"):
+        pool.submit(processing.preprocess, {}).result()

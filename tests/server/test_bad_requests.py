@@ -297,6 +297,8 @@ def deep(levels: int) -> dict[str, Any]:
         (json.dumps({"user": 3}).encode(), 400, "preprocess: 'dense'"),
         (json.dumps({**ROW, "item": 80}).encode(), 400, None),
         (json.dumps({**ROW, "spoil": True}).encode(), 500, "postprocess: spoilt"),
+        (json.dumps({**ROW, "exit": "before"}).encode(), 400, "preprocess: SystemExit(3)"),
+        (json.dumps({**ROW, "exit": "after"}).encode(), 500, "postprocess: SystemExit(3)"),
         (json.dumps(deep(32)).encode(), 400, "the request nests deeper than 32 levels"),
         (b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}", 400, None),
     ],
