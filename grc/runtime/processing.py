@@ -125,5 +125,5 @@ def written(answer: Any) -> str:
     """An answer as JSON. Raises ArtifactError where it is none."""
     try:
         return json.dumps(plain(answer), allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ArtifactError(str(error), "let postprocess return numbers, strings, lists and dicts") from error

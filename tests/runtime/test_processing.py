@@ -43,27 +43,42 @@ ANSWERS = [
     (Item(torch.tensor([2.0]), Kind.FILM), {"score": [2.0], "kind": "film"}),
     (Pair(2, torch.tensor([1.0])), [2, [1.0]]),
     ({1: date(2026, 1, 2), "at": datetime(2026, 1, 2, 3)}, {"1": "2026-01-02", "at": "2026-01-02T03:00:00"}),
+    ([2**70, "\ud800"], [2**70, "\ud800"]),
 ]
 
 
 @pytest.mark.parametrize(("answer", "expected"), ANSWERS)
 def test_an_answer_is_the_same_json_everywhere(answer: Any, expected: Any) -> None:
     assert json.loads(written(answer)) == expected
-    pytest.importorskip("orjson")
-    pytest.importorskip("httptools")
-    from grc.runtime.server import http_app
+    pytest.importorskip("prometheus_client")
+    from grc.runtime.server import service
 
-    assert json.loads(http_app.written(answer)) == expected
+    assert json.loads(service.written(answer)) == expected
 
 
-@pytest.mark.parametrize(
-    ("answer", "reason"),
-    [({"films": {1, 2}}, "postprocess returns a set, which is no JSON"), ({(1, 2): 3}, "keys must be str, int, ")],
-)
-def test_what_is_no_json_is_refused(answer: Any, reason: str) -> None:
-    with pytest.raises(ArtifactError) as caught:
-        written(answer)
-    assert caught.value.message.startswith(reason)
+def endless() -> list[Any]:
+    found: list[Any] = []
+    found.append(found)
+    return found
+
+
+NO_JSON = [
+    ({"films": {1, 2}}, "postprocess returns a set, which is no JSON"),
+    ({"films": b"one"}, "postprocess returns a bytes, which is no JSON"),
+    ({(1, 2): 3}, "keys must be str, int, "),
+    (endless(), "maximum recursion depth exceeded"),
+]
+
+
+@pytest.mark.parametrize(("answer", "reason"), NO_JSON)
+def test_what_is_no_json_is_refused_everywhere(answer: Any, reason: str) -> None:
+    pytest.importorskip("prometheus_client")
+    from grc.runtime.server import service
+
+    for write in (written, service.written):
+        with pytest.raises(ArtifactError) as caught:
+            write(answer)
+        assert caught.value.message.startswith(reason)
 
 
 def failing(error: BaseException) -> Processing:

@@ -20,10 +20,9 @@ from grc.runtime.server.health import Health
 from grc.runtime.server.logs import clean_id, request_id
 from grc.runtime.server.models import Models
 from grc.runtime.server.refusal import Refused, gone, invalid
-from grc.runtime.server.service import Call, Service
+from grc.runtime.server.service import Call, Service, body_digest
 from grc.runtime.server.settings import Settings
 from grc.runtime.server.version import Version
-from grc.runtime.values import plain
 
 JSON, BYTES, TEXT, PAGE = (
     b"application/json",
@@ -157,7 +156,7 @@ class Http:
         if seconds is not None:
             call.due(whole(seconds, "x-timeout-ms") / 1e3)
         task = self.service.loop.create_task(
-            self.recommended(call, version, exchange, request, user_of(exchange.headers))
+            self.recommended(call, version, exchange, body, request, user_of(exchange.headers, body))
         )
 
         def lost(reason: Refused) -> None:
@@ -169,11 +168,16 @@ class Http:
         task.add_done_callback(self.tasks.discard)
 
     async def recommended(
-        self, call: Call, version: Version, exchange: Exchange, request: dict[str, Any], user: User | None
+        self,
+        call: Call,
+        version: Version,
+        exchange: Exchange,
+        body: bytes,
+        request: dict[str, Any],
+        user: User | None,
     ) -> None:
         try:
-            found = await self.service.recommend(call, version, request, user)
-            text = written(found)
+            text = await self.service.recommend(call, version, body, request, user)
         except Exception as error:  # as above
             self.refuse(call, exchange, error)
             return
@@ -227,23 +231,14 @@ def text_of(data: bytes) -> str:
         return data.decode("latin-1")
 
 
-def written(value: Any) -> bytes:
-    """A recommendation as JSON."""
-    option = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
-    try:
-        return orjson.dumps(value, default=plain, option=option)
-    except orjson.JSONEncodeError as error:
-        raise Refused(500, str(error.__cause__ or error), "postprocess") from error
-
-
-def user_of(headers: Headers) -> User | None:
+def user_of(headers: Headers, body: bytes) -> User | None:
     """Whose features may be kept, where the client says so."""
     name, version = headers.get(b"x-user-id"), headers.get(b"x-features-version")
     if name is None and version is None:
         return None
     if name is None or version is None:
         raise invalid("x-user-id and x-features-version belong together")
-    return User(text_of(name), whole(version, "x-features-version"))
+    return User(text_of(name), whole(version, "x-features-version"), body_digest(body))
 
 
 def whole(text: bytes, name: str) -> int:

@@ -12,6 +12,7 @@ import orjson
 import torch
 
 from grc.errors import ArtifactError
+from grc.runtime import processing
 from grc.runtime.server.cache import Cache
 from grc.runtime.server.features import Features, User
 from grc.runtime.server.logs import Log
@@ -109,29 +110,32 @@ class Service:
             if not work.future.done():
                 work.future.set_exception(refused)
 
-    async def recommend(self, call: Call, version: Version, request: dict[str, Any], user: User | None) -> Any:
-        """From a request in its users' words to its answer, through the artifact's own functions."""
-        processing = version.processing()
-        key = None
-        if self.answers.on and user is None:  # a user's features may change while the request stays the same
-            key = request_digest(version, request)
-            found = self.answers.get(key)
-            self.looked_up(version, found)
-            if found is not None:
-                return orjson.loads(found)
-        inputs = await self.prepared(call, version, request, user)
+    async def recommend(
+        self, call: Call, version: Version, body: bytes, request: dict[str, Any], user: User | None
+    ) -> bytes:
+        """From a request in its users' words, and the body it came as, to its answer as JSON, through the artifact's own
+        functions."""
+        if not self.answers.on or user is not None:  # a user's features may change while the request stays the same
+            return await self.answered(call, version, await self.prepared(call, version, request, user), request)
+        key = body_digest(body, f"{version.name}/{version.number}/")
+        kept: bytes | None = self.answers.get(key)
+        self.looked_up(version, kept)
+        if kept is None:
+            kept = await self.answered(call, version, await self.prepared(call, version, request, user), request)
+            self.answers.put(key, kept, len(kept))
+        return kept
+
+    async def answered(self, call: Call, version: Version, inputs: Tensors, request: dict[str, Any]) -> bytes:
+        """What preprocess made of a request, computed, and made an answer of."""
         answer = await self.compute(call, version, inputs)
 
-        def post() -> Any:
+        def post() -> bytes:
             try:
-                return processing.postprocess(version.program.built(answer), request)
+                return written(version.processing().postprocess(version.program.built(answer), request))
             except ArtifactError as error:
                 raise Refused(500, error.message, "postprocess") from error
 
-        found = await self.preparing.run(post)
-        if key is not None:
-            kept = orjson.dumps(found, default=plain, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
-            self.answers.put(key, kept, len(kept))
+        found: bytes = await self.preparing.run(post)
         return found
 
     async def prepared(self, call: Call, version: Version, request: dict[str, Any], user: User | None) -> Tensors:
@@ -226,6 +230,15 @@ def digest(version: Version, inputs: Packed) -> bytes:
     return found.digest()
 
 
-def request_digest(version: Version, request: dict[str, Any]) -> bytes:
-    text = orjson.dumps(request, option=orjson.OPT_SORT_KEYS)
-    return hashlib.blake2b(f"{version.name}/{version.number}/".encode() + text, digest_size=16).digest()
+def body_digest(body: bytes, before: str = "") -> bytes:
+    found = hashlib.blake2b(before.encode(), digest_size=16)
+    found.update(body)
+    return found.digest()
+
+
+def written(value: Any) -> bytes:
+    """A recommendation as JSON. Raises ArtifactError where it is none, by the rule that holds everywhere."""
+    try:
+        return orjson.dumps(value, default=plain, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
+    except orjson.JSONEncodeError:  # of what is JSON, too: integers of more than 64 bits, say
+        return processing.written(value).encode()
