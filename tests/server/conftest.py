@@ -39,6 +39,7 @@ def postprocess(outputs, request):
         raise RuntimeError("spoilt")
     if request.get("set"):
         return {1}
+    time.sleep(request.get("sleep after", 0))
     if request.get("exit") == "after":
         sys.exit(3)
     return {"user": request["user"], "click": outputs[0]}

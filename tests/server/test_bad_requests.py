@@ -6,6 +6,7 @@ import http.client
 import json
 import socket
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -311,6 +312,14 @@ def test_recommendations_that_fail(server: Running, body: bytes, status: int, me
     else:
         assert found == (status, message or expected)
     assert server.ask(RECOMMEND, json.dumps(ROW).encode())[0] == 200
+
+
+@pytest.mark.parametrize("where", ["sleep", "sleep after"])
+def test_a_deadline_holds_for_functions_that_have_begun(server: Running, where: str) -> None:
+    began = time.monotonic()
+    told = server.error(RECOMMEND, json.dumps({**ROW, where: 1.5}).encode(), x_timeout_ms="200")
+    assert told == (503, "model tiny was too busy: the request's time ran out")
+    assert time.monotonic() - began < 1.2
 
 
 def test_an_id_can_not_write_headers_or_lines_of_log(server: Running) -> None:

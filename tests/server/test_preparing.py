@@ -15,7 +15,7 @@ pytest.importorskip("prometheus_client", reason="needs grc-compiler[serve]")
 
 from grc.runtime.server.preparing import THREADS, Preparing
 from grc.runtime.server.refusal import Refused
-from grc.runtime.server.service import Call
+from grc.runtime.server.service import Call, Service
 
 
 class Held:
@@ -151,3 +151,21 @@ def test_a_client_that_left_is_not_prepared_for_and_counts_until_it_is_put_away(
 
     assert story(held, told) == 0
     assert {"n": 0} not in held.begun and {"n": 1} in held.begun
+
+
+def test_the_example_of_a_canary_waits_for_a_thread_and_for_no_others(held: Held) -> None:
+    """Or a canary would find a server busy whose preprocess hangs, and never ill."""
+
+    async def told(ask: Asking, preparing: Preparing) -> Any:
+        waiting = [ask(n) for n in range(3)]
+        await asyncio.sleep(0)
+        service: Any = SimpleNamespace(preparing=preparing, answered=lambda *given: asyncio.sleep(0))
+        version: Any = held
+        canary = asyncio.create_task(Service.rehearse(service, Call("id", "canary", 10.0), version, {"n": "canary"}))
+        await asyncio.sleep(0.05)
+        assert not canary.done()
+        held.open.set()
+        await asyncio.gather(canary, *waiting)
+
+    story(held, told, max_queue=3)
+    assert {"n": "canary"} in held.begun[THREADS : 2 * THREADS]

@@ -1,8 +1,9 @@
 """Features of users: what preprocess made of a user's behaviours, kept until the user's version changes.
 
 A request names its user and the version of the user's behaviours, a number that grows with every change. Features are
-kept for the newest version alone, and given to requests of the very body that they were made of. Computing them takes time in which others may come and go: what was computed for a
-version that is no longer the newest, or for a user that was forgotten meanwhile, is used for its own request and not kept.
+kept for the newest version alone, and given to requests of the very body that they were made of. Computing them takes time
+in which others may come and go: what was computed for a version that is no longer the newest, or for a user that was
+forgotten meanwhile, is used for its own request and not kept.
 """
 
 from __future__ import annotations

@@ -177,7 +177,8 @@ class Http:
         user: User | None,
     ) -> None:
         try:
-            text = await self.service.recommend(call, version, body, request, user)
+            async with self.service.in_time(call, version):
+                text = await self.service.recommend(call, version, body, request, user)
         except Exception as error:  # as above
             self.refuse(call, exchange, error)
             return

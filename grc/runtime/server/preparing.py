@@ -109,16 +109,20 @@ class Preparing:
     def take(self, call: Call, version: Version, request: dict[str, Any]) -> Tensors:
         """On a thread: the request's turn has come."""
         name, began = version.name, time.monotonic()
-        if call.gone:
-            raise gone("its answer")
-        if began > call.deadline:
-            raise out_of_time(name, self.wait(name))
+        self.check(call, name)
         args, kwargs = version.processing().preprocess(request)
         found = version.program.leaves(args, kwargs)
         took = time.monotonic() - began
         before = self.seconds.get(name, took)
         self.seconds[name] = before + LEARNING * (took - before)
         return found
+
+    def check(self, call: Call, name: str) -> None:
+        """Raises Refused where nobody waits for the request any more."""
+        if call.gone:
+            raise gone("its answer")
+        if time.monotonic() > call.deadline:
+            raise out_of_time(name, self.wait(name))
 
     def wait(self, name: str) -> float:
         """Seconds until those of a model that wait are prepared: its own line, and as much of the others."""

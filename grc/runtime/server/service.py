@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import orjson
@@ -19,7 +21,7 @@ from grc.runtime.server.logs import Log
 from grc.runtime.server.metrics import Metrics
 from grc.runtime.server.packed import Packed, tensors_of
 from grc.runtime.server.preparing import Preparing
-from grc.runtime.server.refusal import Refused, refusal
+from grc.runtime.server.refusal import Refused, out_of_time, refusal
 from grc.runtime.server.scheduler import Scheduler, Waiter, Work
 from grc.runtime.server.settings import Settings
 from grc.runtime.server.version import Version
@@ -130,6 +132,7 @@ class Service:
         answer = await self.compute(call, version, inputs)
 
         def post() -> bytes:
+            self.preparing.check(call, version.name)
             try:
                 return written(version.processing().postprocess(version.program.built(answer), request))
             except ArtifactError as error:
@@ -137,6 +140,20 @@ class Service:
 
         found: bytes = await self.preparing.run(post)
         return found
+
+    async def rehearse(self, call: Call, version: Version, request: dict[str, Any]) -> None:
+        """Answer a request as `recommend` does, but for caches and the line of those that wait for preprocess."""
+        inputs = await self.preparing.run(partial(self.preparing.take, call, version, request))
+        await self.answered(call, version, inputs, request)
+
+    @asynccontextmanager
+    async def in_time(self, call: Call, version: Version) -> AsyncIterator[None]:
+        """Wait until the request's deadline and no longer: what a thread has begun by then is nobody's. Raises Refused."""
+        try:
+            async with asyncio.timeout(call.deadline - time.monotonic()):
+                yield
+        except TimeoutError:
+            raise out_of_time(version.name, self.preparing.wait(version.name)) from None
 
     async def prepared(self, call: Call, version: Version, request: dict[str, Any], user: User | None) -> Tensors:
         """The request's features: made by preprocess, or those of the user."""
