@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
 import threading
+import weakref
 from collections.abc import Callable, Coroutine, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -169,3 +171,33 @@ def test_the_example_of_a_canary_waits_for_a_thread_and_for_no_others(held: Held
 
     story(held, told, max_queue=3)
     assert {"n": "canary"} in held.begun[THREADS : 2 * THREADS]
+
+
+class Request(dict[str, Any]):
+    """One that can be referred to weakly."""
+
+
+def test_an_error_does_not_keep_its_request() -> None:
+    """Large ones would fill the memory until all of it is searched for cycles."""
+
+    def fail(request: Any) -> Any:
+        raise KeyError("dense")
+
+    version: Any = SimpleNamespace(name="m", processing=lambda: SimpleNamespace(preprocess=fail))
+
+    async def ask() -> bool:
+        preparing = Preparing(asyncio.get_running_loop(), 1)
+        request = Request()
+        kept = weakref.ref(request)
+        with pytest.raises(KeyError):
+            await preparing.preprocess(Call("id", "http", 10.0), version, request)
+        del request
+        preparing.threads.shutdown()
+        await asyncio.sleep(0)
+        return kept() is None
+
+    gc.disable()
+    try:
+        assert asyncio.run(ask())
+    finally:
+        gc.enable()

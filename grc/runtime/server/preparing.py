@@ -49,7 +49,10 @@ class Job:
         """What the call gave. It counts until a thread has put it away, hence the shield, also when its client left before."""
         future = asyncio.wrap_future(self.future)
         future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to ask
-        return await asyncio.shield(future)
+        try:
+            return await asyncio.shield(future)
+        finally:
+            del self, future  # as above
 
 
 class Preparing:
@@ -83,7 +86,9 @@ class Preparing:
                 self.used[name] = max(self.used.get(name, 0.0), self.clock)
             line.append(job)
         self.threads.submit(self.turn)
-        found: Tensors = await job.done()
+        done = job.done()
+        del job  # as above
+        found: Tensors = await done
         return found
 
     async def run(self, function: Callable[[], Any]) -> Any:
@@ -92,19 +97,22 @@ class Preparing:
         with self.lock:
             self.computed.append(job)
         self.threads.submit(self.turn)
-        return await job.done()
+        done = job.done()
+        del job  # as above
+        return await done
 
     def turn(self) -> None:
         """On a thread: do what is most due. There are as many turns as jobs."""
+        self.most_due().run()
+
+    def most_due(self) -> Job:
         with self.lock:
             if self.computed:
-                job = self.computed.popleft()
-            else:
-                name = min((name for name, line in self.lines.items() if line), key=lambda name: self.used[name])
-                job = self.lines[name].popleft()
-                self.clock = self.used[name]
-                self.used[name] += self.seconds.get(name, 0.0)
-        job.run()
+                return self.computed.popleft()
+            name = min((name for name, line in self.lines.items() if line), key=lambda name: self.used[name])
+            self.clock = self.used[name]
+            self.used[name] += self.seconds.get(name, 0.0)
+            return self.lines[name].popleft()
 
     def take(self, call: Call, version: Version, request: dict[str, Any]) -> Tensors:
         """On a thread: the request's turn has come."""
