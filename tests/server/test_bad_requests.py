@@ -436,6 +436,32 @@ def test_a_packed_body_that_is_none(server: Running) -> None:
     )
 
 
+LISTS, NAMES = b"[]," * (3 << 20), b"".join(b'"%d":1,' % n for n in range(1 << 20))
+HEAVY = {"lists": b'{"x":[' + LISTS + b"[]]}", "names": b"{" + NAMES + b'"x":1}'}
+
+
+@pytest.mark.parametrize("path", [INFER, RECOMMEND])
+@pytest.mark.parametrize("what", HEAVY)
+def test_json_of_more_values_than_its_size_allows_is_not_read(server: Running, what: str, path: str) -> None:
+    status, told = server.error(path, zlib.compress(HEAVY[what], 1), content_encoding="deflate")
+    assert status == 413 and told.endswith(" values; up to 2097152 are read"), told
+
+
+@pytest.mark.parametrize("coding", ["identity", "deflate"])
+def test_large_bodies_are_read_as_small_ones_are(server: Running, coding: str) -> None:
+    def sent(body: dict[str, Any]) -> bytes:
+        text = json.dumps(body).encode()
+        return zlib.compress(text) if coding == "deflate" else text
+
+    more = {"more": list(range(100_000))}
+    for path, body in ((INFER, GOOD), (RECOMMEND, ROW)):
+        small = server.ask(path, json.dumps(body).encode())[1]
+        assert server.ask(path, sent({**body, **more}), content_encoding=coding)[:2] == (200, small)
+    assert server.error(INFER, sent({"inputs": [DENSE], **more}), content_encoding=coding) == (400, BOTH["missing"][1])
+    deeper = sent({**deep(32), **more})
+    assert server.error(RECOMMEND, deeper, content_encoding=coding) == (400, "the request nests deeper than 32 levels")
+
+
 def test_bodies_are_limited_in_size_and_time(tmp_path: Path, tiny: Path) -> None:
     with running(tmp_path, tiny, "--max-body", 1, "--body-timeout", 0.5) as server:
         mega = (1 << 20) + 1

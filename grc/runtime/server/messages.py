@@ -69,13 +69,13 @@ def json_type(value: Any) -> str:
     return names.get(type(value), "null")
 
 
-def read(body: bytes, header: int | None, version: Version) -> Asked:
-    """The request in a body; `header` is where the JSON ends and binary tensors begin."""
-    header = len(body) if header is None else header
+def read(body: bytes, header: int, version: Version, remember: bool = True) -> Asked:
+    """The request in a body; `header` is where the JSON ends and binary tensors begin. On the event loop, what its JSON said is
+    remembered."""
     if header > len(body):
         raise invalid(f"the body has {len(body)} bytes; its JSON alone should have {header}", "truncated")
     text = body[:header]
-    if header < len(body):
+    if remember and header < len(body):
         known = version.layouts.get((text, len(body)))
         if known is not None:
             return known.asked(body)
@@ -89,7 +89,7 @@ def read(body: bytes, header: int | None, version: Version) -> Asked:
     if type(id) is not str:
         raise invalid(f"id is a JSON {json_type(id)}, not a string")
     asked = Asked(id, inputs, outputs, timeout(parameters))
-    if not id and len(spans) == len(inputs.data):
+    if remember and not id and len(spans) == len(inputs.data):
         layout = Layout.of(asked, [spans[i] for i in range(len(spans))])
         version.layouts.put((text, len(body)), layout, len(text))
     return asked

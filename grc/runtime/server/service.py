@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -67,6 +68,7 @@ class Service:
         self.scheduler = Scheduler(loop, settings.workers, settings.max_rows, settings.max_queue, self.computed)
         self.arrived: list[Work] = []
         self.preparing = Preparing(loop, settings.max_queue)
+        self.reading = ThreadPoolExecutor(1, thread_name_prefix="grc-reading")  # of large bodies
 
     async def infer(self, call: Call, version: Version, inputs: Packed) -> Answer:
         """The outputs for one request's inputs. Raises what `refusal` makes an answer of."""
@@ -223,6 +225,7 @@ class Service:
 
     def close(self, seconds: float) -> None:
         """End the threads; one that is busy for longer than `seconds` is left."""
+        self.reading.shutdown(wait=False, cancel_futures=True)
         self.preparing.close()
         self.scheduler.close(seconds)
 
