@@ -377,7 +377,7 @@ def raw(server: Running, data: bytes, wait: bool = True) -> bytes:
 
 
 def test_a_body_cut_short_harms_nobody(server: Running) -> None:
-    before = server.metric('grc_refusals_total{model="",reason="gone"}')
+    before = server.metric('grc_refusals_total{model="",reason="truncated"}')
     body = json.dumps(GOOD).encode()
     head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     for cut in (0, 1, len(body) // 2, len(body) - 1):
@@ -385,7 +385,7 @@ def test_a_body_cut_short_harms_nobody(server: Running) -> None:
     from tests.server.running import until
 
     for _ in until("four refusals"):
-        if server.metric('grc_refusals_total{model="",reason="gone"}') == before + 4:
+        if server.metric('grc_refusals_total{model="",reason="truncated"}') == before + 4:
             break
     assert server.ask(INFER, body)[0] == 200
 
