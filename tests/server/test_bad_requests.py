@@ -47,6 +47,15 @@ BOTH = {
         both({"shape": [3]}),
         'input "dense" has 1 dimensions [3]; the model takes [batch, 3]',
     ),
+    "negative shape": (both({"shape": [-1, 3]}), 'input "dense" has no shape: [-1, 3]'),
+    "shape of no tensor": (
+        both({"shape": [0, 1 << 47, 1 << 47], "data": []}, {"shape": [0, 2], "data": []}),
+        f'input "dense" has a shape that is too large: [0, {1 << 47}, {1 << 47}]',
+    ),
+    "many dimensions": (
+        both({"shape": [1] * 70, "data": [1.0]}),
+        f'input "dense" has 70 dimensions {[1] * 70}; the model takes [batch, 3]',
+    ),
     "width": (
         both({"shape": [1, 2], "data": [1.0, 2.0]}),
         'input "dense" has shape [1, 2]; the model takes [batch, 3]',
@@ -132,7 +141,6 @@ JSON = {
     "no inputs": (b"{}", "the request has no list of inputs"),
     "no name": (json.dumps({"inputs": [{}]}).encode(), "an input has no name"),
     "no shape": (json.dumps(both({"shape": "3"})).encode(), "input \"dense\" has no shape: '3'"),
-    "negative shape": (json.dumps(both({"shape": [-1, 3]})).encode(), 'input "dense" has no shape: [-1, 3]'),
     "no data": (
         json.dumps({"inputs": [{k: v for k, v in DENSE.items() if k != "data"}, IDS]}).encode(),
         'input "dense" has neither data nor binary_data_size',

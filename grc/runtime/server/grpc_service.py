@@ -15,7 +15,7 @@ from tritonclient.grpc import service_pb2_grpc
 
 from grc.runtime.server import describe
 from grc.runtime.server.cut import Cut
-from grc.runtime.server.datatypes import NAMES, bytes_of_list, check_size
+from grc.runtime.server.datatypes import NAMES, bytes_of_list, check_shape, check_size
 from grc.runtime.server.health import Health
 from grc.runtime.server.listener import FAREWELL
 from grc.runtime.server.logs import clean_id, request_id
@@ -210,8 +210,7 @@ def read_inputs(request: Any, version: Version) -> Packed:
         dtype = checked_dtype(entry.name, entry.datatype, version.dtypes[index])
         refuse_unknown(entry.parameters)
         shape = list(entry.shape)
-        if any(size < 0 for size in shape):
-            raise invalid(f'input "{entry.name}" has no shape: {shape}')
+        check_shape(entry.name, shape)
         shapes[index] = tuple(shape)
         if raw:
             check_size(entry.name, len(raw[place]), shape, dtype)

@@ -10,7 +10,7 @@ import orjson
 import torch
 
 from grc.runtime.server.cut import Cut
-from grc.runtime.server.datatypes import NAMES, bytes_of_list, check_size
+from grc.runtime.server.datatypes import NAMES, bytes_of_list, check_shape, check_size
 from grc.runtime.server.packed import Packed, Shape
 from grc.runtime.server.refusal import invalid
 from grc.runtime.server.version import Version
@@ -172,8 +172,9 @@ def checked_dtype(name: str, given: Any, dtype: torch.dtype) -> torch.dtype:
 
 
 def checked_shape(name: str, shape: Any) -> list[int]:
-    if type(shape) is not list or not all(type(size) is int and 0 <= size < 1 << 48 for size in shape):
+    if type(shape) is not list or not all(type(size) is int for size in shape):
         raise invalid(f'input "{name}" has no shape: {shape!r}')
+    check_shape(name, shape)
     return shape
 
 
