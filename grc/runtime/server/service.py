@@ -23,7 +23,7 @@ from grc.runtime.server.metrics import Metrics
 from grc.runtime.server.packed import Packed, tensors_of
 from grc.runtime.server.preparing import Preparing
 from grc.runtime.server.refusal import Refused, out_of_time, refusal
-from grc.runtime.server.scheduler import Scheduler, Waiter, Work
+from grc.runtime.server.scheduler import LOWEST, Scheduler, Waiter, Work
 from grc.runtime.server.settings import Settings
 from grc.runtime.server.version import Version
 from grc.runtime.values import plain
@@ -42,7 +42,18 @@ STAGES = (
 class Call:
     """One request on its way: who asks for what, since when, until when, and how long each stage took."""
 
-    __slots__ = ("arrived", "deadline", "gone", "id", "model", "preprocess", "protocol", "stages", "version")
+    __slots__ = (
+        "arrived",
+        "deadline",
+        "gone",
+        "id",
+        "model",
+        "preprocess",
+        "priority",
+        "protocol",
+        "stages",
+        "version",
+    )
 
     def __init__(self, id: str, protocol: str, timeout: float):
         self.arrived = time.monotonic()
@@ -51,12 +62,19 @@ class Call:
         self.version: Version | None = None
         self.model = ""
         self.preprocess = 0.0
+        self.priority = LOWEST
         self.gone = False  # its client went away
         self.stages: tuple[float, float] | None = None
 
     def due(self, seconds: float) -> None:
         """A client may shorten the time that a request may take."""
         self.deadline = min(self.deadline, self.arrived + seconds)
+
+    def asks(self, seconds: float | None, priority: int) -> None:
+        """What the protocol's parameters say."""
+        if seconds is not None:
+            self.due(seconds)
+        self.priority = priority or LOWEST
 
 
 class Service:
@@ -106,7 +124,7 @@ class Service:
         call.preprocess = now - call.arrived
         if not self.arrived:
             self.loop.call_soon(self.hand_over)
-        self.arrived.append(Work(version, inputs, rows, call.deadline, future, now, call))
+        self.arrived.append(Work(version, inputs, rows, call.deadline, future, now, call, call.priority))
 
     def hand_over(self) -> None:
         arrived, self.arrived = self.arrived, []
