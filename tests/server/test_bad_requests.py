@@ -114,6 +114,52 @@ def test_over_grpc(server: Running, case: str) -> None:
     assert (caught.value.code(), caught.value.details()) == (library.StatusCode.INVALID_ARGUMENT, message)
 
 
+NO_TIME, NO_PRIORITY = "timeout must be a number of microseconds, not ", "priority must be a whole number, not "
+PARAMETERS = [
+    ("timeout", "string_param", "soon", f"{NO_TIME}'soon'"),
+    ("timeout", "string_param", "", f"{NO_TIME}''"),
+    ("timeout", "int64_param", -5, f"{NO_TIME}-5"),
+    ("timeout", "double_param", 1.5, f"{NO_TIME}1.5"),
+    ("timeout", "bool_param", False, f"{NO_TIME}False"),
+    ("priority", "string_param", "1", f"{NO_PRIORITY}'1'"),
+    ("priority", "int64_param", -1, f"{NO_PRIORITY}-1"),
+    ("priority", "double_param", 1.0, f"{NO_PRIORITY}1.0"),
+    ("sequence_id", "uint64_param", 4, "this server knows no sequences"),
+    ("sequence_id", "string_param", "4", "this server knows no sequences"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "value", "told"), PARAMETERS)
+def test_parameters_that_do_not_fit_over_either_protocol(
+    server: Running, name: str, kind: str, value: Any, told: str
+) -> None:
+    import grpc as library
+    from tritonclient.grpc import service_pb2 as pb
+    from tritonclient.grpc import service_pb2_grpc
+
+    assert server.error(INFER, json.dumps({**GOOD, "parameters": {name: value}}).encode()) == (400, told)
+    asked = pb.ModelInferRequest(model_name="tiny")
+    setattr(asked.parameters[name], kind, value)
+    with library.insecure_channel(f"127.0.0.1:{server.grpc}") as channel, pytest.raises(library.RpcError) as caught:
+        service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(asked)
+    assert (caught.value.code(), caught.value.details()) == (library.StatusCode.INVALID_ARGUMENT, told)
+
+
+@pytest.mark.parametrize("kind", ["int64_param", "uint64_param"])
+def test_a_timeout_over_grpc_may_be_any_integer(server: Running, kind: str) -> None:
+    import grpc as library
+    from tritonclient.grpc import service_pb2 as pb
+    from tritonclient.grpc import service_pb2_grpc
+
+    asked = pb.ModelInferRequest(model_name="tiny", raw_input_contents=[bytes(12), bytes(16)])
+    asked.inputs.add(name="dense", datatype="FP32", shape=[1, 3])
+    asked.inputs.add(name="ids", datatype="INT64", shape=[1, 2])
+    setattr(asked.parameters["timeout"], kind, 1)
+    with library.insecure_channel(f"127.0.0.1:{server.grpc}") as channel, pytest.raises(library.RpcError) as caught:
+        service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(asked)
+    assert caught.value.code() == library.StatusCode.UNAVAILABLE
+
+
 LENGTHS = {
     "too few values": ([2, 1, 0, 2], 'input "lengths" adds up to 5; input "values" has 4 values'),
     "too many values": ([1, 1, 0, 1], 'input "lengths" adds up to 3; input "values" has 4 values'),
@@ -167,10 +213,6 @@ JSON = {
         'input "ids" has a value that is too large; the model takes INT64',
     ),
     "parameters": (json.dumps(both(parameters=3)).encode(), "parameters is a JSON number, not an object"),
-    "timeout": (
-        json.dumps(both(parameters={"timeout": "soon"})).encode(),
-        "timeout must be a number of microseconds, not 'soon'",
-    ),
     "shared memory": (
         json.dumps(both({"parameters": {"shared_memory_region": "here"}})).encode(),
         "this server knows no shared memory",

@@ -172,6 +172,23 @@ def test_a_head_that_does_not_come_is_not_waited_for(tmp_path: Path, tiny: Path)
         assert client.closed()
 
 
+def calls_are_limited(server: Running) -> None:
+    """Over gRPC, to two of them: a stream that is open is one."""
+    grpc = pytest.importorskip("tritonclient.grpc")
+
+    with ExitStack() as ends:
+        clients = [ends.enter_context(grpc.InferenceServerClient(f"127.0.0.1:{server.grpc}")) for _ in range(3)]
+        for client in clients[:2]:
+            client.start_stream(lambda result, error: None)
+            ends.callback(client.stop_stream)
+        for _ in until("a refusal"):
+            try:
+                clients[2].is_server_live()
+            except grpc.InferenceServerException as error:
+                assert error.status() == "StatusCode.RESOURCE_EXHAUSTED"
+                break
+
+
 def test_connections_are_limited(tmp_path: Path, tiny: Path) -> None:
     with running(tmp_path, f"tiny={tiny}", "--max-connections", 2) as server:
         with peer(server) as one, peer(server) as two:
@@ -185,6 +202,7 @@ def test_connections_are_limited(tmp_path: Path, tiny: Path) -> None:
                 assert json.loads(body) == {"error": "the server has its 2 connections"} and three.closed()
             one.send(LIVE)
             assert one.answer()[0] == 200
+            calls_are_limited(server)
         for _ in until("room again"):
             if server.ask("/v2/health/live")[0] == 200:
                 break

@@ -7,6 +7,7 @@ import gzip
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,54 @@ def test_answers_as_the_program_does(clients: Any, program: grc.Program, model: 
     np.testing.assert_allclose(found.as_numpy("output"), expected(program, columns), rtol=CLOSE[model])
     response = found.get_response()
     assert (response if name == "http" else {"id": response.id})["id"] == "r7"
+
+
+@pytest.mark.parametrize("name", ["http", "grpc"])
+def test_a_client_may_name_priority_and_timeout(clients: Any, name: str) -> None:
+    given = inputs({"http": http, "grpc": grpc}[name], request(1))
+    assert clients[name].infer("tiny", given, priority=1, timeout=5_000_000).as_numpy("output").shape == (1,)
+
+
+def test_the_priority_of_a_request_reaches_the_scheduler(server: Running) -> None:
+    from grc.runtime.server.scheduler import LOWEST
+    from grc.runtime.server.service import Call, Service
+
+    service: Any = SimpleNamespace(loop=SimpleNamespace(call_soon=lambda call: None), hand_over=None, arrived=[])
+    version: Any = SimpleNamespace(
+        merge=SimpleNamespace(ragged=False),
+        program=SimpleNamespace(check=SimpleNamespace(batch=lambda given: 1)),
+    )
+    for priority in (0, 3):
+        call = Call("id", "http", 10.0)
+        call.asks(None, priority)
+        Service.submit(service, call, version, [], None)  # type: ignore[arg-type]
+    assert [work.priority for work in service.arrived] == [LOWEST, 3]
+
+
+def test_a_request_over_grpc_has_its_client_s_id(server: Running) -> None:
+    import grpc as library
+    from tritonclient.grpc import service_pb2 as pb
+    from tritonclient.grpc import service_pb2_grpc
+
+    asked = pb.ModelInferRequest(model_name="tiny", raw_input_contents=[bytes(12), bytes(16)])
+    asked.inputs.add(name="dense", datatype="FP32", shape=[1, 3])
+    asked.inputs.add(name="ids", datatype="INT64", shape=[1, 2])
+    with library.insecure_channel(f"127.0.0.1:{server.grpc}") as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+        def told(**how: Any) -> str:
+            _, call = stub.ModelInfer.with_call(asked, **how)
+            return dict(call.trailing_metadata())["x-request-id"]
+
+        assert told() != told(), "one of the server's own"
+        asked.id = "the protocol's"
+        assert told() == "the_protocol's"
+        assert told(metadata=[("x-request-id", "mine 7")]) == "mine_7"
+        asked.model_name = "none"
+        with pytest.raises(library.RpcError) as caught:
+            told(metadata=[("x-request-id", "mine")])
+    assert dict(caught.value.trailing_metadata())["x-request-id"] == "mine"
+    assert any(event.get("id") == "mine" and event["event"] == "refused" for event in server.events())
 
 
 @pytest.mark.parametrize("given", [True, False])

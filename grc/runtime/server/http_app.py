@@ -178,8 +178,7 @@ class Http:
         """Without a task: the scheduler settles an Inference as it would settle a future, and that writes the answer."""
         if asked.id and b"x-request-id" not in exchange.headers:
             call.id = clean_id(asked.id)
-        if asked.seconds is not None:
-            call.due(asked.seconds)
+        call.asks(asked.seconds, asked.priority)
         self.service.start(call, version, asked.inputs, Inference(self, call, version, exchange, asked))
 
     def recommend(self, call: Call, version: Version, exchange: Exchange, body: bytes, request: dict[str, Any]) -> None:

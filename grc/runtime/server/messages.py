@@ -31,6 +31,7 @@ class Asked:
     inputs: Packed
     outputs: list[tuple[int, bool]]
     seconds: float | None
+    priority: int
 
 
 @dataclass(slots=True)
@@ -43,15 +44,16 @@ class Layout:
     rows: int
     outputs: list[tuple[int, bool]]
     seconds: float | None
+    priority: int
 
     @classmethod
     def of(cls, asked: Asked, spans: list[tuple[int, int]]) -> Layout:
         inputs = asked.inputs
-        return cls(spans, inputs.shapes, inputs.dtypes, inputs.rows, asked.outputs, asked.seconds)
+        return cls(spans, inputs.shapes, inputs.dtypes, inputs.rows, asked.outputs, asked.seconds, asked.priority)
 
     def asked(self, body: bytes) -> Asked:
         data = [body[start:stop] for start, stop in self.spans]
-        return Asked("", Packed(data, self.shapes, self.dtypes, self.rows), self.outputs, self.seconds)
+        return Asked("", Packed(data, self.shapes, self.dtypes, self.rows), self.outputs, self.seconds, self.priority)
 
 
 def read_json(data: bytes | memoryview) -> dict[str, Any]:
@@ -88,7 +90,7 @@ def read(body: bytes, header: int, version: Version, remember: bool = True) -> A
     id = request.get("id", "")
     if type(id) is not str:
         raise invalid(f"id is a JSON {json_type(id)}, not a string")
-    asked = Asked(id, inputs, outputs, timeout(parameters))
+    asked = Asked(id, inputs, outputs, timeout(parameters), priority(parameters))
     if remember and not id and len(spans) == len(inputs.data):
         layout = Layout.of(asked, [spans[i] for i in range(len(spans))])
         version.layouts.put((text, len(body)), layout, len(text))
@@ -112,12 +114,21 @@ def refuse_unknown(parameters: dict[str, Any]) -> None:
 
 def timeout(parameters: dict[str, Any]) -> float | None:
     """Seconds; the protocol's extension counts microseconds, and 0 is no limit."""
-    found = parameters.get("timeout")
-    if not found:
-        return None
+    return whole(parameters, "timeout", "number of microseconds") / 1e6 or None
+
+
+def priority(parameters: dict[str, Any]) -> int:
+    """1 is the most urgent; 0 is what a request has that names none."""
+    return whole(parameters, "priority", "whole number")
+
+
+def whole(parameters: dict[str, Any], name: str, what: str) -> int:
+    found = parameters.get(name)
+    if found is None:
+        return 0
     if type(found) is not int or found < 0:
-        raise invalid(f"timeout must be a number of microseconds, not {found!r}")
-    return found / 1e6
+        raise invalid(f"{name} must be a {what}, not {found!r}")
+    return found
 
 
 def read_inputs(
