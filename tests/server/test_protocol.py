@@ -280,6 +280,21 @@ def test_an_example_that_preprocess_refuses_is_not_shown(models: Path, compiled:
         assert Version("tiny", "1", artifact).example is None, text
 
 
+@pytest.mark.parametrize(
+    ("example", "schema"),
+    [
+        ([1, 2.5], {"type": "array", "items": {"type": "number"}}),
+        ([1, "a"], {"type": "array", "items": {}}),
+        ([], {"type": "array", "items": {}}),
+        ({"at": None, "new": True}, {"type": "object", "properties": {"at": {}, "new": {"type": "boolean"}}}),
+    ],
+)
+def test_the_schema_of_an_example_promises_no_more_than_it_shows(example: Any, schema: dict[str, Any]) -> None:
+    from grc.runtime.server.openapi import schema_of
+
+    assert schema_of(example) == schema
+
+
 def test_openapi_names_every_path_and_an_example_that_works(server: Running) -> None:
     document = json.loads(server.ask("/openapi.json")[1])
     assert document["openapi"] == "3.1.0"
@@ -292,9 +307,25 @@ def test_openapi_names_every_path_and_an_example_that_works(server: Running) -> 
     assert server.ask("/v2/models/tiny/infer", json.dumps(example).encode())[0] == 200
     words = recommend["requestBody"]["content"]["application/json"]["example"]
     assert words == {"dense": [0.5, -1.0, 2.0], "user": 3, "item": 7}
+    sent = recommend["requestBody"]["content"]["application/json"]["schema"]
+    number, integer = {"type": "number"}, {"type": "integer"}
+    fields = {"dense": {"type": "array", "items": number}, "user": integer, "item": integer}
+    assert sent == {"type": "object", "properties": fields}
+    answer = recommend["responses"]["200"]["content"]["application/json"]
+    assert answer["schema"] == {"type": "object", "properties": {"user": integer, "click": number}}
+    assert answer["example"]["user"] == 3
     assert server.ask("/v2/models/tiny/recommend", json.dumps(words).encode())[0] == 200
     for path, methods in document["paths"].items():
         if "get" in methods:
-            assert server.ask(path)[0] == 200, path
+            assert server.ask(path.replace("{version}", "1"))[0] == 200, path
+        if path.startswith("/v2/models/tiny") and "/versions" not in path:
+            assert path.replace("/tiny", "/tiny/versions/{version}") in document["paths"]
+    assert server.ask("/v2/repository/index", method="POST")[0] == 200 and "/v2/repository/index" in document["paths"]
+    codes = {
+        code for methods in document["paths"].values() for found in methods.values() for code in found["responses"]
+    }
+    assert codes == {"200", "204", *document["components"]["responses"]}
+    told = ["400", "404", "405", "408", "413", "415", "431", "500", "503"]
+    assert list(document["components"]["responses"]) == told
     page = server.ask("/docs")[1].decode()
     assert all(path in page for path in document["paths"])

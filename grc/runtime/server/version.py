@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import tempfile
@@ -16,7 +17,7 @@ from grc.errors import ArtifactError, GrcError
 from grc.runtime.artifact import Artifact
 from grc.runtime.closeness import QUALITY, largest_error
 from grc.runtime.golden import Golden, read_golden
-from grc.runtime.processing import Processing
+from grc.runtime.processing import Processing, written
 from grc.runtime.program import Program
 from grc.runtime.server.cache import Cache
 from grc.runtime.server.estimate import Estimate
@@ -68,6 +69,7 @@ class Version:
         self.merge = Merge(self.manifest)
         self.prove_merging(golden)
         self.example = self.program.example() if self.recommends else None
+        self.example_answer = self.answer_to_example()
         self.load_seconds = time.perf_counter() - start
 
     def prove(self, golden: list[Golden]) -> None:
@@ -101,6 +103,13 @@ class Version:
                     merge.reason = f"merged golden requests are answered {error:.1e} away from the model"
         except GrcError as error:
             merge.reason = f"merged golden requests are refused: {error.message}"
+
+    def answer_to_example(self) -> Any:
+        """As JSON has it; None where there is no example, or no answer to it."""
+        try:
+            return None if self.example is None else json.loads(written(self.program.recommend(self.example)))
+        except GrcError:
+            return None
 
     @property
     def max_rows(self) -> int:
