@@ -247,7 +247,7 @@ def test_identical_requests_are_answered_once(caching: Running) -> None:
     body["inputs"][1]["data"] = [3, 8]
     assert caching.ask(infer, json.dumps(body).encode())[1] != first
     assert lookups(caching, "answers") == (hits + 1, misses + 2)
-    assert caching.metric(batches) <= computed + 2  # one for the other ids, perhaps one canary
+    assert caching.metric(batches) <= computed + 3  # one for the other ids, perhaps two of a canary
     assert recommend(caching) == recommend(caching)
     assert lookups(caching, "answers") == (hits + 2, misses + 3)
 

@@ -267,11 +267,13 @@ def test_recommendations_in_the_users_words(server: Running, program: grc.Progra
     assert server.ask("/v2/models/tiny/recommend", packed, content_encoding="gzip")[1] == text
 
 
-def test_an_example_that_preprocess_refuses_is_not_shown(models: Path, compiled: Any, tmp_path: Path) -> None:
+def test_an_example_that_gets_no_answer_is_not_shown(models: Path, compiled: Any, tmp_path: Path) -> None:
     from grc.runtime.server.version import Version
 
     good = (models / "request.json").read_text()
-    for text in ('{"user": 3}', "[1]", '{"dense": [1.0], "user": 3, "item": 7}'):
+    row = {"dense": [0.5, -1.0, 2.0], "user": 3}
+    spoilt = [json.dumps({**row, "item": 80}), json.dumps({**row, "item": 7, "spoil": True})]
+    for text in ('{"user": 3}', "[1]", '{"dense": [1.0], "user": 3, "item": 7}', *spoilt):
         (models / "request.json").write_text(text)
         try:
             artifact = compiled(tmp_path / "model.grc")

@@ -147,16 +147,14 @@ def infer(version: Version) -> dict[str, Any]:
 def recommend(version: Version) -> dict[str, Any]:
     functions = version.processing().functions
     texts = {name: inspect.getdoc(getattr(function, "func", function)) or "" for name, function in functions.items()}
-    answer = version.example_answer
-    told = schema_of(answer) if answer is not None else {"type": "object"}
+    told = {"type": "object"} if version.example is None else schema_of(version.example_answer)
     found = operation(f"Behaviours to recommendations through {version.name}", schema=told)
     found["description"] = texts.get("preprocess", "")
     found["responses"]["200"]["description"] = texts.get("postprocess") or "The model's answer"
     sent: dict[str, Any] = {"schema": {"type": "object"}}
     if version.example is not None:
         sent = {"schema": schema_of(version.example), "example": version.example}
-    if answer is not None:
-        found["responses"]["200"]["content"]["application/json"]["example"] = answer
+        found["responses"]["200"]["content"]["application/json"]["example"] = version.example_answer
     body = {"required": True, "content": {"application/json": sent}}
     return {**found, "parameters": USER, "requestBody": body}
 

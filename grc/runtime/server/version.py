@@ -68,8 +68,7 @@ class Version:
         self.layouts = Cache(LAYOUTS, math.inf)
         self.merge = Merge(self.manifest)
         self.prove_merging(golden)
-        self.example = self.program.example() if self.recommends else None
-        self.example_answer = self.answer_to_example()
+        self.example, self.example_answer = self.answered_example()
         self.load_seconds = time.perf_counter() - start
 
     def prove(self, golden: list[Golden]) -> None:
@@ -104,12 +103,15 @@ class Version:
         except GrcError as error:
             merge.reason = f"merged golden requests are refused: {error.message}"
 
-    def answer_to_example(self) -> Any:
-        """As JSON has it; None where there is no example, or no answer to it."""
+    def answered_example(self) -> tuple[dict[str, Any] | None, Any]:
+        """The request among the assets and its answer, as JSON has it; no example where there is none to it."""
+        example = self.program.example() if self.recommends else None
+        if example is None:
+            return None, None
         try:
-            return None if self.example is None else json.loads(written(self.program.recommend(self.example)))
+            return example, json.loads(written(self.program.recommend(example)))
         except GrcError:
-            return None
+            return None, None
 
     @property
     def max_rows(self) -> int:
