@@ -76,6 +76,21 @@ def test_a_client_may_name_priority_and_timeout(clients: Any, name: str) -> None
     assert clients[name].infer("tiny", given, priority=1, timeout=5_000_000).as_numpy("output").shape == (1,)
 
 
+@pytest.mark.parametrize("kind", ["int64_param", "uint64_param"])
+def test_a_timeout_over_grpc_may_be_any_integer(server: Running, kind: str) -> None:
+    import grpc as library
+    from tritonclient.grpc import service_pb2 as pb
+    from tritonclient.grpc import service_pb2_grpc
+
+    asked = pb.ModelInferRequest(model_name="tiny", raw_input_contents=[bytes(12), bytes(16)])
+    asked.inputs.add(name="dense", datatype="FP32", shape=[1, 3])
+    asked.inputs.add(name="ids", datatype="INT64", shape=[1, 2])
+    setattr(asked.parameters["timeout"], kind, 1)
+    with library.insecure_channel(f"127.0.0.1:{server.grpc}") as channel, pytest.raises(library.RpcError) as caught:
+        service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(asked)
+    assert caught.value.code() == library.StatusCode.UNAVAILABLE
+
+
 def test_the_priority_of_a_request_reaches_the_scheduler(server: Running) -> None:
     from grc.runtime.server.scheduler import LOWEST
     from grc.runtime.server.service import Call, Service
