@@ -62,7 +62,7 @@ class Preparing:
         self.loop, self.max_queue = loop, max_queue
         self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="grc-processing")
         self.lock = threading.Lock()
-        self.computed: deque[Job] = deque()  # answers that wait for postprocess
+        self.computed: deque[Job] = deque()  # answers that wait for postprocess, and canaries
         self.lines: dict[str, deque[Job]] = {}  # requests that wait for preprocess, by their model
         self.used: dict[str, float] = {}  # seconds of a thread; a model that had nothing to do does not save them up
         self.clock = 0.0  # those of the model that was served last
@@ -92,7 +92,7 @@ class Preparing:
         return found
 
     async def run(self, function: Callable[[], Any]) -> Any:
-        """What is done to an answer; it waits for nothing but others of its kind."""
+        """What is done to an answer, or for a canary; it waits for nothing but others of its kind."""
         job = Job(function)
         with self.lock:
             self.computed.append(job)
