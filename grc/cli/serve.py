@@ -53,7 +53,7 @@ def command(
     max_body: Annotated[int, typer.Option(metavar="MB", min=1, help="Size of a request.")] = 64,
     max_head: Annotated[int, typer.Option(metavar="KB", min=1, help="Size of a request's line and headers.")] = 64,
     max_connections: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Connections over HTTP; requests of more are refused.")
+        int, typer.Option(metavar="N", min=1, help="Connections over HTTP, and calls at once over gRPC.")
     ] = 4096,
     max_depth: Annotated[
         int, typer.Option(metavar="N", min=1, help="How deep the JSON of a request for recommendations may nest.")

@@ -6,13 +6,14 @@ import importlib
 import inspect
 import json
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from grc.errors import ArtifactError, InputError, first_line
+from grc.errors import ArtifactError, GrcError, InputError, first_line
 from grc.runtime.artifact import Artifact
 from grc.runtime.values import plain
 
@@ -59,10 +60,8 @@ class Processing:
         """Positional and keyword arguments for the program. Raises InputError with the function's own words."""
         if "preprocess" not in self.functions:
             raise InputError("this artifact has no preprocess", "send tensors")
-        try:
+        with told_as(InputError, "preprocess", "see the model's request schema"):
             value = self.functions["preprocess"](request)
-        except Exception as error:  # the user's own function may raise anything; its message is for the caller
-            raise InputError(f"preprocess: {words(error)}", "see the model's request schema") from error
         if isinstance(value, dict):
             return (), value
         return (value if type(value) is tuple else (value,)), {}
@@ -75,15 +74,24 @@ class Processing:
         if function is None:
             return outputs
         takes = [p for p in inspect.signature(function).parameters if p != "assets"]
-        try:
+        with told_as(ArtifactError, "postprocess", "see the model's postprocess()"):
             return function(outputs, request) if len(takes) > 1 else function(outputs)
-        except Exception as error:  # as above
-            raise ArtifactError(f"postprocess: {words(error)}", "see the model's postprocess()") from error
 
 
-def words(error: Exception) -> str:
+@contextmanager
+def told_as(kind: type[GrcError], name: str, hint: str) -> Iterator[None]:
+    """What a user's own function raises, which may be anything, or an exit, becomes an error with its own words."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise  # whoever started this process wants it to end
+        raise kind(f"{name}: {words(error)}", hint) from error
+
+
+def words(error: BaseException) -> str:
     """What the user's own function said, or what it raised where it said nothing."""
-    return str(error) or type(error).__name__
+    return (str(error) if isinstance(error, Exception) else repr(error)) or type(error).__name__
 
 
 @contextmanager
@@ -117,5 +125,5 @@ def written(answer: Any) -> str:
     """An answer as JSON. Raises ArtifactError where it is none."""
     try:
         return json.dumps(plain(answer), allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ArtifactError(str(error), "let postprocess return numbers, strings, lists and dicts") from error

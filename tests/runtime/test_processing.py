@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date, datetime
 from enum import Enum
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from grc.errors import ArtifactError
+from grc.errors import ArtifactError, InputError
 from grc.runtime.processing import Processing, written
 
 NAN = float("nan")
@@ -41,36 +43,79 @@ ANSWERS = [
     (Item(torch.tensor([2.0]), Kind.FILM), {"score": [2.0], "kind": "film"}),
     (Pair(2, torch.tensor([1.0])), [2, [1.0]]),
     ({1: date(2026, 1, 2), "at": datetime(2026, 1, 2, 3)}, {"1": "2026-01-02", "at": "2026-01-02T03:00:00"}),
+    ([2**70, "\ud800"], [2**70, "\ud800"]),
 ]
 
 
 @pytest.mark.parametrize(("answer", "expected"), ANSWERS)
 def test_an_answer_is_the_same_json_everywhere(answer: Any, expected: Any) -> None:
     assert json.loads(written(answer)) == expected
-    pytest.importorskip("orjson")
-    pytest.importorskip("httptools")
-    from grc.runtime.server import http_app
+    pytest.importorskip("prometheus_client")
+    from grc.runtime.server import service
 
-    assert json.loads(http_app.written(answer)) == expected
-
-
-@pytest.mark.parametrize(
-    ("answer", "reason"),
-    [({"films": {1, 2}}, "postprocess returns a set, which is no JSON"), ({(1, 2): 3}, "keys must be str, int, ")],
-)
-def test_what_is_no_json_is_refused(answer: Any, reason: str) -> None:
-    with pytest.raises(ArtifactError) as caught:
-        written(answer)
-    assert caught.value.message.startswith(reason)
+    assert json.loads(service.written(answer)) == expected
 
 
-@pytest.mark.parametrize(("error", "told"), [(ValueError("no films left"), "no films left"), (KeyError(), "KeyError")])
-def test_a_postprocess_that_raises_is_told_in_its_own_words(error: Exception, told: str) -> None:
-    def fail(outputs: Any) -> Any:
+def endless() -> list[Any]:
+    found: list[Any] = []
+    found.append(found)
+    return found
+
+
+NO_JSON = [
+    ({"films": {1, 2}}, "postprocess returns a set, which is no JSON"),
+    ({"films": b"one"}, "postprocess returns a bytes, which is no JSON"),
+    ({(1, 2): 3}, "keys must be str, int, "),
+    (endless(), "maximum recursion depth exceeded"),
+]
+
+
+@pytest.mark.parametrize(("answer", "reason"), NO_JSON)
+def test_what_is_no_json_is_refused_everywhere(answer: Any, reason: str) -> None:
+    pytest.importorskip("prometheus_client")
+    from grc.runtime.server import service
+
+    for write in (written, service.written):
+        with pytest.raises(ArtifactError) as caught:
+            write(answer)
+        assert caught.value.message.startswith(reason)
+
+
+def failing(error: BaseException) -> Processing:
+    """Functions that raise it."""
+
+    def fail(given: Any) -> Any:
         raise error
 
     processing = Processing.__new__(Processing)
-    processing.functions = {"postprocess": fail}
-    with pytest.raises(ArtifactError) as caught:
+    processing.functions = {"preprocess": fail, "postprocess": fail}
+    return processing
+
+
+RAISED = [
+    (ValueError("no films left"), "no films left"),
+    (KeyError(), "KeyError"),
+    (StopIteration("x"), "x"),
+    (SystemExit(3), "SystemExit(3)"),
+    (asyncio.CancelledError(), "CancelledError()"),
+]
+
+
+@pytest.mark.parametrize(("error", "told"), RAISED)
+def test_a_function_that_raises_or_exits_is_told_in_its_own_words(error: BaseException, told: str) -> None:
+    processing = failing(error)
+    with pytest.raises(ArtifactError) as after:
         processing.postprocess(torch.ones(1), {})
-    assert caught.value.message == f"postprocess: {told}"
+    assert after.value.message == f"postprocess: {told}"
+    with pytest.raises(InputError) as before:
+        processing.preprocess({})
+    assert before.value.message == f"preprocess: {told}"
+
+
+def test_an_interrupt_ends_the_process_and_is_an_error_on_a_thread() -> None:
+    """Signals reach the main thread alone: on any other, the function itself has raised it."""
+    processing = failing(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        processing.preprocess({})
+    with ThreadPoolExecutor(1) as pool, pytest.raises(InputError, match=r"preprocess: KeyboardInterrupt\(\)"):
+        pool.submit(processing.preprocess, {}).result()

@@ -20,6 +20,7 @@ needs_extra()
 ON_GPU = {"device": "cuda", "engine": "inductor"}
 # Pre- and postprocessing that can be slow and can fail, as users' own may.
 WORDS = """\
+import sys
 import time
 
 import torch
@@ -28,12 +29,19 @@ import torch
 def preprocess(request):
     \"\"\"One user and one item, with three numbers.\"\"\"
     time.sleep(request.get("sleep", 0))
+    if request.get("exit") == "before":
+        sys.exit(3)
     return torch.tensor([request["dense"]]), torch.tensor([[request["user"], request["item"]]])
 
 
 def postprocess(outputs, request):
     if request.get("spoil"):
         raise RuntimeError("spoilt")
+    if request.get("set"):
+        return {1}
+    time.sleep(request.get("sleep after", 0))
+    if request.get("exit") == "after":
+        sys.exit(3)
     return {"user": request["user"], "click": outputs[0]}
 """
 

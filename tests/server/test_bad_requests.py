@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import http.client
 import json
-import socket
 import struct
-import zlib
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from tests.server.conftest import ON_GPU
 from tests.server.running import Running, running
@@ -45,6 +40,15 @@ BOTH = {
     "rank": (
         both({"shape": [3]}),
         'input "dense" has 1 dimensions [3]; the model takes [batch, 3]',
+    ),
+    "negative shape": (both({"shape": [-1, 3]}), 'input "dense" has no shape: [-1, 3]'),
+    "shape of no tensor": (
+        both({"shape": [0, 1 << 47, 1 << 47], "data": []}, {"shape": [0, 2], "data": []}),
+        f'input "dense" has a shape that is too large: [0, {1 << 47}, {1 << 47}]',
+    ),
+    "many dimensions": (
+        both({"shape": [1] * 70, "data": [1.0]}),
+        f'input "dense" has 70 dimensions {[1] * 70}; the model takes [batch, 3]',
     ),
     "width": (
         both({"shape": [1, 2], "data": [1.0, 2.0]}),
@@ -104,6 +108,37 @@ def test_over_grpc(server: Running, case: str) -> None:
     assert (caught.value.code(), caught.value.details()) == (library.StatusCode.INVALID_ARGUMENT, message)
 
 
+NO_TIME, NO_PRIORITY = "timeout must be a number of microseconds, not ", "priority must be a whole number, not "
+PARAMETERS = [
+    ("timeout", "string_param", "soon", f"{NO_TIME}'soon'"),
+    ("timeout", "string_param", "", f"{NO_TIME}''"),
+    ("timeout", "int64_param", -5, f"{NO_TIME}-5"),
+    ("timeout", "double_param", 1.5, f"{NO_TIME}1.5"),
+    ("timeout", "bool_param", False, f"{NO_TIME}False"),
+    ("priority", "string_param", "1", f"{NO_PRIORITY}'1'"),
+    ("priority", "int64_param", -1, f"{NO_PRIORITY}-1"),
+    ("priority", "double_param", 1.0, f"{NO_PRIORITY}1.0"),
+    ("sequence_id", "uint64_param", 4, "this server knows no sequences"),
+    ("sequence_id", "string_param", "4", "this server knows no sequences"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "value", "told"), PARAMETERS)
+def test_parameters_that_do_not_fit_over_either_protocol(
+    server: Running, name: str, kind: str, value: Any, told: str
+) -> None:
+    import grpc as library
+    from tritonclient.grpc import service_pb2 as pb
+    from tritonclient.grpc import service_pb2_grpc
+
+    assert server.error(INFER, json.dumps({**GOOD, "parameters": {name: value}}).encode()) == (400, told)
+    asked = pb.ModelInferRequest(model_name="tiny")
+    setattr(asked.parameters[name], kind, value)
+    with library.insecure_channel(f"127.0.0.1:{server.grpc}") as channel, pytest.raises(library.RpcError) as caught:
+        service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(asked)
+    assert (caught.value.code(), caught.value.details()) == (library.StatusCode.INVALID_ARGUMENT, told)
+
+
 LENGTHS = {
     "too few values": ([2, 1, 0, 2], 'input "lengths" adds up to 5; input "values" has 4 values'),
     "too many values": ([1, 1, 0, 1], 'input "lengths" adds up to 3; input "values" has 4 values'),
@@ -131,7 +166,6 @@ JSON = {
     "no inputs": (b"{}", "the request has no list of inputs"),
     "no name": (json.dumps({"inputs": [{}]}).encode(), "an input has no name"),
     "no shape": (json.dumps(both({"shape": "3"})).encode(), "input \"dense\" has no shape: '3'"),
-    "negative shape": (json.dumps(both({"shape": [-1, 3]})).encode(), 'input "dense" has no shape: [-1, 3]'),
     "no data": (
         json.dumps({"inputs": [{k: v for k, v in DENSE.items() if k != "data"}, IDS]}).encode(),
         'input "dense" has neither data nor binary_data_size',
@@ -158,10 +192,6 @@ JSON = {
         'input "ids" has a value that is too large; the model takes INT64',
     ),
     "parameters": (json.dumps(both(parameters=3)).encode(), "parameters is a JSON number, not an object"),
-    "timeout": (
-        json.dumps(both(parameters={"timeout": "soon"})).encode(),
-        "timeout must be a number of microseconds, not 'soon'",
-    ),
     "shared memory": (
         json.dumps(both({"parameters": {"shared_memory_region": "here"}})).encode(),
         "this server knows no shared memory",
@@ -297,6 +327,8 @@ def deep(levels: int) -> dict[str, Any]:
         (json.dumps({"user": 3}).encode(), 400, "preprocess: 'dense'"),
         (json.dumps({**ROW, "item": 80}).encode(), 400, None),
         (json.dumps({**ROW, "spoil": True}).encode(), 500, "postprocess: spoilt"),
+        (json.dumps({**ROW, "exit": "before"}).encode(), 400, "preprocess: SystemExit(3)"),
+        (json.dumps({**ROW, "exit": "after"}).encode(), 500, "postprocess: SystemExit(3)"),
         (json.dumps(deep(32)).encode(), 400, "the request nests deeper than 32 levels"),
         (b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}", 400, None),
     ],
@@ -309,6 +341,14 @@ def test_recommendations_that_fail(server: Running, body: bytes, status: int, me
     else:
         assert found == (status, message or expected)
     assert server.ask(RECOMMEND, json.dumps(ROW).encode())[0] == 200
+
+
+@pytest.mark.parametrize("where", ["sleep", "sleep after"])
+def test_a_deadline_holds_for_functions_that_have_begun(server: Running, where: str) -> None:
+    began = time.monotonic()
+    told = server.error(RECOMMEND, json.dumps({**ROW, where: 1.5}).encode(), x_timeout_ms="200")
+    assert told == (503, "model tiny was too busy: the request's time ran out")
+    assert time.monotonic() - began < 1.2
 
 
 def test_an_id_can_not_write_headers_or_lines_of_log(server: Running) -> None:
@@ -353,97 +393,3 @@ def test_a_bad_request_in_a_batch_fails_alone(compiled: Any, tmp_path: Path, dev
             assert status == 200
             assert len(json.loads(text)["outputs"][0]["data"]) == 1
     assert merged > 2 * batches, "requests were not merged, so that nothing was shown"
-
-
-def raw(server: Running, data: bytes, wait: bool = True) -> bytes:
-    """Send bytes as they are, and read what comes until the server closes."""
-    with socket.create_connection(("127.0.0.1", server.http), timeout=30) as peer:
-        peer.sendall(data)
-        found = b""
-        while wait and (part := peer.recv(65536)):
-            found += part
-        return found
-
-
-def test_a_body_cut_short_harms_nobody(server: Running) -> None:
-    before = server.metric('grc_refusals_total{model="",reason="gone"}')
-    body = json.dumps(GOOD).encode()
-    head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    for cut in (0, 1, len(body) // 2, len(body) - 1):
-        raw(server, head + body[:cut], wait=False)
-    from tests.server.running import until
-
-    for _ in until("four refusals"):
-        if server.metric('grc_refusals_total{model="",reason="gone"}') == before + 4:
-            break
-    assert server.ask(INFER, body)[0] == 200
-
-
-def test_what_is_no_http_is_refused(server: Running) -> None:
-    answer = raw(server, b"hello\r\n\r\n")
-    assert answer.startswith(b"HTTP/1.1 400 Bad Request\r\n") and b"\r\nconnection: close\r\n" in answer
-    (told, *_) = [event for event in server.events() if event.get("reason") == "http"]
-    assert (told["level"], told["message"]) == ("warning", "this is no HTTP: Invalid method encountered")
-    assert answer.endswith(b'{"error":"this is no HTTP: Invalid method encountered"}')
-
-
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_spoilt_bodies_are_the_clients_fault(server: Running, data: st.DataObject) -> None:
-    """Whatever is sent is answered or refused by name: never a 500, and never a closed door."""
-    body, header = bytearray(json.dumps(GOOD).encode()), None
-    if data.draw(st.booleans()):
-        sent, header = binary(struct.pack("<3f", 1, 2, 3))
-        body = bytearray(sent)
-    for _ in range(data.draw(st.integers(1, 4))):
-        at = data.draw(st.integers(0, len(body)))
-        body[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
-    path = data.draw(st.sampled_from([INFER, RECOMMEND]))
-    headers = {"Inference_Header_Content_Length": header} if header else {}
-    status, text, _ = server.ask(path, bytes(body), **headers)
-    assert status in (200, 400), text
-
-
-@pytest.mark.parametrize("coding", ["deflate", "Deflate", "DEFLATE", "Identity"])
-def test_codings_are_told_in_any_case(server: Running, coding: str) -> None:
-    body = json.dumps(GOOD).encode()
-    sent = body if coding == "Identity" else zlib.compress(body)
-    assert server.ask(INFER, sent, content_encoding=coding)[0] == 200
-
-
-def test_a_packed_body_that_is_none(server: Running) -> None:
-    body = json.dumps(GOOD).encode()
-    status, told = server.error(INFER, body, content_encoding="gzip")
-    assert status == 400 and told.startswith("the body is no gzip: ")
-    assert server.error(INFER, zlib.compress(body)[:-8], content_encoding="deflate") == (
-        400,
-        "the body ends inside of its deflate",
-    )
-    assert server.error(INFER, body, content_encoding="br") == (
-        415,
-        "content-encoding br is unknown; gzip and deflate are known",
-    )
-
-
-def test_bodies_are_limited_in_size_and_time(tmp_path: Path, tiny: Path) -> None:
-    with running(tmp_path, tiny, "--max-body", 1, "--body-timeout", 0.5) as server:
-        mega = (1 << 20) + 1
-        told = "the body is larger than 1048576 bytes"
-        assert server.error("/v2/models/served/infer", bytes(mega)) == (413, told)
-        packed = zlib.compress(bytes(50 << 20))
-        assert server.error("/v2/models/served/infer", packed, content_encoding="deflate") == (413, told)
-        chunked = http.client.HTTPConnection("127.0.0.1", server.http, timeout=30)
-        chunked.request("POST", "/v2/models/served/infer", iter([bytes(mega)]), encode_chunked=True)
-        answer = chunked.getresponse()
-        assert (answer.status, json.loads(answer.read())["error"]) == (413, told)
-        chunked.close()
-        slow = raw(server, b"POST /v2/models/served/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n123")
-        assert slow.startswith(b"HTTP/1.1 408") and slow.endswith(b'{"error":"the body did not come within 0.5 s"}')
-        body = {**GOOD, "inputs": [DENSE, IDS]}
-        assert server.ask("/v2/models/served/infer", json.dumps(body).encode())[0] == 200
-        with grpc.InferenceServerClient(f"127.0.0.1:{server.grpc}") as client:
-            one = grpc.InferInput("dense", [100_000, 3], "FP32")
-            one.set_data_from_numpy(np.zeros((100_000, 3), np.float32))
-            with pytest.raises(grpc.InferenceServerException) as caught:
-                client.infer("served", [one])
-            assert caught.value.status() == "StatusCode.RESOURCE_EXHAUSTED"

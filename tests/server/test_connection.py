@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -166,6 +167,23 @@ def test_a_head_that_does_not_come_is_not_waited_for(tmp_path: Path, tiny: Path)
         assert client.closed()
 
 
+def calls_are_limited(server: Running) -> None:
+    """Over gRPC, to two of them: a stream that is open is one."""
+    grpc = pytest.importorskip("tritonclient.grpc")
+
+    with ExitStack() as ends:
+        clients = [ends.enter_context(grpc.InferenceServerClient(f"127.0.0.1:{server.grpc}")) for _ in range(3)]
+        for client in clients[:2]:
+            answered = threading.Event()
+            client.start_stream(lambda result, error, answered=answered: answered.set())
+            ends.callback(client.stop_stream)
+            client.async_stream_infer("tiny", [])
+            assert answered.wait(30)
+        with pytest.raises(grpc.InferenceServerException) as caught:
+            clients[2].is_server_live()
+        assert caught.value.status() == "StatusCode.RESOURCE_EXHAUSTED"
+
+
 def test_connections_are_limited(tmp_path: Path, tiny: Path) -> None:
     with running(tmp_path, f"tiny={tiny}", "--max-connections", 2) as server:
         with peer(server) as one, peer(server) as two:
@@ -179,6 +197,7 @@ def test_connections_are_limited(tmp_path: Path, tiny: Path) -> None:
                 assert json.loads(body) == {"error": "the server has its 2 connections"} and three.closed()
             one.send(LIVE)
             assert one.answer()[0] == 200
+            calls_are_limited(server)
         for _ in until("room again"):
             if server.ask("/v2/health/live")[0] == 200:
                 break
@@ -276,3 +295,31 @@ def test_a_client_that_ends_its_side_gets_its_answers(server: Running) -> None:
         client.socket.shutdown(socket.SHUT_WR)
         assert [client.answer()[0] for _ in range(2)] == [200, 200]
         assert client.closed()
+
+
+HEAD = f"POST {INFER} HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "told"),
+    [
+        (f'{HEAD}Content-Length: 50\r\n\r\n{{"inputs"', "the body ends after 9 of 50 bytes"),
+        (f"{HEAD}Content-Length: 50\r\n\r\n", "the body ends after 0 of 50 bytes"),
+        (f'{HEAD}Transfer-Encoding: chunked\r\n\r\n5\r\n{{"in', "the body ends after 4 bytes, inside of its chunks"),
+        (f"{HEAD}Content-Le", "the request ends inside of its head"),
+        ("POST", "the request ends inside of its head"),
+    ],
+)
+def test_a_request_that_is_cut_short_is_told_so(server: Running, sent: str, told: str) -> None:
+    with peer(server) as client:
+        client.send(LIVE + sent.encode())
+        client.socket.shutdown(socket.SHUT_WR)
+        assert client.answer()[0] == 200, "the request before it"
+        status, headers, body = client.answer()
+        assert (status, headers["connection"], json.loads(body), client.closed()) == (
+            400,
+            "close",
+            {"error": told},
+            True,
+        )
+        assert any(event.get("id") == headers["x-request-id"] for event in server.events())

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("prometheus_client", reason="needs grc-compiler[serve]")
 
-from grc.errors import EngineError
+from grc.errors import EngineError, InputError
 from grc.runtime.server.health import Health
 from grc.runtime.server.metrics import Metrics
 from grc.runtime.server.refusal import Refused
@@ -34,6 +34,11 @@ class Answering:
             await asyncio.sleep(60)
         return self.answer
 
+    async def rehearse(self, call: Any, version: Any, request: Any) -> None:
+        if request["error"] is None:
+            await asyncio.sleep(60)
+        raise request["error"]
+
 
 @pytest.fixture
 def service() -> Answering:
@@ -42,7 +47,7 @@ def service() -> Answering:
 
 @pytest.fixture
 def health(service: Answering) -> Health:
-    version = SimpleNamespace(canary=SimpleNamespace(inputs=[]), answers_rightly=bool, number="1")
+    version = SimpleNamespace(canary=SimpleNamespace(inputs=[]), answers_rightly=bool, number="1", example=None)
     model = SimpleNamespace(name="m", version=version, healthy=True)
     return Health(service, SimpleNamespace(all={"m": model}), 0.1)  # type: ignore[arg-type]
 
@@ -63,6 +68,22 @@ def test_one_canary(service: Answering, health: Health, answer: Any, ready: bool
     asyncio.run(health.probe(health.models.all["m"]))
     assert health.ready() is health.model_ready("m") is ready
     assert service.said == ([] if why is None else [("canary failed", why)])
+
+
+FUNCTIONS = [
+    (None, "it did not answer within 0.1 s"),
+    (InputError("preprocess: no table"), "preprocess: no table"),
+    (Refused(500, "postprocess: no table", "postprocess"), "postprocess: no table"),
+]
+
+
+@pytest.mark.parametrize(("error", "why"), FUNCTIONS, ids=str)
+def test_functions_that_fail_their_example_or_never_end(
+    service: Answering, health: Health, error: Exception | None, why: str
+) -> None:
+    health.models.all["m"].version.example = {"error": error}
+    asyncio.run(health.probe(health.models.all["m"]))
+    assert not health.ready() and service.said == [("canary failed", why)]
 
 
 def test_busy_does_not_mend_what_was_ill(service: Answering, health: Health) -> None:

@@ -86,9 +86,10 @@ def body(dense: list[float], ids: list[int], **more: object) -> tuple[bytes, int
 def test_json_that_was_seen_before_is_not_read_again_and_its_bytes_are(tiny: Path) -> None:
     version = Version("tiny", "1", tiny)
     for n in range(3):
-        asked = messages.read(*body([n, 1.0, 2.0], [n, 7], parameters={"timeout": 5000}), version)
+        asked = messages.read(*body([n, 1.0, 2.0], [n, 7], parameters={"timeout": 5000, "priority": 2}), version)
         assert [t.tolist() for t in asked.inputs.tensors()] == [[[n, 1.0, 2.0]], [[n, 7]]]
-        assert (asked.inputs.rows, asked.seconds, asked.outputs) == (1, 0.005, [(0, False)])
+        assert (asked.inputs.rows, asked.outputs) == (1, [(0, False)])
+        assert (asked.seconds, asked.priority) == (0.005, 2)
     assert (version.layouts.hits, len(version.layouts.entries)) == (2, 1)
     text, header = body([0.0, 1.0, 2.0], [3, 7], parameters={"timeout": 5000})
     with pytest.raises(Refused) as caught:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
 import threading
+import weakref
 from collections.abc import Callable, Coroutine, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +17,7 @@ pytest.importorskip("prometheus_client", reason="needs grc-compiler[serve]")
 
 from grc.runtime.server.preparing import THREADS, Preparing
 from grc.runtime.server.refusal import Refused
-from grc.runtime.server.service import Call
+from grc.runtime.server.service import Call, Service
 
 
 class Held:
@@ -151,3 +153,51 @@ def test_a_client_that_left_is_not_prepared_for_and_counts_until_it_is_put_away(
 
     assert story(held, told) == 0
     assert {"n": 0} not in held.begun and {"n": 1} in held.begun
+
+
+def test_the_example_of_a_canary_waits_for_a_thread_and_for_no_others(held: Held) -> None:
+    """Or a canary would find a server busy whose preprocess hangs, and never ill."""
+
+    async def told(ask: Asking, preparing: Preparing) -> Any:
+        waiting = [ask(n) for n in range(3)]
+        await asyncio.sleep(0)
+        service: Any = SimpleNamespace(preparing=preparing, answered=lambda *given: asyncio.sleep(0))
+        version: Any = held
+        canary = asyncio.create_task(Service.rehearse(service, Call("id", "canary", 10.0), version, {"n": "canary"}))
+        await asyncio.sleep(0.05)
+        assert not canary.done()
+        held.open.set()
+        await asyncio.gather(canary, *waiting)
+
+    story(held, told, max_queue=3)
+    assert {"n": "canary"} in held.begun[THREADS : 2 * THREADS]
+
+
+class Request(dict[str, Any]):
+    """One that can be referred to weakly."""
+
+
+def test_an_error_does_not_keep_its_request() -> None:
+    """Large ones would fill the memory until all of it is searched for cycles."""
+
+    def fail(request: Any) -> Any:
+        raise KeyError("dense")
+
+    version: Any = SimpleNamespace(name="m", processing=lambda: SimpleNamespace(preprocess=fail))
+
+    async def ask() -> bool:
+        preparing = Preparing(asyncio.get_running_loop(), 1)
+        request = Request()
+        kept = weakref.ref(request)
+        with pytest.raises(KeyError):
+            await preparing.preprocess(Call("id", "http", 10.0), version, request)
+        del request
+        preparing.threads.shutdown()
+        await asyncio.sleep(0)
+        return kept() is None
+
+    gc.disable()
+    try:
+        assert asyncio.run(ask())
+    finally:
+        gc.enable()

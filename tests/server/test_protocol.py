@@ -7,6 +7,7 @@ import gzip
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,69 @@ def test_answers_as_the_program_does(clients: Any, program: grc.Program, model: 
     np.testing.assert_allclose(found.as_numpy("output"), expected(program, columns), rtol=CLOSE[model])
     response = found.get_response()
     assert (response if name == "http" else {"id": response.id})["id"] == "r7"
+
+
+@pytest.mark.parametrize("name", ["http", "grpc"])
+def test_a_client_may_name_priority_and_timeout(clients: Any, name: str) -> None:
+    given = inputs({"http": http, "grpc": grpc}[name], request(1))
+    assert clients[name].infer("tiny", given, priority=1, timeout=5_000_000).as_numpy("output").shape == (1,)
+
+
+@pytest.mark.parametrize("kind", ["int64_param", "uint64_param"])
+def test_a_timeout_over_grpc_may_be_any_integer(server: Running, kind: str) -> None:
+    import grpc as library
+    from tritonclient.grpc import service_pb2 as pb
+    from tritonclient.grpc import service_pb2_grpc
+
+    asked = pb.ModelInferRequest(model_name="tiny", raw_input_contents=[bytes(12), bytes(16)])
+    asked.inputs.add(name="dense", datatype="FP32", shape=[1, 3])
+    asked.inputs.add(name="ids", datatype="INT64", shape=[1, 2])
+    setattr(asked.parameters["timeout"], kind, 1)
+    with library.insecure_channel(f"127.0.0.1:{server.grpc}") as channel, pytest.raises(library.RpcError) as caught:
+        service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(asked)
+    assert caught.value.code() == library.StatusCode.UNAVAILABLE
+
+
+def test_the_priority_of_a_request_reaches_the_scheduler(server: Running) -> None:
+    from grc.runtime.server.scheduler import LOWEST
+    from grc.runtime.server.service import Call, Service
+
+    service: Any = SimpleNamespace(loop=SimpleNamespace(call_soon=lambda call: None), hand_over=None, arrived=[])
+    version: Any = SimpleNamespace(
+        merge=SimpleNamespace(ragged=False),
+        program=SimpleNamespace(check=SimpleNamespace(batch=lambda given: 1)),
+    )
+    for priority in (0, 3):
+        call = Call("id", "http", 10.0)
+        call.asks(None, priority)
+        Service.submit(service, call, version, [], None)  # type: ignore[arg-type]
+    assert [work.priority for work in service.arrived] == [LOWEST, 3]
+
+
+def test_a_request_over_grpc_has_its_client_s_id(server: Running) -> None:
+    import grpc as library
+    from tritonclient.grpc import service_pb2 as pb
+    from tritonclient.grpc import service_pb2_grpc
+
+    asked = pb.ModelInferRequest(model_name="tiny", raw_input_contents=[bytes(12), bytes(16)])
+    asked.inputs.add(name="dense", datatype="FP32", shape=[1, 3])
+    asked.inputs.add(name="ids", datatype="INT64", shape=[1, 2])
+    with library.insecure_channel(f"127.0.0.1:{server.grpc}") as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+        def told(**how: Any) -> str:
+            _, call = stub.ModelInfer.with_call(asked, **how)
+            return dict(call.trailing_metadata())["x-request-id"]
+
+        assert told() != told(), "one of the server's own"
+        asked.id = "the protocol's"
+        assert told() == "the_protocol's"
+        assert told(metadata=[("x-request-id", "mine 7")]) == "mine_7"
+        asked.model_name = "none"
+        with pytest.raises(library.RpcError) as caught:
+            told(metadata=[("x-request-id", "mine")])
+    assert dict(caught.value.trailing_metadata())["x-request-id"] == "mine"
+    assert any(event.get("id") == "mine" and event["event"] == "refused" for event in server.events())
 
 
 @pytest.mark.parametrize("given", [True, False])
@@ -218,17 +282,34 @@ def test_recommendations_in_the_users_words(server: Running, program: grc.Progra
     assert server.ask("/v2/models/tiny/recommend", packed, content_encoding="gzip")[1] == text
 
 
-def test_an_example_that_preprocess_refuses_is_not_shown(models: Path, compiled: Any, tmp_path: Path) -> None:
+def test_an_example_that_gets_no_answer_is_not_shown(models: Path, compiled: Any, tmp_path: Path) -> None:
     from grc.runtime.server.version import Version
 
     good = (models / "request.json").read_text()
-    for text in ('{"user": 3}', "[1]", '{"dense": [1.0], "user": 3, "item": 7}'):
+    row = {"dense": [0.5, -1.0, 2.0], "user": 3}
+    spoilt = [json.dumps({**row, "item": 80}), json.dumps({**row, "item": 7, "spoil": True})]
+    for text in ('{"user": 3}', "[1]", '{"dense": [1.0], "user": 3, "item": 7}', *spoilt):
         (models / "request.json").write_text(text)
         try:
             artifact = compiled(tmp_path / "model.grc")
         finally:
             (models / "request.json").write_text(good)
         assert Version("tiny", "1", artifact).example is None, text
+
+
+@pytest.mark.parametrize(
+    ("example", "schema"),
+    [
+        ([1, 2.5], {"type": "array", "items": {"type": "number"}}),
+        ([1, "a"], {"type": "array", "items": {}}),
+        ([], {"type": "array", "items": {}}),
+        ({"at": None, "new": True}, {"type": "object", "properties": {"at": {}, "new": {"type": "boolean"}}}),
+    ],
+)
+def test_the_schema_of_an_example_promises_no_more_than_it_shows(example: Any, schema: dict[str, Any]) -> None:
+    from grc.runtime.server.openapi import schema_of
+
+    assert schema_of(example) == schema
 
 
 def test_openapi_names_every_path_and_an_example_that_works(server: Running) -> None:
@@ -243,9 +324,25 @@ def test_openapi_names_every_path_and_an_example_that_works(server: Running) -> 
     assert server.ask("/v2/models/tiny/infer", json.dumps(example).encode())[0] == 200
     words = recommend["requestBody"]["content"]["application/json"]["example"]
     assert words == {"dense": [0.5, -1.0, 2.0], "user": 3, "item": 7}
+    sent = recommend["requestBody"]["content"]["application/json"]["schema"]
+    number, integer = {"type": "number"}, {"type": "integer"}
+    fields = {"dense": {"type": "array", "items": number}, "user": integer, "item": integer}
+    assert sent == {"type": "object", "properties": fields}
+    answer = recommend["responses"]["200"]["content"]["application/json"]
+    assert answer["schema"] == {"type": "object", "properties": {"user": integer, "click": number}}
+    assert answer["example"]["user"] == 3
     assert server.ask("/v2/models/tiny/recommend", json.dumps(words).encode())[0] == 200
     for path, methods in document["paths"].items():
         if "get" in methods:
-            assert server.ask(path)[0] == 200, path
+            assert server.ask(path.replace("{version}", "1"))[0] == 200, path
+        if path.startswith("/v2/models/tiny") and "/versions" not in path:
+            assert path.replace("/tiny", "/tiny/versions/{version}") in document["paths"]
+    assert server.ask("/v2/repository/index", method="POST")[0] == 200 and "/v2/repository/index" in document["paths"]
+    codes = {
+        code for methods in document["paths"].values() for found in methods.values() for code in found["responses"]
+    }
+    assert codes == {"200", "204", *document["components"]["responses"]}
+    told = ["400", "404", "405", "408", "413", "415", "431", "500", "503"]
+    assert list(document["components"]["responses"]) == told
     page = server.ask("/docs")[1].decode()
     assert all(path in page for path in document["paths"])

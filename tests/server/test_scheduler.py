@@ -17,7 +17,7 @@ from grc.runtime.inputs import InputCheck
 from grc.runtime.server.estimate import Estimate
 from grc.runtime.server.merge import Merge
 from grc.runtime.server.refusal import Refused
-from grc.runtime.server.scheduler import Scheduler, Work
+from grc.runtime.server.scheduler import FAIR, LOWEST, Scheduler, Work
 
 SLOW = """\
         wide = self.wide(both)
@@ -96,10 +96,12 @@ class Bench:
     def note(self, batch: list[Work]) -> None:
         self.finished.append(batch)
 
-    def ask(self, version: Any, *ids: int, within: float = 10.0) -> asyncio.Future[list[torch.Tensor]]:
+    def ask(
+        self, version: Any, *ids: int, within: float = 10.0, priority: int = LOWEST
+    ) -> asyncio.Future[list[torch.Tensor]]:
         now = time.monotonic()
         inputs = [torch.tensor([[i] for i in ids])]
-        work = Work(version, inputs, len(ids), now + within, self.loop.create_future(), now)
+        work = Work(version, inputs, len(ids), now + within, self.loop.create_future(), now, priority=priority)
         self.scheduler.submit(work)
         return work.future
 
@@ -158,6 +160,40 @@ def test_the_most_urgent_goes_first(bench: Callable[..., Bench]) -> None:
     version.open.set()
     b.settle(first, *waiting)
     assert version.order == [0, 2, 3, 1]
+
+
+def test_priority_goes_before_what_is_due(bench: Callable[..., Bench]) -> None:
+    b, version = bench(max_rows=1), Doubling()
+    first = b.hold(version)
+    asked = ((1, 3.0, LOWEST), (2, 9.0, 1), (3, 6.0, 2), (4, 5.0, 1))
+    waiting = [b.ask(version, i, within=within, priority=priority) for i, within, priority in asked]
+    version.open.set()
+    b.settle(first, *waiting)
+    assert version.order == [0, 4, 2, 1, 3], "the fourth batch begins with what is due first"
+
+
+def test_priority_starves_nobody(bench: Callable[..., Bench]) -> None:
+    b, version = bench(max_rows=1), Doubling()
+    first = b.hold(version)
+    waiting = [b.ask(version, 99)] + [b.ask(version, i, priority=1) for i in range(1, 20)]
+    version.open.set()
+    b.settle(first, *waiting)
+    assert version.order.index(99) <= FAIR
+    assert version.order[-1] == 19
+
+
+def test_a_request_of_priority_waits_for_no_others(bench: Callable[..., Bench]) -> None:
+    b, version = bench(), Doubling()
+    version.estimate.factor = 1000.0  # 0.1 s a row
+    first = b.hold(version)
+    waiting = [b.ask(version, i) for i in range(8)]
+    with pytest.raises(Refused):
+        b.ask(version, 9, within=0.5)
+    waiting.append(b.ask(version, 9, within=0.5, priority=1))
+    version.open.set()
+    b.settle(first, *waiting)
+    (line,) = b.scheduler.lines.values()
+    assert (line.count, line.rows, line.levels) == (0, 0, {})
 
 
 def test_a_batch_stops_growing_where_its_most_urgent_request_would_be_late(bench: Callable[..., Bench]) -> None:

@@ -11,12 +11,13 @@ ENTRY = 256  # bytes that an entry costs beside its value: the key, the record a
 
 
 class Cache:
-    """Used on the event loop alone, so that no lock is needed. `limit` counts bytes; 0 keeps nothing."""
+    """Used on the event loop alone, so that no lock is needed. `limit` counts bytes; 0 keeps nothing. `changed` counts entries
+    that were there, but made of something else than what was asked for."""
 
     def __init__(self, limit: int, ttl: float, clock: Callable[[], float] = time.monotonic):
         self.limit, self.ttl, self.clock = limit, ttl, clock
         self.entries: OrderedDict[Hashable, tuple[Any, int, float]] = OrderedDict()
-        self.bytes = self.hits = self.misses = self.evicted = 0
+        self.bytes = self.hits = self.misses = self.changed = self.evicted = 0
 
     @property
     def on(self) -> bool:

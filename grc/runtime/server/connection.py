@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 import httptools
 
 from grc.runtime.server.exchange import Exchange
-from grc.runtime.server.refusal import Refused, ended, gone, too_large
+from grc.runtime.server.refusal import Refused, ended, gone, invalid, too_large
 
 if TYPE_CHECKING:
     from grc.runtime.server.listener import Listener
 
-KEEP_ALIVE = 75.0  # seconds; longer than clients and proxies idle, so that they close and not this side
+# Seconds; longer than clients and proxies idle, so that they close and not this side. A client that reads nothing of its
+# answers for as long is not there any more.
+KEEP_ALIVE = 75.0
 HALF_CLOSED = 0.25  # seconds in which a client that ended its side gets its answer: one that left looks the same
 LINGER = 2.0  # seconds in which a client may read why it was refused, while what it still sends is dropped
 
@@ -35,6 +37,9 @@ class Connection(asyncio.Protocol):
         self.waiting: deque[Exchange] = deque()
         self.closing = False  # nothing more is read
         self.last = False  # what has begun is the last request
+        self.paused = False  # the client has not read its answers yet
+        self.written = 0  # bytes of answers
+        self.stuck: int | None = None  # how many of them had left at the last look, where not all had
         self.slow: asyncio.TimerHandle | None = None
         self.begun = self.headed = False
         self.headless = 0  # bytes of a head that is not complete, but for those that came with what was before it
@@ -72,6 +77,8 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         """A client may end its side behind its last request, and wait for the answer."""
+        if self.begun:
+            self.refuse(self.cut_short())
         newest = self.waiting[-1] if self.waiting else self.exchange
         if newest is None:
             return False
@@ -80,7 +87,9 @@ class Connection(asyncio.Protocol):
         return True
 
     def leave(self) -> None:
-        if self.exchange is not None or self.waiting:
+        if self.paused:  # it reads, if slowly, or `check_idle` will see that it doesn't
+            self.loop.call_later(HALF_CLOSED, self.leave)
+        elif self.exchange is not None or self.waiting:
             self.transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -97,11 +106,15 @@ class Connection(asyncio.Protocol):
                 exchange.drop(gone("its answer"))
 
     def pause_writing(self) -> None:
-        """A client that does not read its answers may send no more requests."""
+        """A client that does not read its answers may send no more requests, and those that it sent wait."""
+        self.paused = True
         self.transport.pause_reading()
 
     def resume_writing(self) -> None:
-        if not self.waiting and not self.transport.is_closing():
+        self.paused = False
+        if self.waiting:
+            self.next()
+        elif not self.transport.is_closing():
             self.transport.resume_reading()
 
     # What the parser tells
@@ -151,7 +164,7 @@ class Connection(asyncio.Protocol):
     # Requests and answers, in order
 
     def take(self, exchange: Exchange) -> None:
-        if self.exchange is not None or self.waiting:
+        if self.exchange is not None or self.waiting or self.paused:
             self.waiting.append(exchange)
             self.transport.pause_reading()
         else:
@@ -169,6 +182,7 @@ class Connection(asyncio.Protocol):
 
     def answered(self, exchange: Exchange, data: bytes) -> None:
         self.transport.write(data)
+        self.written += len(data)
         self.exchange = None
         self.used = self.loop.time()
         if not exchange.keep_alive:
@@ -177,11 +191,13 @@ class Connection(asyncio.Protocol):
             self.loop.call_soon(self.next)
 
     def next(self) -> None:
+        if self.paused or self.exchange is not None or not self.waiting or self.transport.is_closing():
+            return
         exchange = self.waiting.popleft()
         if exchange.gone:
             return
         self.begin(exchange)
-        if not self.waiting and not self.transport.is_closing():
+        if not self.waiting and not self.paused and not self.transport.is_closing():
             self.transport.resume_reading()
 
     def finish(self, exchange: Exchange) -> None:
@@ -204,11 +220,27 @@ class Connection(asyncio.Protocol):
         what = "body" if self.headed else "head"
         self.refuse(Refused(408, f"the {what} did not come within {self.limits.body_timeout:g} s", "slow"))
 
+    def cut_short(self) -> Refused:
+        """What is told where the client ends its side inside of a request."""
+        size = self.headers.get(b"content-length")
+        if not self.headed:
+            return invalid("the request ends inside of its head", "truncated")
+        of = "bytes, inside of its chunks" if size is None else f"of {int(size)} bytes"
+        return invalid(f"the body ends after {self.size} {of}", "truncated")
+
     def too_long(self) -> Refused:
         return Refused(431, f"the head of the request is longer than {self.limits.max_head} bytes", "too_large")
 
     def check_idle(self) -> None:
-        left = KEEP_ALIVE if self.exchange or self.begun else self.used + KEEP_ALIVE - self.loop.time()
+        """Close where nothing has come for long; where a client reads nothing either, closing would wait for it."""
+        unsent = self.transport.get_write_buffer_size()
+        stuck = self.written - unsent if unsent else None
+        if stuck is not None and stuck == self.stuck:
+            self.transport.abort()
+            return
+        self.stuck = stuck
+        busy = self.exchange or self.begun or unsent
+        left = KEEP_ALIVE if busy else self.used + KEEP_ALIVE - self.loop.time()
         if left <= 0:
             self.transport.close()
         else:

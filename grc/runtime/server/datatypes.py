@@ -25,6 +25,15 @@ NAMES = {
 # numpy has no bfloat16: its bits travel as int16.
 ARRAYS = {dtype: np.dtype(np.int16 if dtype is torch.bfloat16 else str(dtype)[6:]) for dtype in NAMES}
 INTEGERS, NUMBERS = "iu", "iuf"
+LARGEST = 1 << 60  # values; their bytes are counted in 64 bits
+
+
+def check_shape(name: str, shape: list[int]) -> None:
+    """Raises a refusal for sizes that no tensor has: a zero among them makes it empty, but not its strides small."""
+    if any(size < 0 for size in shape):
+        raise invalid(f'input "{name}" has no shape: {shape}')
+    if math.prod(max(1, size) for size in shape) >= LARGEST:
+        raise invalid(f'input "{name}" has a shape that is too large: {shape}')
 
 
 def check_size(name: str, size: int, shape: list[int], dtype: torch.dtype) -> None:

@@ -13,13 +13,12 @@ from google.protobuf.json_format import ParseDict
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
-from grc.runtime.server import describe
+from grc.runtime.server import describe, messages
 from grc.runtime.server.cut import Cut
-from grc.runtime.server.datatypes import NAMES, bytes_of_list, check_size
+from grc.runtime.server.datatypes import NAMES, bytes_of_list, check_shape, check_size
 from grc.runtime.server.health import Health
 from grc.runtime.server.listener import FAREWELL
 from grc.runtime.server.logs import clean_id, request_id
-from grc.runtime.server.messages import REFUSED, checked_dtype
 from grc.runtime.server.models import Models
 from grc.runtime.server.packed import Packed
 from grc.runtime.server.refusal import ended, gone, invalid, out_of_time
@@ -83,7 +82,9 @@ class Grpc(service_pb2_grpc.GRPCInferenceServiceServicer):
     async def answered(self, context: Any, call: Call, answer: Callable[[], Awaitable[Any]]) -> Any:
         """The answer, or the status that an error is told as."""
         try:
-            return await self.unless_ended(call, answer())
+            found = await self.unless_ended(call, answer())
+            context.set_trailing_metadata((("x-request-id", call.id),))
+            return found
         except Exception as error:  # every error is some client's status, and the server goes on
             told = self.service.failed(call, error)
             trailing = [("x-request-id", call.id)]
@@ -101,8 +102,10 @@ class Grpc(service_pb2_grpc.GRPCInferenceServiceServicer):
 
         return await self.answered(context, call, answer)
 
-    def call(self, context: Any) -> Call:
-        call = Call(request_id(), "grpc", self.settings.timeout)
+    def call(self, context: Any, id: str = "") -> Call:
+        """`id` is the protocol's own, which x-request-id goes before."""
+        given = dict(context.invocation_metadata()).get("x-request-id") or id
+        call = Call(clean_id(given) if given else request_id(), "grpc", self.settings.timeout)
         left = context.time_remaining()
         if left is not None:
             call.due(left)
@@ -152,13 +155,13 @@ class Grpc(service_pb2_grpc.GRPCInferenceServiceServicer):
     RepositoryModelUnload = RepositoryModelLoad
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:
-        call = self.call(context)
+        call = self.call(context, request.id)
         return await self.answered(context, call, lambda: self.infer(call, request))
 
     async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
         """One answer for each request, in order; an error is an answer too, and the stream goes on."""
         async for request in requests:
-            call = self.call(context)
+            call = self.call(context, request.id)
             try:
                 found = await self.unless_ended(call, self.infer(call, request))
                 yield pb.ModelStreamInferResponse(infer_response=found)
@@ -169,13 +172,10 @@ class Grpc(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     async def infer(self, call: Call, request: Any) -> Any:
         call.model = request.model_name
-        if request.id:
-            call.id = clean_id(request.id)
         version = call.version = self.models.find(request.model_name, request.model_version or None)
-        refuse_unknown(request.parameters)
-        timeout = request.parameters.get("timeout")
-        if timeout is not None and timeout.int64_param > 0:
-            call.due(timeout.int64_param / 1e6)
+        parameters = parameters_of(request.parameters)
+        messages.refuse_unknown(parameters)
+        call.asks(messages.timeout(parameters), messages.priority(parameters))
         wanted = wanted_outputs(request, version)
         cut = Cut.all_of(await self.service.infer(call, version, read_inputs(request, version)))
         found = pb.ModelInferResponse(model_name=version.name, model_version=version.number, id=request.id)
@@ -187,10 +187,10 @@ class Grpc(service_pb2_grpc.GRPCInferenceServiceServicer):
         return found
 
 
-def refuse_unknown(parameters: Any) -> None:
-    for name, what in REFUSED.items():
-        if name in parameters and (parameters[name].int64_param or parameters[name].string_param):
-            raise invalid(f"this server knows no {what}", "unsupported")
+def parameters_of(given: Any) -> dict[str, Any]:
+    """The protocol's parameters, as JSON has them."""
+    kinds = {name: value.WhichOneof("parameter_choice") for name, value in given.items()}
+    return {name: getattr(given[name], kind) for name, kind in kinds.items() if kind is not None}
 
 
 def read_inputs(request: Any, version: Version) -> Packed:
@@ -207,11 +207,10 @@ def read_inputs(request: Any, version: Version) -> Packed:
             )
         if index in data:
             raise invalid(f'input "{entry.name}" is given twice')
-        dtype = checked_dtype(entry.name, entry.datatype, version.dtypes[index])
-        refuse_unknown(entry.parameters)
+        dtype = messages.checked_dtype(entry.name, entry.datatype, version.dtypes[index])
+        messages.refuse_unknown(parameters_of(entry.parameters))
         shape = list(entry.shape)
-        if any(size < 0 for size in shape):
-            raise invalid(f'input "{entry.name}" has no shape: {shape}')
+        check_shape(entry.name, shape)
         shapes[index] = tuple(shape)
         if raw:
             check_size(entry.name, len(raw[place]), shape, dtype)
@@ -229,21 +228,23 @@ def wanted_outputs(request: Any, version: Version) -> list[int]:
         index = version.output_index.get(entry.name)
         if index is None:
             raise invalid(f"there is no output {entry.name}; the outputs are {', '.join(version.output_index)}")
-        refuse_unknown(entry.parameters)
+        messages.refuse_unknown(parameters_of(entry.parameters))
         wanted.append(index)
     return wanted or list(range(len(version.output_names)))
 
 
-async def start(service: Grpc, host: str, port: int, limit: int) -> tuple[Any, int]:
+async def start(service: Grpc, port: int) -> tuple[Any, int]:
     """A server that listens, and its port. Two servers on one port would share its requests: that is refused."""
+    limits = service.settings
     server = grpc.aio.server(
         options=[
             ("grpc.so_reuseport", 0),
-            ("grpc.max_receive_message_length", limit),
+            ("grpc.max_receive_message_length", limits.max_body),
             ("grpc.max_send_message_length", -1),
-        ]
+        ],
+        maximum_concurrent_rpcs=limits.max_connections,
     )
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, server)
-    bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    bound = server.add_insecure_port(f"[{limits.host}]:{port}" if ":" in limits.host else f"{limits.host}:{port}")
     await server.start()
     return server, bound

@@ -28,15 +28,18 @@ class Health:
             await asyncio.sleep(seconds)
 
     async def probe(self, model: Model) -> None:
-        """One golden request, answered as any other would be. A server that is too busy for it is busy, not ill."""
+        """One golden request, answered as any other would be, and the example through the artifact's own functions. A server
+        that is too busy for it is busy, not ill."""
         version = model.version
         call = Call(f"canary-{request_id()}", "canary", self.timeout)
         reason = None
         try:
             async with asyncio.timeout(self.timeout):
                 answer = await self.service.compute(call, version, version.canary.inputs)
-            if not version.answers_rightly(answer):
-                reason = "it answers wrongly"
+                if not version.answers_rightly(answer):
+                    reason = "it answers wrongly"
+                elif version.example is not None:
+                    await self.service.rehearse(call, version, version.example)
         except TimeoutError:
             reason = f"it did not answer within {self.timeout:g} s"
         except Refused as refused:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import httptools
@@ -13,17 +13,16 @@ import orjson
 import torch
 
 from grc.runtime.server import describe, messages, openapi
-from grc.runtime.server.body import check_depth, unpacked
+from grc.runtime.server.body import LARGE, check_depth, check_values, unpacked
 from grc.runtime.server.exchange import Exchange
 from grc.runtime.server.features import User
 from grc.runtime.server.health import Health
 from grc.runtime.server.logs import clean_id, request_id
 from grc.runtime.server.models import Models
-from grc.runtime.server.refusal import Refused, gone, invalid
-from grc.runtime.server.service import Call, Service
+from grc.runtime.server.refusal import Refused, gone, invalid, too_large
+from grc.runtime.server.service import Call, Service, body_digest
 from grc.runtime.server.settings import Settings
 from grc.runtime.server.version import Version
-from grc.runtime.values import plain
 
 JSON, BYTES, TEXT, PAGE = (
     b"application/json",
@@ -31,7 +30,7 @@ JSON, BYTES, TEXT, PAGE = (
     b"text/plain; version=0.0.4; charset=utf-8",
     b"text/html; charset=utf-8",
 )
-HEADER_LENGTH = b"inference-header-content-length"
+HEADER_LENGTH, CODING = b"inference-header-content-length", b"content-encoding"
 Headers = dict[bytes, bytes]
 Answer = tuple[int, bytes, bytes, list[tuple[bytes, bytes]]]  # status, kind, body, further headers
 
@@ -115,12 +114,17 @@ class Http:
         action = "/".join(rest)
         if action in ("infer", "recommend"):
             check_method(method, "POST", path)
-            body = unpacked(exchange.body, exchange.headers.get(b"content-encoding"), self.settings.max_body)
             version = call.version = self.models.find(name, number)
-            if action == "infer":
-                self.infer(call, version, exchange, body)
+            if action == "recommend" and not version.recommends:
+                told = f"model {version.name} has no preprocess and no postprocess: send tensors to infer"
+                raise Refused(404, told, "unknown_path")
+            body = unpacked(exchange.body, exchange.headers.get(CODING), LARGE)
+            if body is None:
+                self.begin(call, exchange, self.read_large(call, version, exchange, action))
+            elif action == "infer":
+                self.infer(call, version, exchange, self.tensors(version, exchange, body))
             else:
-                self.recommend(call, version, exchange, body)
+                self.recommend(call, version, exchange, body, self.words(body))
             return
         version = self.models.find(name, number)
         if action in self.gets:
@@ -136,29 +140,57 @@ class Http:
         else:
             raise Refused(404, f"there is nothing at {path}", "unknown_path")
 
-    def infer(self, call: Call, version: Version, exchange: Exchange, body: bytes) -> None:
-        """Without a task: the scheduler settles an Inference as it would settle a future, and that writes the answer."""
+    def tensors(self, version: Version, exchange: Exchange, body: bytes, large: bool = False) -> messages.Asked:
         given = exchange.headers.get(HEADER_LENGTH)
-        asked = messages.read(body, None if given is None else length(given), version)
+        end = len(body) if given is None else whole(given, "Inference-Header-Content-Length")
+        if large:
+            check_values(body, end, self.settings.max_body)
+        return messages.read(body, end, version, remember=not large)
+
+    def words(self, body: bytes, large: bool = False) -> dict[str, Any]:
+        if large:
+            check_values(body, len(body), self.settings.max_body)
+        request = messages.read_json(body)
+        check_depth(request, body, self.settings.max_depth)
+        return request
+
+    async def read_large(self, call: Call, version: Version, exchange: Exchange, action: str) -> None:
+        """A body that takes long to unpack and to read is read on a thread."""
+
+        def read() -> tuple[bytes, Any]:
+            body = unpacked(exchange.body, exchange.headers.get(CODING), self.settings.max_body)
+            if body is None:
+                raise too_large(self.settings.max_body)
+            found = self.tensors(version, exchange, body, True) if action == "infer" else self.words(body, True)
+            return body, found
+
+        try:
+            async with self.service.in_time(call, version):
+                body, found = await self.service.loop.run_in_executor(self.service.reading, read)
+            if action == "infer":
+                self.infer(call, version, exchange, found)
+            else:
+                self.recommend(call, version, exchange, body, found)
+        except Exception as error:  # as above
+            self.refuse(call, exchange, error)
+
+    def infer(self, call: Call, version: Version, exchange: Exchange, asked: messages.Asked) -> None:
+        """Without a task: the scheduler settles an Inference as it would settle a future, and that writes the answer."""
         if asked.id and b"x-request-id" not in exchange.headers:
             call.id = clean_id(asked.id)
-        if asked.seconds is not None:
-            call.due(asked.seconds)
+        call.asks(asked.seconds, asked.priority)
         self.service.start(call, version, asked.inputs, Inference(self, call, version, exchange, asked))
 
-    def recommend(self, call: Call, version: Version, exchange: Exchange, body: bytes) -> None:
-        if not version.recommends:
-            raise Refused(
-                404, f"model {version.name} has no preprocess and no postprocess: send tensors to infer", "unknown_path"
-            )
-        request = messages.read_json(body)
-        check_depth(request, self.settings.max_depth)
+    def recommend(self, call: Call, version: Version, exchange: Exchange, body: bytes, request: dict[str, Any]) -> None:
         seconds = exchange.headers.get(b"x-timeout-ms")
         if seconds is not None:
             call.due(whole(seconds, "x-timeout-ms") / 1e3)
-        task = self.service.loop.create_task(
-            self.recommended(call, version, exchange, request, user_of(exchange.headers))
-        )
+        user = user_of(exchange.headers, body)
+        self.begin(call, exchange, self.recommended(call, version, exchange, body, request, user))
+
+    def begin(self, call: Call, exchange: Exchange, work: Coroutine[Any, Any, None]) -> None:
+        """Work for a request that takes more than one turn of the loop. It ends where nobody waits for it any more."""
+        task = self.service.loop.create_task(work)
 
         def lost(reason: Refused) -> None:
             self.lost(call, exchange, reason)
@@ -169,11 +201,17 @@ class Http:
         task.add_done_callback(self.tasks.discard)
 
     async def recommended(
-        self, call: Call, version: Version, exchange: Exchange, request: dict[str, Any], user: User | None
+        self,
+        call: Call,
+        version: Version,
+        exchange: Exchange,
+        body: bytes,
+        request: dict[str, Any],
+        user: User | None,
     ) -> None:
         try:
-            found = await self.service.recommend(call, version, request, user)
-            text = written(found)
+            async with self.service.in_time(call, version):
+                text = await self.service.recommend(call, version, body, request, user)
         except Exception as error:  # as above
             self.refuse(call, exchange, error)
             return
@@ -227,33 +265,20 @@ def text_of(data: bytes) -> str:
         return data.decode("latin-1")
 
 
-def written(value: Any) -> bytes:
-    """A recommendation as JSON."""
-    option = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
-    try:
-        return orjson.dumps(value, default=plain, option=option)
-    except orjson.JSONEncodeError as error:
-        raise Refused(500, str(error.__cause__ or error), "postprocess") from error
-
-
-def user_of(headers: Headers) -> User | None:
+def user_of(headers: Headers, body: bytes) -> User | None:
     """Whose features may be kept, where the client says so."""
     name, version = headers.get(b"x-user-id"), headers.get(b"x-features-version")
     if name is None and version is None:
         return None
     if name is None or version is None:
         raise invalid("x-user-id and x-features-version belong together")
-    return User(text_of(name), whole(version, "x-features-version"))
+    return User(text_of(name), whole(version, "x-features-version"), body_digest(body))
 
 
 def whole(text: bytes, name: str) -> int:
     if not text.isdigit() or len(text) > 18:
         raise invalid(f"{name} must be a whole number, not {text.decode('latin-1')}")
     return int(text)
-
-
-def length(text: bytes) -> int:
-    return whole(text, "Inference-Header-Content-Length")
 
 
 def check_method(method: str, allowed: str, path: str) -> None:

@@ -10,7 +10,7 @@ import orjson
 import torch
 
 from grc.runtime.server.cut import Cut
-from grc.runtime.server.datatypes import NAMES, bytes_of_list, check_size
+from grc.runtime.server.datatypes import NAMES, bytes_of_list, check_shape, check_size
 from grc.runtime.server.packed import Packed, Shape
 from grc.runtime.server.refusal import invalid
 from grc.runtime.server.version import Version
@@ -31,6 +31,7 @@ class Asked:
     inputs: Packed
     outputs: list[tuple[int, bool]]
     seconds: float | None
+    priority: int
 
 
 @dataclass(slots=True)
@@ -43,15 +44,16 @@ class Layout:
     rows: int
     outputs: list[tuple[int, bool]]
     seconds: float | None
+    priority: int
 
     @classmethod
     def of(cls, asked: Asked, spans: list[tuple[int, int]]) -> Layout:
         inputs = asked.inputs
-        return cls(spans, inputs.shapes, inputs.dtypes, inputs.rows, asked.outputs, asked.seconds)
+        return cls(spans, inputs.shapes, inputs.dtypes, inputs.rows, asked.outputs, asked.seconds, asked.priority)
 
     def asked(self, body: bytes) -> Asked:
         data = [body[start:stop] for start, stop in self.spans]
-        return Asked("", Packed(data, self.shapes, self.dtypes, self.rows), self.outputs, self.seconds)
+        return Asked("", Packed(data, self.shapes, self.dtypes, self.rows), self.outputs, self.seconds, self.priority)
 
 
 def read_json(data: bytes | memoryview) -> dict[str, Any]:
@@ -69,13 +71,13 @@ def json_type(value: Any) -> str:
     return names.get(type(value), "null")
 
 
-def read(body: bytes, header: int | None, version: Version) -> Asked:
-    """The request in a body; `header` is where the JSON ends and binary tensors begin."""
-    header = len(body) if header is None else header
+def read(body: bytes, header: int, version: Version, remember: bool = True) -> Asked:
+    """The request in a body; `header` is where the JSON ends and binary tensors begin. On the event loop, what its JSON said is
+    remembered."""
     if header > len(body):
         raise invalid(f"the body has {len(body)} bytes; its JSON alone should have {header}", "truncated")
     text = body[:header]
-    if header < len(body):
+    if remember and header < len(body):
         known = version.layouts.get((text, len(body)))
         if known is not None:
             return known.asked(body)
@@ -88,8 +90,8 @@ def read(body: bytes, header: int | None, version: Version) -> Asked:
     id = request.get("id", "")
     if type(id) is not str:
         raise invalid(f"id is a JSON {json_type(id)}, not a string")
-    asked = Asked(id, inputs, outputs, timeout(parameters))
-    if not id and len(spans) == len(inputs.data):
+    asked = Asked(id, inputs, outputs, timeout(parameters), priority(parameters))
+    if remember and not id and len(spans) == len(inputs.data):
         layout = Layout.of(asked, [spans[i] for i in range(len(spans))])
         version.layouts.put((text, len(body)), layout, len(text))
     return asked
@@ -112,12 +114,21 @@ def refuse_unknown(parameters: dict[str, Any]) -> None:
 
 def timeout(parameters: dict[str, Any]) -> float | None:
     """Seconds; the protocol's extension counts microseconds, and 0 is no limit."""
-    found = parameters.get("timeout")
-    if not found:
-        return None
+    return whole(parameters, "timeout", "number of microseconds") / 1e6 or None
+
+
+def priority(parameters: dict[str, Any]) -> int:
+    """1 is the most urgent; 0 is what a request has that names none."""
+    return whole(parameters, "priority", "whole number")
+
+
+def whole(parameters: dict[str, Any], name: str, what: str) -> int:
+    found = parameters.get(name)
+    if found is None:
+        return 0
     if type(found) is not int or found < 0:
-        raise invalid(f"timeout must be a number of microseconds, not {found!r}")
-    return found / 1e6
+        raise invalid(f"{name} must be a {what}, not {found!r}")
+    return found
 
 
 def read_inputs(
@@ -172,8 +183,9 @@ def checked_dtype(name: str, given: Any, dtype: torch.dtype) -> torch.dtype:
 
 
 def checked_shape(name: str, shape: Any) -> list[int]:
-    if type(shape) is not list or not all(type(size) is int and 0 <= size < 1 << 48 for size in shape):
+    if type(shape) is not list or not all(type(size) is int for size in shape):
         raise invalid(f'input "{name}" has no shape: {shape!r}')
+    check_shape(name, shape)
     return shape
 
 

@@ -159,6 +159,7 @@ class Collected:
         for name, cache in self.caches.items():
             lookups.add_metric([name, "hit"], cache.hits)
             lookups.add_metric([name, "miss"], cache.misses)
+            lookups.add_metric([name, "changed"], cache.changed)
             evicted.add_metric([name], cache.evicted)
             held.add_metric([name], cache.bytes)
             entries.add_metric([name], len(cache.entries))

@@ -22,6 +22,18 @@ TENSOR = {
     },
 }
 ERROR = {"type": "object", "properties": {"error": {"type": "string"}}}
+ERRORS = {
+    "400": "The request does not fit; the message names the field",
+    "404": "The model, its version or the path is unknown",
+    "405": "The path takes another method, which Allow names",
+    "408": "The request did not come in time",
+    "413": "The body is too large, or its JSON holds too many values",
+    "415": "The body is packed in an unknown way",
+    "431": "The request's line and headers are too long",
+    "500": "The server's own fault, or postprocess raised",
+    "503": "Too busy to answer in time; Retry-After says when to come back",
+}
+NUMBER = {"name": "version", "in": "path", "required": True, "schema": {"type": "string"}}
 USER = [
     {"name": "x-user-id", "in": "header", "schema": {"type": "string"}, "description": "Whose features may be kept."},
     {
@@ -40,40 +52,63 @@ USER = [
 
 
 def document(versions: Sequence[Version]) -> dict[str, Any]:
-    paths: dict[str, Any] = {
+    paths = {
         "/v2": {"get": operation("The server's metadata")},
         "/v2/health/live": {"get": operation("Whether the server runs")},
         "/v2/health/ready": {"get": operation("Whether golden requests are answered rightly")},
+        "/v2/repository/index": {"post": operation("The models and their versions")},
+        "/v2/models/stats": {"get": operation("The statistics of all models")},
         "/metrics": {"get": operation("Metrics in Prometheus' form")},
     }
     for version in versions:
-        base = f"/v2/models/{version.name}"
-        paths[base] = {"get": operation(f"Inputs and outputs of {version.name}")}
-        paths[f"{base}/ready"] = {"get": operation(f"Whether {version.name} is ready")}
-        paths[f"{base}/config"] = {"get": operation(f"The configuration of {version.name}")}
-        paths[f"{base}/stats"] = {"get": operation(f"The statistics of {version.name}")}
-        paths[f"{base}/infer"] = {"post": infer(version)}
-        if version.recommends:
-            paths[f"{base}/recommend"] = {"post": recommend(version)}
-            forget = operation(f"Forget a user's features in {version.name}", code="204")
-            user = {"name": "user", "in": "path", "required": True, "schema": {"type": "string"}}
-            paths[f"{base}/users/{{user}}/features"] = {"delete": {**forget, "parameters": [user]}}
-    return {"openapi": "3.1.0", "info": {"title": "grc serve", "version": VERSION}, "paths": paths}
+        for action, (method, about) in actions(version).items():
+            base = f"/v2/models/{version.name}"
+            paths[base + action] = {method: about}
+            numbered = {**about, "parameters": [NUMBER, *about.get("parameters", ())]}
+            paths[f"{base}/versions/{{version}}{action}"] = {method: numbered}
+    content = {"application/json": {"schema": ERROR}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "grc serve", "version": VERSION},
+        "paths": paths,
+        "components": {"responses": {c: {"description": text, "content": content} for c, text in ERRORS.items()}},
+    }
+
+
+def actions(version: Version) -> dict[str, tuple[str, dict[str, Any]]]:
+    """What a model answers: the end of the path, its method, and what is said of it."""
+    found = {
+        "": ("get", operation(f"Inputs and outputs of {version.name}")),
+        "/ready": ("get", operation(f"Whether {version.name} is ready")),
+        "/config": ("get", operation(f"The configuration of {version.name}")),
+        "/stats": ("get", operation(f"The statistics of {version.name}")),
+        "/infer": ("post", infer(version)),
+    }
+    if version.recommends:
+        forget = operation(f"Forget a user's features in {version.name}", code="204")
+        user = {"name": "user", "in": "path", "required": True, "schema": {"type": "string"}}
+        found["/recommend"] = ("post", recommend(version))
+        found["/users/{user}/features"] = ("delete", {**forget, "parameters": [user]})
+    return found
 
 
 def operation(summary: str, code: str = "200", schema: dict[str, Any] | None = None) -> dict[str, Any]:
     content = {"content": {"application/json": {"schema": schema}}} if schema else {}
-    return {"summary": summary, "responses": {code: {"description": "Well", **content}}}
+    errors = {code: {"$ref": f"#/components/responses/{code}"} for code in ERRORS}
+    return {"summary": summary, "responses": {code: {"description": "Well", **content}, **errors}}
 
 
-def answered(found: dict[str, Any]) -> dict[str, Any]:
-    content = {"application/json": {"schema": ERROR}}
-    for code, text in (
-        ("400", "The request does not fit; the message names the field"),
-        ("503", "Too busy to answer in time; Retry-After says when to come back"),
-    ):
-        found["responses"][code] = {"description": text, "content": content}
-    return found
+def schema_of(value: Any) -> dict[str, Any]:
+    """The schema of JSON like this example, which says nothing of what else there may be."""
+    if isinstance(value, dict):
+        return {"type": "object", "properties": {key: schema_of(own) for key, own in value.items()}}
+    if isinstance(value, list):
+        kinds = [schema_of(own) for own in value]
+        if {kind.get("type") for kind in kinds} == {"integer", "number"}:
+            kinds = [{"type": "number"}]
+        return {"type": "array", "items": kinds[0] if kinds and all(kind == kinds[0] for kind in kinds) else {}}
+    names = {str: "string", bool: "boolean", int: "integer", float: "number"}
+    return {"type": names[type(value)]} if value is not None else {}
 
 
 def infer(version: Version) -> dict[str, Any]:
@@ -105,19 +140,21 @@ def infer(version: Version) -> dict[str, Any]:
     body: dict[str, Any] = {"schema": request}
     if len(example["inputs"]) == len(inputs):
         body["example"] = example
-    found = answered(operation(f"Tensors to tensors through {version.name}", schema=outputs))
+    found = operation(f"Tensors to tensors through {version.name}", schema=outputs)
     return {**found, "requestBody": {"required": True, "content": {"application/json": body}}}
 
 
 def recommend(version: Version) -> dict[str, Any]:
     functions = version.processing().functions
     texts = {name: inspect.getdoc(getattr(function, "func", function)) or "" for name, function in functions.items()}
-    found = answered(operation(f"Behaviours to recommendations through {version.name}", schema={"type": "object"}))
+    told = {"type": "object"} if version.example is None else schema_of(version.example_answer)
+    found = operation(f"Behaviours to recommendations through {version.name}", schema=told)
     found["description"] = texts.get("preprocess", "")
     found["responses"]["200"]["description"] = texts.get("postprocess") or "The model's answer"
     sent: dict[str, Any] = {"schema": {"type": "object"}}
     if version.example is not None:
-        sent["example"] = version.example
+        sent = {"schema": schema_of(version.example), "example": version.example}
+        found["responses"]["200"]["content"]["application/json"]["example"] = version.example_answer
     body = {"required": True, "content": {"application/json": sent}}
     return {**found, "parameters": USER, "requestBody": body}
 

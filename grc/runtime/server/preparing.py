@@ -49,7 +49,10 @@ class Job:
         """What the call gave. It counts until a thread has put it away, hence the shield, also when its client left before."""
         future = asyncio.wrap_future(self.future)
         future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to ask
-        return await asyncio.shield(future)
+        try:
+            return await asyncio.shield(future)
+        finally:
+            del self, future  # as above
 
 
 class Preparing:
@@ -59,7 +62,7 @@ class Preparing:
         self.loop, self.max_queue = loop, max_queue
         self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="grc-processing")
         self.lock = threading.Lock()
-        self.computed: deque[Job] = deque()  # answers that wait for postprocess
+        self.computed: deque[Job] = deque()  # answers that wait for postprocess, and canaries
         self.lines: dict[str, deque[Job]] = {}  # requests that wait for preprocess, by their model
         self.used: dict[str, float] = {}  # seconds of a thread; a model that had nothing to do does not save them up
         self.clock = 0.0  # those of the model that was served last
@@ -83,42 +86,51 @@ class Preparing:
                 self.used[name] = max(self.used.get(name, 0.0), self.clock)
             line.append(job)
         self.threads.submit(self.turn)
-        found: Tensors = await job.done()
+        done = job.done()
+        del job  # as above
+        found: Tensors = await done
         return found
 
     async def run(self, function: Callable[[], Any]) -> Any:
-        """What is done to an answer; it waits for nothing but others of its kind."""
+        """What is done to an answer, or for a canary; it waits for nothing but others of its kind."""
         job = Job(function)
         with self.lock:
             self.computed.append(job)
         self.threads.submit(self.turn)
-        return await job.done()
+        done = job.done()
+        del job  # as above
+        return await done
 
     def turn(self) -> None:
         """On a thread: do what is most due. There are as many turns as jobs."""
+        self.most_due().run()
+
+    def most_due(self) -> Job:
         with self.lock:
             if self.computed:
-                job = self.computed.popleft()
-            else:
-                name = min((name for name, line in self.lines.items() if line), key=lambda name: self.used[name])
-                job = self.lines[name].popleft()
-                self.clock = self.used[name]
-                self.used[name] += self.seconds.get(name, 0.0)
-        job.run()
+                return self.computed.popleft()
+            name = min((name for name, line in self.lines.items() if line), key=lambda name: self.used[name])
+            self.clock = self.used[name]
+            self.used[name] += self.seconds.get(name, 0.0)
+            return self.lines[name].popleft()
 
     def take(self, call: Call, version: Version, request: dict[str, Any]) -> Tensors:
         """On a thread: the request's turn has come."""
         name, began = version.name, time.monotonic()
-        if call.gone:
-            raise gone("its answer")
-        if began > call.deadline:
-            raise out_of_time(name, self.wait(name))
+        self.check(call, name)
         args, kwargs = version.processing().preprocess(request)
         found = version.program.leaves(args, kwargs)
         took = time.monotonic() - began
         before = self.seconds.get(name, took)
         self.seconds[name] = before + LEARNING * (took - before)
         return found
+
+    def check(self, call: Call, name: str) -> None:
+        """Raises Refused where nobody waits for the request any more."""
+        if call.gone:
+            raise gone("its answer")
+        if time.monotonic() > call.deadline:
+            raise out_of_time(name, self.wait(name))
 
     def wait(self, name: str) -> float:
         """Seconds until those of a model that wait are prepared: its own line, and as much of the others."""

@@ -1,5 +1,8 @@
 """The scheduler: what waits is merged by rows, the most urgent first; models share the workers fairly.
 
+Urgent is what has the higher priority, 1 being the highest, and of one priority what is due first. Where priorities differ,
+every fourth batch begins with what is due first of all, so that none is starved.
+
 A request is refused at once when it can't make its deadline behind those that wait, so that no work is spent on answers
 that come too late. Fairness between models is start-time fair queueing (Goyal et al. 1996): the model that used the least
 time goes next, and one that slept does not save up time.
@@ -25,6 +28,8 @@ from grc.runtime.server.refusal import Refused, out_of_time, too_late
 from grc.runtime.server.version import Version
 
 Tensors = list[torch.Tensor]
+LOWEST = 1 << 64  # the priority of requests that name none
+FAIR = 4  # batches, one of which begins with what is due first
 
 
 class Waiter(Protocol):
@@ -47,6 +52,7 @@ class Work:
     future: Waiter
     queued: float
     call: Any = None
+    priority: int = LOWEST
     started: float = 0.0
     ended: float = 0.0
     batch: int = 0
@@ -70,40 +76,65 @@ class Line:
     used: float = 0.0
     count: int = 0
     rows: int = 0
-    groups: dict[tuple[int, ...], list[tuple[float, int, Work]]] = field(default_factory=dict)
+    taken: int = 0
+    groups: dict[tuple[int, ...], list[tuple[int, float, int, Work]]] = field(default_factory=dict)
+    levels: dict[int, tuple[int, int]] = field(default_factory=dict)  # by priority: how many wait, and their rows
 
     def add(self, work: Work, ticket: int) -> None:
         key = self.version.merge.group(work.inputs, work.rows)
         key = (-1, ticket) if key is None else key
-        heapq.heappush(self.groups.setdefault(key, []), (work.deadline, ticket, work))
-        self.count += 1
-        self.rows += work.rows
+        heapq.heappush(self.groups.setdefault(key, []), (work.priority, work.deadline, ticket, work))
+        self.add_up(work.priority, 1, work.rows)
+
+    def add_up(self, priority: int, count: int, rows: int) -> None:
+        """Count requests that come to wait, or leave."""
+        self.count += count
+        self.rows += rows
+        before = self.levels.pop(priority, (0, 0))
+        if before[0] + count:
+            self.levels[priority] = before[0] + count, before[1] + rows
+
+    def ahead(self, priority: int) -> tuple[int, int]:
+        """How many go before a request of this priority, and their rows."""
+        if priority == LOWEST:
+            return self.count, self.rows
+        before = [about for level, about in self.levels.items() if level <= priority]
+        return sum(count for count, _ in before), sum(rows for _, rows in before)
+
+    def lift(self) -> None:
+        """Let what is due first go first, whatever its priority."""
+        heap, entry = min(((heap, entry) for heap in self.groups.values() for entry in heap), key=lambda e: e[1][1:3])
+        heap.remove(entry)
+        heapq.heapify(heap)
+        heapq.heappush(heap, (0, *entry[1:]))
 
     def take(self, max_rows: int) -> list[Work]:
         """The most urgent request, and those of its key that fit beside it without making it late."""
+        self.taken += 1
+        if len(self.levels) > 1 and self.taken % FAIR == 0:
+            self.lift()
         key = min(self.groups, key=lambda k: self.groups[k][0])
         heap = self.groups[key]
         limit = min(max_rows, self.version.max_rows)
         batch: list[Work] = []
-        rows, due, now = 0, heap[0][0], time.monotonic()
+        rows, due, now = 0, heap[0][1], time.monotonic()
         while heap:
-            more = heap[0][2].rows
+            more = heap[0][3].rows
             if batch and (rows + more > limit or now + self.version.estimate.seconds(rows + more) > due):
                 break
-            work = heapq.heappop(heap)[2]
+            work = heapq.heappop(heap)[3]
             batch.append(work)
             rows += work.rows
+            self.add_up(work.priority, -1, -work.rows)
         if not heap:
             del self.groups[key]
-        self.count -= len(batch)
-        self.rows -= rows
         return batch
 
-    def seconds(self, rows: int, max_rows: int) -> float:
-        """Time to answer `rows` that wait, in batches as they would be merged."""
+    def seconds(self, count: int, rows: int, max_rows: int) -> float:
+        """Time to answer `rows` of `count` requests, in batches as they would be merged."""
         estimate = self.version.estimate
         if self.version.merge.reason is not None:
-            return self.count * estimate.seconds(max(1, rows // max(self.count, 1)))
+            return count * estimate.seconds(max(1, rows // max(count, 1)))
         limit = min(max_rows, self.version.max_rows)
         full, rest = divmod(rows, limit)
         return full * estimate.seconds(limit) + (estimate.seconds(rest) if rest else 0.0)
@@ -140,9 +171,9 @@ class Scheduler:
         with self.changed:
             line = self.line_of(work.version)
             if line.count >= self.max_queue:
-                wait = line.seconds(line.rows, self.max_rows)
+                wait = line.seconds(line.count, line.rows, self.max_rows)
                 raise Refused(503, f"model {work.version.name} is busy: {line.count} requests wait", "queue_full", wait)
-            wait = self.wait(line, work.rows)
+            wait = self.wait(line, work)
             left = work.deadline - work.queued
             if left <= 0:
                 raise out_of_time(work.version.name, wait)
@@ -172,14 +203,17 @@ class Scheduler:
                     refused.append((work, error))
         return refused
 
-    def wait(self, line: Line, rows: int) -> float:
+    def wait(self, line: Line, work: Work) -> float:
         """Seconds until a request that comes now is answered: what runs, its own line, and as much of the others."""
         now = time.monotonic()
         workers = len(self.threads)
         free = min(self.running.values(), default=now) if len(self.running) == workers else now
-        own = line.seconds(line.rows + rows, self.max_rows)
+        count, rows = line.ahead(work.priority)
+        own = line.seconds(count, rows + work.rows, self.max_rows)
         others = sum(
-            min(other.seconds(other.rows, self.max_rows), own) for other in self.active.values() if other is not line
+            min(other.seconds(other.count, other.rows, self.max_rows), own)
+            for other in self.active.values()
+            if other is not line
         )
         return max(0.0, free - now) + (own + others) / workers
 

@@ -5,21 +5,25 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import orjson
 import torch
 
 from grc.errors import ArtifactError
+from grc.runtime import processing
 from grc.runtime.server.cache import Cache
 from grc.runtime.server.features import Features, User
 from grc.runtime.server.logs import Log
 from grc.runtime.server.metrics import Metrics
 from grc.runtime.server.packed import Packed, tensors_of
 from grc.runtime.server.preparing import Preparing
-from grc.runtime.server.refusal import Refused, refusal
-from grc.runtime.server.scheduler import Scheduler, Waiter, Work
+from grc.runtime.server.refusal import Refused, out_of_time, refusal
+from grc.runtime.server.scheduler import LOWEST, Scheduler, Waiter, Work
 from grc.runtime.server.settings import Settings
 from grc.runtime.server.version import Version
 from grc.runtime.values import plain
@@ -38,7 +42,18 @@ STAGES = (
 class Call:
     """One request on its way: who asks for what, since when, until when, and how long each stage took."""
 
-    __slots__ = ("arrived", "deadline", "gone", "id", "model", "preprocess", "protocol", "stages", "version")
+    __slots__ = (
+        "arrived",
+        "deadline",
+        "gone",
+        "id",
+        "model",
+        "preprocess",
+        "priority",
+        "protocol",
+        "stages",
+        "version",
+    )
 
     def __init__(self, id: str, protocol: str, timeout: float):
         self.arrived = time.monotonic()
@@ -47,12 +62,19 @@ class Call:
         self.version: Version | None = None
         self.model = ""
         self.preprocess = 0.0
+        self.priority = LOWEST
         self.gone = False  # its client went away
         self.stages: tuple[float, float] | None = None
 
     def due(self, seconds: float) -> None:
         """A client may shorten the time that a request may take."""
         self.deadline = min(self.deadline, self.arrived + seconds)
+
+    def asks(self, seconds: float | None, priority: int) -> None:
+        """What the protocol's parameters say."""
+        if seconds is not None:
+            self.due(seconds)
+        self.priority = priority or LOWEST
 
 
 class Service:
@@ -64,6 +86,7 @@ class Service:
         self.scheduler = Scheduler(loop, settings.workers, settings.max_rows, settings.max_queue, self.computed)
         self.arrived: list[Work] = []
         self.preparing = Preparing(loop, settings.max_queue)
+        self.reading = ThreadPoolExecutor(1, thread_name_prefix="grc-reading")  # of large bodies
 
     async def infer(self, call: Call, version: Version, inputs: Packed) -> Answer:
         """The outputs for one request's inputs. Raises what `refusal` makes an answer of."""
@@ -101,7 +124,7 @@ class Service:
         call.preprocess = now - call.arrived
         if not self.arrived:
             self.loop.call_soon(self.hand_over)
-        self.arrived.append(Work(version, inputs, rows, call.deadline, future, now, call))
+        self.arrived.append(Work(version, inputs, rows, call.deadline, future, now, call, call.priority))
 
     def hand_over(self) -> None:
         arrived, self.arrived = self.arrived, []
@@ -109,30 +132,48 @@ class Service:
             if not work.future.done():
                 work.future.set_exception(refused)
 
-    async def recommend(self, call: Call, version: Version, request: dict[str, Any], user: User | None) -> Any:
-        """From a request in its users' words to its answer, through the artifact's own functions."""
-        processing = version.processing()
-        key = None
-        if self.answers.on and user is None:  # a user's features may change while the request stays the same
-            key = request_digest(version, request)
-            found = self.answers.get(key)
-            self.looked_up(version, found)
-            if found is not None:
-                return orjson.loads(found)
-        inputs = await self.prepared(call, version, request, user)
+    async def recommend(
+        self, call: Call, version: Version, body: bytes, request: dict[str, Any], user: User | None
+    ) -> bytes:
+        """From a request in its users' words, and the body it came as, to its answer as JSON, through the artifact's own
+        functions."""
+        if not self.answers.on or user is not None:  # a user's features may change while the request stays the same
+            return await self.answered(call, version, await self.prepared(call, version, request, user), request)
+        key = body_digest(body, f"{version.name}/{version.number}/")
+        kept: bytes | None = self.answers.get(key)
+        self.looked_up(version, kept)
+        if kept is None:
+            kept = await self.answered(call, version, await self.prepared(call, version, request, user), request)
+            self.answers.put(key, kept, len(kept))
+        return kept
+
+    async def answered(self, call: Call, version: Version, inputs: Tensors, request: dict[str, Any]) -> bytes:
+        """What preprocess made of a request, computed, and made an answer of."""
         answer = await self.compute(call, version, inputs)
 
-        def post() -> Any:
+        def post() -> bytes:
+            self.preparing.check(call, version.name)
             try:
-                return processing.postprocess(version.program.built(answer), request)
+                return written(version.processing().postprocess(version.program.built(answer), request))
             except ArtifactError as error:
                 raise Refused(500, error.message, "postprocess") from error
 
-        found = await self.preparing.run(post)
-        if key is not None:
-            kept = orjson.dumps(found, default=plain, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
-            self.answers.put(key, kept, len(kept))
+        found: bytes = await self.preparing.run(post)
         return found
+
+    async def rehearse(self, call: Call, version: Version, request: dict[str, Any]) -> None:
+        """Answer a request as `recommend` does, but for caches and the line of those that wait for preprocess."""
+        inputs = await self.preparing.run(partial(self.preparing.take, call, version, request))
+        await self.answered(call, version, inputs, request)
+
+    @asynccontextmanager
+    async def in_time(self, call: Call, version: Version) -> AsyncIterator[None]:
+        """Wait until the request's deadline and no longer: what a thread has begun by then is nobody's. Raises Refused."""
+        try:
+            async with asyncio.timeout(call.deadline - time.monotonic()):
+                yield
+        except TimeoutError:
+            raise out_of_time(version.name, self.preparing.wait(version.name)) from None
 
     async def prepared(self, call: Call, version: Version, request: dict[str, Any], user: User | None) -> Tensors:
         """The request's features: made by preprocess, or those of the user."""
@@ -202,6 +243,7 @@ class Service:
 
     def close(self, seconds: float) -> None:
         """End the threads; one that is busy for longer than `seconds` is left."""
+        self.reading.shutdown(wait=False, cancel_futures=True)
         self.preparing.close()
         self.scheduler.close(seconds)
 
@@ -226,6 +268,15 @@ def digest(version: Version, inputs: Packed) -> bytes:
     return found.digest()
 
 
-def request_digest(version: Version, request: dict[str, Any]) -> bytes:
-    text = orjson.dumps(request, option=orjson.OPT_SORT_KEYS)
-    return hashlib.blake2b(f"{version.name}/{version.number}/".encode() + text, digest_size=16).digest()
+def body_digest(body: bytes, before: str = "") -> bytes:
+    found = hashlib.blake2b(before.encode(), digest_size=16)
+    found.update(body)
+    return found.digest()
+
+
+def written(value: Any) -> bytes:
+    """A recommendation as JSON. Raises ArtifactError where it is none, by the rule that holds everywhere."""
+    try:
+        return orjson.dumps(value, default=plain, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
+    except orjson.JSONEncodeError:  # of what is JSON, too: integers of more than 64 bits, say
+        return processing.written(value).encode()

@@ -33,7 +33,7 @@ class Settings:
     max_head: int = 64 << 10
     """Bytes of a request's line and headers."""
     max_connections: int = 4096
-    """Connections over HTTP; requests of further ones are refused."""
+    """Connections over HTTP, and calls at once over gRPC; further ones are refused."""
     max_depth: int = 32
     """How deep the JSON of a request for recommendations may nest."""
     body_timeout: float = 10.0

@@ -92,7 +92,7 @@ async def run(
         from grc.runtime.server import grpc_service
 
         over_grpc = grpc_service.Grpc(service, models, health, settings)
-        grpc_server, bound = await grpc_service.start(over_grpc, settings.host, grpc_port, settings.max_body)
+        grpc_server, bound = await grpc_service.start(over_grpc, grpc_port)
         drains.append(partial(over_grpc.drain, grpc_server))
     tasks = [asyncio.create_task(health.watch(settings.canary))]
     if settings.watch:

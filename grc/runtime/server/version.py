@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import tempfile
@@ -16,7 +17,7 @@ from grc.errors import ArtifactError, GrcError
 from grc.runtime.artifact import Artifact
 from grc.runtime.closeness import QUALITY, largest_error
 from grc.runtime.golden import Golden, read_golden
-from grc.runtime.processing import Processing
+from grc.runtime.processing import Processing, written
 from grc.runtime.program import Program
 from grc.runtime.server.cache import Cache
 from grc.runtime.server.estimate import Estimate
@@ -67,7 +68,7 @@ class Version:
         self.layouts = Cache(LAYOUTS, math.inf)
         self.merge = Merge(self.manifest)
         self.prove_merging(golden)
-        self.example = self.program.example() if self.recommends else None
+        self.example, self.example_answer = self.answered_example()
         self.load_seconds = time.perf_counter() - start
 
     def prove(self, golden: list[Golden]) -> None:
@@ -101,6 +102,16 @@ class Version:
                     merge.reason = f"merged golden requests are answered {error:.1e} away from the model"
         except GrcError as error:
             merge.reason = f"merged golden requests are refused: {error.message}"
+
+    def answered_example(self) -> tuple[dict[str, Any] | None, Any]:
+        """The request among the assets and its answer, as JSON has it; no example where there is none to it."""
+        example = self.program.example() if self.recommends else None
+        if example is None:
+            return None, None
+        try:
+            return example, json.loads(written(self.program.recommend(example)))
+        except GrcError:
+            return None, None
 
     @property
     def max_rows(self) -> int:
