@@ -39,7 +39,8 @@ def command(
     ] = "auto",
     name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the fused model.")] = None,
     prefix: Annotated[
-        str, typer.Option(metavar="TEXT", help="Put before every model's name, for a server of several repositories.")
+        str,
+        typer.Option(metavar="TEXT", help="Before every name but --name's, for a server of several repositories."),
     ] = "",
     version: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Version folder to write; 1, or the next, by default.")

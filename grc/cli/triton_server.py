@@ -123,7 +123,7 @@ def command_line(found: Any, work: Path, artifacts: list[str], told: Told, chose
     for source in served:
         newest = source.newest()
         assert newest is not None  # sources() has just seen it
-        # Models of one server share their names: with several artifacts each repository's begin with its own.
+        # Models of one server share their names: with several artifacts, those around each model begin with its own.
         prefix = f"{source.name}_" if len(served) > 1 else ""
         repository = work / "repositories" / source.name
         export(newest.path, repository, name=source.name, prefix=prefix, **chosen)

@@ -256,7 +256,7 @@ def test_rows_that_read_each_other_are_not_merged(tmp_path: Path) -> None:
 
 def test_a_prefix_keeps_two_repositories_apart(films: Path, tmp_path: Path) -> None:
     made = export(films, tmp_path / "repo", name="ranker", prefix="films.")
-    assert made.models == ["films.preprocess_py", "films.ranker", "films.postprocess_py", "films.ensemble_model"]
+    assert made.models == ["films.preprocess_py", "ranker", "films.postprocess_py", "films.ensemble_model"]
     assert folders(made.path) == sorted(made.models)
     steps = config(made, made.entry).ensemble_scheduling.step
     assert [step.model_name for step in steps] == made.models[:-1]

@@ -62,11 +62,11 @@ def versions(repository: Repository) -> dict[str, list[str]]:
 
 
 def test_a_version_is_added_with_the_repositorys_settings(old: Path, new: Path, tmp_path: Path) -> None:
-    made = export(old, tmp_path / "repo", name="ctr", prefix="a_", max_batch=8)
+    made = export(old, tmp_path / "repo", prefix="a_", max_batch=8)
     added = add_version(new, made.path)
-    assert (added.models, added.record["version"]) == (["a_ctr"], 2)
-    assert versions(added) == {"a_ctr": ["1", "2"]}
-    assert versions(add_version(old, made.path, 7)) == {"a_ctr": ["2", "7"]}  # the one before may still have requests
+    assert (added.models, added.record["version"]) == (["a_ranker"], 2)
+    assert versions(added) == {"a_ranker": ["1", "2"]}
+    assert versions(add_version(old, made.path, 7)) == {"a_ranker": ["2", "7"]}  # the one before may still have requests
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["repo"]
 
 

@@ -63,18 +63,18 @@ def export(
 
 def check_names(manifest: dict[str, Any], settings: Settings) -> None:
     """Raises ArtifactError for a name that would be no folder of the repository, or that is taken by a stage."""
-    fused = [fused_role(manifest, settings)] if settings.layout == "fused" else []
-    for role in (*fused, *RESERVED):
-        name = f"{settings.prefix}{role}"
+    fused = [fused_name(manifest, settings)] if settings.layout == "fused" else []
+    roles = [f"{settings.prefix}{role}" for role in RESERVED]
+    for name in (*fused, *roles):
         if not NAME.fullmatch(name):
             raise ArtifactError(f"{name!r} can't be a model's name", f"let --prefix and --name make {RULE}")
-        if role in RESERVED and role in fused:
+        if name in roles and name in fused:
             raise ArtifactError(f"the fused model can't be called {name}", "name it with --name")
 
 
-def fused_role(manifest: dict[str, Any], settings: Settings) -> str:
-    """The fused model's name without the prefix: the one that was given, or the artifact's as far as Triton takes it."""
-    return settings.name or re.sub(r"[^A-Za-z0-9._-]", "_", manifest["name"])
+def fused_name(manifest: dict[str, Any], settings: Settings) -> str:
+    """The fused model's name: the one that was given, or the artifact's as far as Triton takes it, behind the prefix."""
+    return settings.name or settings.prefix + re.sub(r"[^A-Za-z0-9._-]", "_", manifest["name"])
 
 
 class Exporter:
@@ -148,7 +148,7 @@ class Exporter:
 
     def fused(self) -> None:
         manifest = self.artifact.manifest
-        name = self.named(fused_role(manifest, self.settings))
+        name = fused_name(manifest, self.settings)
         self.check_queue(name)
         if self.backend == "onnxruntime":
             self.onnx(name)

@@ -21,9 +21,9 @@ class Settings:
     """What runs the fused model: the Python backend with our runtime, or Triton's own for ONNX Runtime where that is enough.
     `auto` takes ONNX Runtime's where the server found on this host has it, or none is found."""
     name: str | None = None
-    """Name of the fused model; the artifact's own by default."""
+    """Name of the fused model, taken as it is; the prefix and the artifact's own by default."""
     prefix: str = ""
-    """Put before the name of every model, so that repositories of several artifacts can be served by one server."""
+    """Put before the names of all other models, so that repositories of several artifacts can be served by one server."""
     version: int = 1
     """Version folder to write."""
     keep_versions: int = 1

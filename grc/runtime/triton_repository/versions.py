@@ -55,14 +55,8 @@ def add_version(
 
 def recorded(served: Repository) -> Settings:
     kept = dict(served.record["settings"])
-    name = kept["name"] or (served.programs[0] if kept["layout"] == "fused" else None)
-    return Settings(
-        **{**kept, "name": (name or "").removeprefix(kept["prefix"]) or None, "python": path_of(kept["python"])}
-    )
-
-
-def path_of(text: str | None) -> Path | None:
-    return Path(text) if text else None
+    name = served.programs[0] if kept["layout"] == "fused" else None
+    return Settings(**{**kept, "name": name, "python": kept["python"] and Path(kept["python"])})
 
 
 def refuse_other_tensors(served: Repository, made: Repository) -> None:
