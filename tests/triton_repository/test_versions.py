@@ -66,7 +66,9 @@ def test_a_version_is_added_with_the_repositorys_settings(old: Path, new: Path, 
     added = add_version(new, made.path)
     assert (added.models, added.record["version"]) == (["a_ranker"], 2)
     assert versions(added) == {"a_ranker": ["1", "2"]}
-    assert versions(add_version(old, made.path, 7)) == {"a_ranker": ["2", "7"]}  # the one before may still have requests
+    assert versions(add_version(old, made.path, 7)) == {
+        "a_ranker": ["2", "7"]
+    }  # the one before may still have requests
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["repo"]
 
 

@@ -85,8 +85,10 @@ class Exporter:
         self.settings = settings
         self.golden = read_golden(artifact)
         shapes = interface(artifact.manifest)
-        rows = shapes.merges and independent(load(artifact.path), shapes, self.golden)
-        self.artifact = Artifact(artifact.path, {**artifact.manifest, "rows": rows})
+        self.alone: str | None = "its tensors have no rows that belong to one request each"
+        if shapes.merges:
+            self.alone = None if independent(load(artifact.path), shapes, self.golden) else "its rows read each other"
+        self.artifact = Artifact(artifact.path, {**artifact.manifest, "rows": self.alone is None})
         self.interface = interface(self.artifact.manifest, settings.max_batch)
         self.processed = "preprocess" in (artifact.manifest["processing"] or {})
         # In an ensemble the version before the newest stays until the ensemble has turned to the new one.
@@ -120,7 +122,8 @@ class Exporter:
             "programs": self.programs,
             "preprocesses": self.processed,
             "postprocesses": postprocessed,
-            "rows": self.artifact.manifest["rows"],
+            "max_batch": self.interface.max_batch,
+            "alone": self.alone,
             "engines": sorted(self.engines),
             "requires": sorted({package for package in self.artifact.manifest["requires"].values() if package}),
             "version": self.settings.version,

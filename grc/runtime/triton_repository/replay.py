@@ -129,7 +129,9 @@ class Replay:
         self.program = program
         self.server = server
         settings = repository.record["settings"]
-        self.whole = interface({**program.artifact.manifest, "rows": repository.record["rows"]}, settings["max_batch"])
+        self.whole = interface(
+            {**program.artifact.manifest, "rows": not repository.record["alone"]}, settings["max_batch"]
+        )
         self.budget = max(program.artifact.manifest["quality"].values(), default=0.0)
         if repository.layout == "fused":
             self.stages = [(repository.programs[0], self.whole)]
