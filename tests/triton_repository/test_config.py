@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 import grc
-from grc.errors import ArtifactError
 from grc.runtime.artifact import Artifact, read_manifest
 from grc.runtime.golden import read_golden
 from grc.runtime.triton_repository import launcher
@@ -23,6 +22,7 @@ from grc.runtime.triton_repository.export import export
 from grc.runtime.triton_repository.repository import Repository
 from grc.runtime.triton_repository.settings import Settings
 from grc.runtime.triton_repository.tensors import interface
+from tests.triton_repository.conftest import EXAMPLE
 
 pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed: pip install 'grc-compiler[triton]'")
 
@@ -126,6 +126,31 @@ def test_warm_up_answers_a_golden_row_at_each_parts_first_batch(dlrm: Path, tmp_
         entry = found[0].inputs[name]
         assert list(entry.dims) == list(tensor.shape[1:])
         assert (made.path / "dlrm/warmup" / entry.input_data_file).read_bytes() == tensor[:1].numpy().tobytes()
+
+
+def test_warm_up_sends_the_example_through_preprocess_and_postprocess(spoken: Path, tmp_path: Path) -> None:
+    made = export(spoken, tmp_path / "repo")
+    (before,), (after,) = (config(made, model).model_warmup for model in ("preprocess_py", "postprocess_py"))
+    assert (before.batch_size, after.batch_size, config(made, "postprocess_py").max_batch_size) == (1, 1, 0)
+    request = (made.path / "preprocess_py/warmup" / before.inputs["request"].input_data_file).read_bytes()
+    assert json.loads(request) == json.loads(EXAMPLE) and list(before.inputs["request"].dims) == [len(request)]
+    folder = made.path / "postprocess_py/warmup"
+    assert (folder / after.inputs["request"].input_data_file).read_bytes() == request
+    answer = grc.load(spoken)(torch.tensor([[0.5, -1.0, 2.0]]), torch.tensor([[3, 7]]))
+    assert list(after.inputs["output"].dims) == [1, 1]
+    assert (folder / after.inputs["output"].input_data_file).read_bytes() == answer.numpy().tobytes()
+
+
+def test_settings_reach_the_models_around_the_program(spoken: Path, tmp_path: Path) -> None:
+    made = export(spoken, tmp_path / "repo", max_queue=9, timeout_us=500, priorities=3, cache=True, max_delay_us=7)
+    first, last, whole = (config(made, model) for model in ("preprocess_py", "postprocess_py", "ensemble_model"))
+    assert (first.max_batch_size, first.dynamic_batching.max_queue_delay_microseconds) == (0, 0)
+    assert (first.dynamic_batching.priority_levels, first.dynamic_batching.default_queue_policy.max_queue_size) == (
+        3,
+        9,
+    )
+    assert not last.HasField("dynamic_batching")  # what was computed is not refused
+    assert whole.response_cache.enable and not first.response_cache.enable and not last.response_cache.enable
 
 
 ALONE = """
@@ -248,9 +273,7 @@ def test_rows_that_read_each_other_are_not_merged(tmp_path: Path) -> None:
     assert found.max_batch_size == 0 and not found.HasField("dynamic_batching")
     assert ports(found.output) == [("output", "TYPE_FP32", [-1, 8])]
     assert not interface(read_manifest(made.place("inbatch"))).merges
-    with pytest.raises(ArtifactError, match="tritonserver has no queue for --max-queue and --timeout"):
-        export(path, tmp_path / "queued", max_queue=4, timeout_us=1000)
-    assert not (tmp_path / "queued").exists()
+    assert [(w.name, w.batch_size, list(w.inputs["user"].dims)) for w in found.model_warmup] == [("batch_1", 1, [1])]
     Artifact.open(made.place("inbatch"), verify=True)
 
 

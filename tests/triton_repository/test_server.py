@@ -30,7 +30,6 @@ from grc.runtime.triton_repository.repository import Repository
 from grc.runtime.triton_repository.settings import Settings
 from grc.runtime.triton_repository.tensors import Interface, interface
 from grc.runtime.weights import read_weights, write_weights
-from tests.cli.session import MODEL, SERVED, WORDS
 
 pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed: pip install 'grc-compiler[triton]'")
 pytestmark = [pytest.mark.triton, pytest.mark.engine]
@@ -60,20 +59,14 @@ def test_movielens_recommends_the_artifacts_films(
     assert told[0].requests == 2 * (len(requests) + len(examples(grc.load(films)))) and told[0].error < 1e-5
 
 
-def test_the_request_among_the_assets_is_sent_through_the_ensemble(tmp_path: Path) -> None:
-    for name, text in {"tiny": MODEL, "words": WORDS, "served": SERVED + 'assets = ["request.json"]\n'}.items():
-        (tmp_path / f"{name}.py").write_text(text)
-    (tmp_path / "request.json").write_text('{"dense": [0.5, -1.0, 2.0], "user": 3, "item": 7}')
-    path = tmp_path / "tiny.grc"
-    grc.compile(str(tmp_path / "served.py"), None, grc.Options(output=path, engine="eager", batches=(4,), max_batch=8))
-
+def test_the_request_among_the_assets_is_sent_through_the_ensemble(spoken: Path, tmp_path: Path) -> None:
     def spoil(made: Repository) -> None:
         model = made.path / "postprocess_py/1/model.py"
         model.write_text(model.read_text().replace("[tensor(entry.name) for", "[-tensor(entry.name) for"))
-        verify(made, path)
+        verify(made, spoken)
 
     with pytest.raises(ArtifactError) as caught:
-        export(path, tmp_path / "repo", before_done=spoil, warmup=False)
+        export(spoken, tmp_path / "repo", before_done=spoil, warmup=False)
     assert caught.value.message == "ensemble_model answers a request over http otherwise than the artifact does"
 
 

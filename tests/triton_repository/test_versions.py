@@ -72,6 +72,20 @@ def test_a_version_is_added_with_the_repositorys_settings(old: Path, new: Path, 
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["repo"]
 
 
+def test_a_version_is_proven_with_the_configuration_that_will_serve_it(old: Path, new: Path, tmp_path: Path) -> None:
+    made = export(old, tmp_path / "repo")
+    (made.path / "ranker/warmup/input_1").write_bytes(b"\1" * 8)
+    file = made.path / "ranker/config.pbtxt"
+    file.write_text(file.read_text() + "# edited\n")
+    seen: list[bytes] = []
+
+    def look(version: Repository) -> None:
+        seen.extend((version.path / "ranker" / name).read_bytes() for name in ("config.pbtxt", "warmup/input_1"))
+
+    add_version(new, made.path, before_done=look)
+    assert seen == [file.read_bytes(), b"\1" * 8]
+
+
 def test_an_ensemble_names_the_versions_of_its_steps(old: Path, new: Path, tmp_path: Path) -> None:
     made = export(old, tmp_path / "repo", layout="stages")
     config = made.path / "ensemble_model/config.pbtxt"

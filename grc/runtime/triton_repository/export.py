@@ -29,7 +29,7 @@ from grc.runtime.triton_repository.repository import (
 from grc.runtime.triton_repository.rows import independent
 from grc.runtime.triton_repository.settings import Settings
 from grc.runtime.triton_repository.tensors import Interface, interface
-from grc.runtime.triton_repository.warmup import Tensors, through, warmups
+from grc.runtime.triton_repository.warmup import Tensors, example, through, warmups, whole
 
 VENDORED = ("__init__.py", "errors.py", "options.py", "runtime")
 UNUSED = ("__pycache__", "server", "deploy", "models")
@@ -84,13 +84,15 @@ class Exporter:
         self.folder = folder
         self.settings = settings
         self.golden = read_golden(artifact)
+        program = load(artifact.path)
         shapes = interface(artifact.manifest)
         self.alone: str | None = "its tensors have no rows that belong to one request each"
         if shapes.merges:
-            self.alone = None if independent(load(artifact.path), shapes, self.golden) else "its rows read each other"
+            self.alone = None if independent(program, shapes, self.golden) else "its rows read each other"
         self.artifact = Artifact(artifact.path, {**artifact.manifest, "rows": self.alone is None})
         self.interface = interface(self.artifact.manifest, settings.max_batch)
         self.processed = "preprocess" in (artifact.manifest["processing"] or {})
+        self.example = example(program) if self.processed and settings.warmup else None
         # In an ensemble the version before the newest stays until the ensemble has turned to the new one.
         joined = self.processed or settings.layout == "stages"
         self.members = replace(settings, keep_versions=settings.keep_versions + 1) if joined else settings
@@ -138,21 +140,9 @@ class Exporter:
 
     # The models
 
-    def check_queue(self, name: str) -> None:
-        """Raises ArtifactError for settings of a queue where Triton has none."""
-        own = self.settings
-        queue = {"--max-queue": own.max_queue, "--timeout": own.timeout_us, "--priorities": own.priorities}
-        given = [flag for flag, value in queue.items() if value]
-        if given and not self.interface.merges:
-            raise ArtifactError(
-                f"requests to {name} can't be merged, so that tritonserver has no queue for {' and '.join(given)}",
-                "leave it out",
-            )
-
     def fused(self) -> None:
         manifest = self.artifact.manifest
         name = fused_name(manifest, self.settings)
-        self.check_queue(name)
         if self.backend == "onnxruntime":
             self.onnx(name)
             return
@@ -212,7 +202,11 @@ class Exporter:
         slices.write_processing(self.artifact, self.place(name))
         self.python(name, "preprocess")
         made = config.ports(self.interface.inputs, batched=False)
-        self.configure(name, config.python_model(name, [config.REQUEST], made, self.members))
+        built = config.python_model(name, [config.REQUEST], made, self.members)
+        config.queue(built, self.settings)
+        if self.example:
+            config.warm(built, [config.REQUEST], [whole(self.folder / name / "warmup", {"request": self.example[0]})])
+        self.configure(name, built)
         self.steps.append(config.Step(name, {"request": "request"}, {p.name: self.between(p.name) for p in made}))
 
     def postprocess(self) -> None:
@@ -220,7 +214,12 @@ class Exporter:
         slices.write_processing(self.artifact, self.place(name))
         self.python(name, "postprocess")
         taken = [config.REQUEST, *config.ports(self.interface.outputs, batched=False)]
-        self.configure(name, config.python_model(name, taken, [config.ANSWER], self.members))
+        built = config.python_model(name, taken, [config.ANSWER], self.members)
+        if self.example:
+            request, outputs = self.example
+            rows = {e.name: e.to_rows(tensor) for e, tensor in zip(self.interface.outputs, outputs, strict=True)}
+            config.warm(built, taken, [whole(self.folder / name / "warmup", {"request": request, **rows})])
+        self.configure(name, built)
         self.steps.append(config.Step(name, {port.name: port.name for port in taken}, {"answer": "answer"}))
 
     def ensemble(self, postprocessed: bool) -> str:

@@ -42,6 +42,7 @@ def add_version(
     with tempfile.TemporaryDirectory(dir=served.path.parent, prefix=f".{served.path.name}.") as work:
         made = export(artifact_path, Path(work) / served.path.name, settings)
         refuse_other_tensors(served, made)
+        keep_configurations(served, made)
         if before_done:
             before_done(made)
         for model in made.models:
@@ -73,6 +74,16 @@ def refuse_other_tensors(served: Repository, made: Repository) -> None:
                     f"the new version of {model} differs from the one in {served.path} in {field}",
                     "export it to a repository of its own",
                 )
+
+
+def keep_configurations(served: Repository, made: Repository) -> None:
+    """The new version is served, and proven, as the models are configured: a model with a new configuration would be loaded
+    anew in all its versions. So its warm-ups are the old ones, which it must answer."""
+    for model in served.models[:-1] or served.models:
+        shutil.copyfile(served.path / model / "config.pbtxt", made.path / model / "config.pbtxt")
+        shutil.rmtree(made.path / model / "warmup", ignore_errors=True)
+        if (served.path / model / "warmup").exists():
+            shutil.copytree(served.path / model / "warmup", made.path / model / "warmup")
 
 
 def list_of(found: Any, field: str) -> Any:
