@@ -15,11 +15,11 @@ import torch
 
 from grc.cli.export_triton import proven
 from grc.errors import GrcError
-from grc.runtime.triton_repository import launcher, wheel
+from grc.runtime.triton_repository import config, launcher, wheel
 from grc.runtime.triton_repository.replay import Replayed, read_requests
 from grc.runtime.triton_repository.repository import Repository
 from tests.cli.conftest import grc as grc  # the command line as a function
-from tests.cli.session import Grc, edit_manifest, refused
+from tests.cli.session import SERVED, Grc, edit_manifest, refused
 from tests.server.running import until
 
 pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed: pip install 'grc-compiler[triton]'")
@@ -99,6 +99,32 @@ def test_a_version_is_added_to_a_repository_that_is_there(grc: Grc, artifact: Pa
         f"error: {output} has version 2",
         "hint: leave out --version, or name a higher one",
     )
+
+
+def test_a_field_of_a_model_is_set_or_refused(grc: Grc, artifact: Path, tmp_path: Path) -> None:
+    output = tmp_path / "repo"
+    refused(
+        grc("export-triton", artifact, "-o", output, "--set", "dlrm.max_queue=4"),
+        "error: --set dlrm.max_queue=4: ModelConfig has no field max_queue",
+        "hint: the nearest is max_batch_size",
+    )
+    assert not output.exists()
+    words = (
+        "--set",
+        "dlrm.instance_group[0].count=4",
+        "--set",
+        "*.version_policy.latest.num_versions=3",
+        "--image",
+        "i",
+    )
+    assert grc("export-triton", artifact, "-o", output, *words).code == 0
+    found = config.read(output / "dlrm/config.pbtxt")
+    assert (found.instance_group[0].count, found.version_policy.latest.num_versions) == (4, 3)
+    assert "FROM i\n" in (output / "Dockerfile").read_text()
+    assert grc("export-triton", artifact, "-o", output, "--add").code == 0
+    assert Repository.open(output).record["settings"]["overrides"] == [words[1], words[3]]
+    ran = grc("export-triton", artifact, "-o", output, "--gpus", "0;1")
+    assert ran.code == 2 and "'0;1' is no list of GPUs such as 0,1" in ran.err
 
 
 def test_settings_beside_add_are_refused(grc: Grc, artifact: Path, tmp_path: Path) -> None:

@@ -72,6 +72,23 @@ def test_a_version_is_added_with_the_repositorys_settings(old: Path, new: Path, 
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["repo"]
 
 
+@pytest.mark.parametrize(
+    ("policy", "kept"),
+    [
+        ("specific.versions=[1,4]", ["1", "3", "4"]),
+        ("latest.num_versions=3", ["2", "3", "4"]),
+        ("all={}", ["1", "2", "3", "4"]),
+    ],
+)
+def test_a_version_that_a_policy_keeps_is_not_deleted(
+    old: Path, new: Path, tmp_path: Path, policy: str, kept: list[str]
+) -> None:
+    made = export(old, tmp_path / "repo", overrides=[f"*.version_policy.{policy}"])
+    for _ in range(3):
+        made = add_version(new, made.path)
+    assert versions(made) == {"ranker": kept}
+
+
 def test_a_version_is_proven_with_the_configuration_that_will_serve_it(old: Path, new: Path, tmp_path: Path) -> None:
     made = export(old, tmp_path / "repo")
     (made.path / "ranker/warmup/input_1").write_bytes(b"\1" * 8)

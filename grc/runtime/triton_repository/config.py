@@ -138,7 +138,8 @@ def python_model(
     config = pb.ModelConfig(name=name, backend="python")
     add_ports(config, inputs, outputs)
     kind = pb.ModelInstanceGroup.KIND_GPU if device == "cuda" else pb.ModelInstanceGroup.KIND_CPU
-    config.instance_group.add(kind=kind, count=settings.instances)
+    gpus = settings.gpus if device == "cuda" else ()
+    config.instance_group.add(kind=kind, count=settings.instances, gpus=gpus)
     config.version_policy.latest.num_versions = settings.keep_versions
     if settings.python is not None:
         config.parameters["EXECUTION_ENV_PATH"].string_value = str(settings.python)

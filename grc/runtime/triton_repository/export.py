@@ -17,6 +17,7 @@ from grc.runtime.golden import read_golden
 from grc.runtime.names import NAME, RULE
 from grc.runtime.program import load
 from grc.runtime.triton_repository import config, deploy, onnx_model, slices
+from grc.runtime.triton_repository.override import override
 from grc.runtime.triton_repository.repository import (
     ENSEMBLE,
     MARKER,
@@ -99,6 +100,9 @@ class Exporter:
         self.backend, self.reason = onnx_model.choose(self.artifact.manifest, self.interface, settings)
         self.steps: list[config.Step] = []
         self.programs: list[str] = []
+        self.configs: dict[str, config.Config] = {}
+        if settings.gpus and artifact.manifest["target"]["device"] != "cuda":
+            raise ArtifactError(f"{artifact.path.name} was built for CPUs, and runs on no GPU", "leave --gpus out")
         self.engines: set[str] = set()
 
     def run(self) -> Repository:
@@ -114,6 +118,9 @@ class Exporter:
         models = [step.model for step in self.steps]
         if len(models) > 1:
             models.append(self.ensemble(postprocessed))
+        override(self.configs, self.settings.overrides)
+        for model in models:
+            (self.folder / model / "config.pbtxt").write_text(config.text(self.configs[model]))
         record = {
             "artifact": self.artifact.manifest["name"],
             "layout": self.settings.layout,
@@ -131,11 +138,12 @@ class Exporter:
             "version": self.settings.version,
             "grc": self.artifact.manifest["grc"],
             "target": self.artifact.manifest["target"],
+            "options": server_options(self.configs.values()),
             "settings": asdict(self.settings),
         }
         (self.folder / MARKER).write_text(json.dumps(record, indent=1, default=str))
         made = Repository.open(self.folder)
-        deploy.write(made, server_options(made))
+        deploy.write(made, list(self.configs.values()))
         return made
 
     # The models
@@ -178,7 +186,7 @@ class Exporter:
         self.programs.append(name)
         self.engines |= {part["engine"] for part in manifest["parts"]}
         found = warmups(self.folder / name / "warmup", manifest, shapes, request) if self.settings.warmup else []
-        self.configure(name, config.program(name, shapes, self.members, manifest["target"]["device"], found))
+        self.configs[name] = config.program(name, shapes, self.members, manifest["target"]["device"], found)
         self.step(name, shapes)
 
     def onnx(self, name: str) -> None:
@@ -189,7 +197,7 @@ class Exporter:
         onnx_model.check(self.version(name), shapes, self.golden, max(manifest["quality"].values(), default=0.0))
         warmup = self.folder / name / "warmup"
         found = warmups(warmup, manifest, shapes, self.golden[0].inputs) if self.settings.warmup else []
-        self.configure(name, config.onnx_program(name, shapes, self.members, found))
+        self.configs[name] = config.onnx_program(name, shapes, self.members, found)
         self.programs.append(name)
         self.step(name, shapes)
 
@@ -206,7 +214,7 @@ class Exporter:
         config.queue(built, self.settings)
         if self.example:
             config.warm(built, [config.REQUEST], [whole(self.folder / name / "warmup", {"request": self.example[0]})])
-        self.configure(name, built)
+        self.configs[name] = built
         self.steps.append(config.Step(name, {"request": "request"}, {p.name: self.between(p.name) for p in made}))
 
     def postprocess(self) -> None:
@@ -219,7 +227,7 @@ class Exporter:
             request, outputs = self.example
             rows = {e.name: e.to_rows(tensor) for e, tensor in zip(self.interface.outputs, outputs, strict=True)}
             config.warm(built, taken, [whole(self.folder / name / "warmup", {"request": request, **rows})])
-        self.configure(name, built)
+        self.configs[name] = built
         self.steps.append(config.Step(name, {port.name: port.name for port in taken}, {"answer": "answer"}))
 
     def ensemble(self, postprocessed: bool) -> str:
@@ -230,7 +238,7 @@ class Exporter:
         outputs = [config.ANSWER] if postprocessed else config.ports(self.interface.outputs, batched=batched)
         name, largest = self.named(ENSEMBLE), self.interface.max_batch if batched else 0
         self.version(name).mkdir(parents=True)
-        self.configure(name, config.ensemble(name, inputs, outputs, self.steps, self.settings, largest))
+        self.configs[name] = config.ensemble(name, inputs, outputs, self.steps, self.settings, largest)
         return name
 
     # What they are made of
@@ -255,9 +263,6 @@ class Exporter:
         """model.py, and the runtime that it imports: a model folder needs nothing of its neighbours."""
         shutil.copyfile(Path(__file__).parent / "models" / f"{kind}.py", self.version(model) / "model.py")
         vendor(self.version(model) / "grc")
-
-    def configure(self, model: str, built: config.Config) -> None:
-        (self.folder / model / "config.pbtxt").write_text(config.text(built))
 
 
 def vendor(target: Path) -> None:

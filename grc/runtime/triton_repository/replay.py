@@ -23,7 +23,7 @@ from grc.runtime.processing import written
 from grc.runtime.program import Program, load
 from grc.runtime.triton_repository.client import PROTOCOLS, Client, Unavailable
 from grc.runtime.triton_repository.launcher import Server, has_backend, serving
-from grc.runtime.triton_repository.repository import Repository, server_options
+from grc.runtime.triton_repository.repository import Repository
 from grc.runtime.triton_repository.requests import tensor_of
 from grc.runtime.triton_repository.rows import single_rows
 from grc.runtime.triton_repository.tensors import Interface, Tensor, interface
@@ -60,7 +60,7 @@ def verify(repository: Repository, artifact_path: str | os.PathLike[str], reques
     program = load(artifact_path)
     check_requests(program, requests)
     try:
-        with serving(repository.path, *server_options(repository)) as server:
+        with serving(repository.path, *repository.options) as server:
             return Replay(repository, program, server).run([*requests, *examples(program)])
     finally:
         forget_bytecode(repository.path)

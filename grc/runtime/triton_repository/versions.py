@@ -55,7 +55,7 @@ def add_version(
 
 
 def recorded(served: Repository) -> Settings:
-    kept = dict(served.record["settings"])
+    kept = served.record["settings"]
     name = served.programs[0] if kept["layout"] == "fused" else None
     return Settings(**{**kept, "name": name, "python": kept["python"] and Path(kept["python"])})
 
@@ -92,8 +92,13 @@ def list_of(found: Any, field: str) -> Any:
 
 
 def drop_old(served: Repository, settings: Settings) -> None:
-    """Delete versions that are no longer served: all but the newest, and the one before them that requests may still be in."""
+    """Delete versions that are no longer served: all but the newest, the one before them that requests may still be in, and
+    those that --set keeps.
+    """
     for model in served.models:
+        policy = config.read(served.path / model / "config.pbtxt").version_policy
+        newest = max(settings.keep_versions + 1, policy.latest.num_versions)
         numbers = sorted(int(entry.name) for entry in (served.path / model).iterdir() if entry.name.isdigit())
-        for number in numbers[: -(settings.keep_versions + 1)]:
-            shutil.rmtree(served.path / model / str(number))
+        for number in numbers[:-newest]:
+            if not policy.HasField("all") and number not in policy.specific.versions:
+                shutil.rmtree(served.path / model / str(number))
