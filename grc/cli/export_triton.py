@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from grc.cli import parameters as p
-from grc.cli.errors import Traceback
+from grc.cli.errors import Traceback, say
 from grc.cli.progress import Reporting
 from grc.cli.summary import put, put_json
 
@@ -155,6 +155,9 @@ def command(
         else:
             written = export(artifact, output, settings, force=force, before_done=finished)
     replayed = told[0] if told else None
+    if replayed and replayed.warning:
+        say(f"warning: {replayed.warning}")
+        say("hint: name a request.json among the model's assets and compile it again, or send requests with --requests")
     if json:
         put_json(
             {"path": str(output), "layout": layout, "models": written.models, "entry": written.entry}
@@ -190,7 +193,8 @@ def proven(replayed: Any, preprocesses: bool) -> str:
     if replayed is None:
         return "not verified: --verify replays golden requests on the real server"
     texts = f" and {replayed.requests} of JSON" if replayed.requests else " and none of JSON" if preprocesses else ""
+    merged = f"each alone: {replayed.alone}" if replayed.alone else f"{replayed.merged} of them in another's call"
     return (
-        f"{replayed.tensors} golden requests{texts} answered over HTTP and gRPC, "
-        f"{replayed.merged} of them in another's call; largest error {replayed.error:.1e}"
+        f"{replayed.tensors} golden requests{texts} answered over HTTP and gRPC, {merged}; "
+        f"largest error {replayed.error:.1e}"
     )

@@ -69,6 +69,23 @@ def test_it_tells_where_preprocess_was_given_nothing() -> None:
     for replayed, told in (Replayed(4), "and none of"), (Replayed(4, 2), "and 2 of"):
         assert proven(replayed, True).startswith(f"4 golden requests {told} JSON answered over HTTP and gRPC, ")
     assert proven(Replayed(4), False).startswith("4 golden requests answered")
+    alone = Replayed(4, alone="its rows read each other")
+    assert ", each alone: its rows read each other; largest error" in proven(alone, False)
+
+
+@pytest.mark.triton
+def test_it_warns_where_no_example_went_through_preprocess(grc: Grc, spoken: Path, tmp_path: Path) -> None:
+    served = spoken.parent / "unasked.py"
+    served.write_text(SERVED)
+    assert grc("compile", served, "-o", tmp_path / "m.grc", "--engine", "eager", "--batches", "4").code == 0
+    ran = grc("export-triton", tmp_path / "m.grc", "-o", tmp_path / "repo", "--verify", "--max-batch", 1, "--json")
+    warning = "no example request went through preprocess: only tensors and {} were sent"
+    assert ran.code == 0 and ran.told == [
+        f"warning: {warning}",
+        "hint: name a request.json among the model's assets and compile it again, or send requests with --requests",
+    ]
+    verified = json.loads(ran.out)["verified"]
+    assert (verified["warning"], verified["alone"]) == (warning, "the largest batch of unasked is 1")
 
 
 def test_an_existing_repository_is_kept(grc: Grc, artifact: Path, tmp_path: Path) -> None:

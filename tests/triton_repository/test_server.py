@@ -25,7 +25,7 @@ from grc.runtime.triton_repository import launcher
 from grc.runtime.triton_repository.client import PROTOCOLS, Client, Unavailable
 from grc.runtime.triton_repository.export import export
 from grc.runtime.triton_repository.launcher import Server, serving
-from grc.runtime.triton_repository.replay import Replay, Replayed, call, examples, verify
+from grc.runtime.triton_repository.replay import LOADABLE, Replay, Replayed, call, examples, verify
 from grc.runtime.triton_repository.repository import Repository
 from grc.runtime.triton_repository.settings import Settings
 from grc.runtime.triton_repository.tensors import Interface, interface
@@ -70,6 +70,37 @@ def test_the_request_among_the_assets_is_sent_through_the_ensemble(spoken: Path,
     assert caught.value.message == "ensemble_model answers a request over http otherwise than the artifact does"
 
 
+def test_where_the_example_is_none_that_preprocess_takes_nothing_is_started(spoken: Path, tmp_path: Path) -> None:
+    for name in ("tiny.py", "words.py", "served.py"):
+        shutil.copyfile(spoken.parent / name, tmp_path / name)
+    (tmp_path / "request.json").write_text('{"dense": [0.5, -1.0, 2.0], "user": 3, "item": 99}')
+    path = tmp_path / "tiny.grc"
+    grc.compile(str(tmp_path / "served.py"), None, grc.Options(output=path, engine="eager", batches=(4,), max_batch=8))
+    with pytest.raises(InputError) as caught:
+        export(path, tmp_path / "repo", before_done=lambda made: verify(made, path))
+    assert caught.value.message.startswith('request.json among the assets was refused: input "ids" has id 99 at row 0')
+    assert not (tmp_path / "repo").exists()
+
+
+def test_requests_that_do_not_meet_by_themselves_are_made_to(
+    dlrm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grc.runtime.triton_repository.replay.AT_ONCE", 1)
+    told: list[Replayed] = []
+    export(dlrm, tmp_path / "repo", cache=True, before_done=lambda made: told.append(verify(made, dlrm)))
+    assert told[0].merged > 0 and told[0].alone is None
+
+
+def test_a_repository_that_never_merges_though_it_may_is_not_written(
+    dlrm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Client, "statistics", lambda client, model: (0, 0))
+    with pytest.raises(ArtifactError) as caught:
+        export(dlrm, tmp_path / "repo", before_done=lambda made: verify(made, dlrm))
+    assert caught.value.message == "no requests to dlrm were merged, though its configuration asks for it"
+    assert not (tmp_path / "repo").exists()
+
+
 @dataclass(frozen=True)
 class Served:
     """A repository behind a running server."""
@@ -89,7 +120,7 @@ def fused(dlrm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
 @pytest.fixture(scope="module")
 def stages(dlrm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     made = export(dlrm, tmp_path_factory.mktemp("stages") / "repo", layout="stages")
-    with serving(made.path) as server:
+    with serving(made.path, *LOADABLE) as server:
         yield Served(made, server)
 
 
