@@ -25,11 +25,14 @@ from grc.runtime.triton_repository import launcher
 from grc.runtime.triton_repository.client import PROTOCOLS, Client, Unavailable
 from grc.runtime.triton_repository.export import export
 from grc.runtime.triton_repository.launcher import Server, serving
-from grc.runtime.triton_repository.replay import LOADABLE, Replay, Replayed, call, examples, verify
+from grc.runtime.triton_repository.replay import ANSWER, LOADABLE, REQUEST, Replay, Replayed, call, examples, verify
 from grc.runtime.triton_repository.repository import Repository
+from grc.runtime.triton_repository.requests import tensor_of
 from grc.runtime.triton_repository.settings import Settings
 from grc.runtime.triton_repository.tensors import Interface, interface
 from grc.runtime.weights import read_weights, write_weights
+from tests.cli.session import WORDS
+from tests.triton_repository.conftest import EXAMPLE
 
 pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed: pip install 'grc-compiler[triton]'")
 pytestmark = [pytest.mark.triton, pytest.mark.engine]
@@ -80,6 +83,32 @@ def test_where_the_example_is_none_that_preprocess_takes_nothing_is_started(spok
         export(path, tmp_path / "repo", before_done=lambda made: verify(made, path))
     assert caught.value.message.startswith('request.json among the assets was refused: input "ids" has id 99 at row 0')
     assert not (tmp_path / "repo").exists()
+
+
+def test_preprocess_is_warm_and_its_queue_is_bounded(spoken: Path, tmp_path: Path) -> None:
+    for name in ("tiny.py", "served.py", "request.json"):
+        shutil.copyfile(spoken.parent / name, tmp_path / name)
+    slow = "import time\n" + WORDS.replace("    return torch", "    time.sleep(0.3)\n    return torch")
+    (tmp_path / "words.py").write_text(slow)
+    path = tmp_path / "tiny.grc"
+    grc.compile(str(tmp_path / "served.py"), None, grc.Options(output=path, engine="eager", batches=(4,), max_batch=8))
+    made = export(path, tmp_path / "repo", max_queue=2)
+    with serving(made.path) as server:
+        client = Client("http", server.at("http"))
+        warmed = [client.statistics(f"{name}process_py") for name in ("pre", "post")]
+
+        def ask(number: int) -> str:
+            try:
+                return str(client.infer(made.entry, [(REQUEST, tensor_of(EXAMPLE))], [ANSWER])[0].shape)
+            except Unavailable as error:
+                return error.message
+
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(ask, range(8)))
+        client.close()
+    assert warmed == [(1, 1), (1, 1)]
+    refused = [answer for answer in answers if "Exceeds maximum queue size" in answer]
+    assert 1 <= len(refused) <= 5 and len(set(answers).difference(refused)) == 1
 
 
 def test_requests_that_do_not_meet_by_themselves_are_made_to(
