@@ -87,12 +87,14 @@ def assign(text: str, message: Any, steps: Sequence[Step], value: Any) -> None:
         put(text, message, field, {key: value} if key else value)
     else:
         child = entry_of(text, held, field, key) if several else held
-        parts = [rest] if rest else [[(part, "")] for part in value] if isinstance(value, dict) else None
-        if parts is None:
-            raise wrong(text, f"{name} is a message, and {json.dumps(value)} is none", field)
         child.SetInParent()
-        for part in parts:
-            assign(text, child, part, value if rest else value[part[0][0]])
+        if rest:
+            assign(text, child, rest, value)
+        elif isinstance(value, dict):
+            for part, given in value.items():
+                assign(text, child, [(part, "")], given)
+        else:
+            raise wrong(text, f"{name} is a message, and {json.dumps(value)} is none", field)
 
 
 def entry_of(text: str, entries: Any, field: Any, key: str) -> Any:
@@ -101,8 +103,8 @@ def entry_of(text: str, entries: Any, field: Any, key: str) -> Any:
     if named and field.message_type.fields_by_name["key"].type == field.TYPE_STRING:
         return entries[key]
     if not key.isdecimal() or (not named and int(key) > len(entries)):
-        limit = "" if named else f" up to {len(entries)}"
-        raise wrong(text, f"entries of {field.name} are called by numbers{limit}", field)
+        limit = "" if named else f" to {len(entries)}"
+        raise wrong(text, f"entries of {field.name} are numbered from 0{limit}", field)
     if named:
         return entries[int(key)]
     return entries[int(key)] if int(key) < len(entries) else entries.add()
@@ -123,13 +125,16 @@ def put(text: str, message: Any, field: Any, value: Any) -> None:
 
 
 def unknown(text: str, owner: str, kind: str, name: str, known: Iterable[str]) -> ArtifactError:
-    (nearest,) = difflib.get_close_matches(name, list(known), 1, 0.0)
-    return ArtifactError(f"--set {text}: {owner} has no {kind} {name}", f"the nearest is {nearest}")
+    nearest = difflib.get_close_matches(name, list(known), 1, 0.0)
+    hint = f"the nearest is {nearest[0]}" if nearest else f"{owner} has none"
+    return ArtifactError(f"--set {text}: {owner} has no {kind} {name}", hint)
 
 
 def wrong(text: str, reason: str, field: Any) -> ArtifactError:
     if field.enum_type is not None:
         takes = "one of " + ", ".join(value.name for value in field.enum_type.values)
+    elif field.message_type is not None and field.message_type.GetOptions().map_entry:
+        takes = "JSON by its keys"
     elif field.message_type is not None:
         takes = "JSON of " + ", ".join(field.message_type.fields_by_name)
     else:
