@@ -67,7 +67,7 @@ def describe(
             "isa": target.isa,
             "torch": torch.__version__.split("+")[0],
             "threads": target.threads,
-            **({"sm": target.sm} if target.sm else {}),
+            **({"sm": target.sm, "cuda": torch.version.cuda} if target.sm else {}),
         },
         **gpu_entry(choice),
         "inputs": inputs,

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.containers import image, output_of
+
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "Dockerfile").read_text()
 
@@ -51,3 +53,9 @@ def test_its_entry_point_is_a_command_that_works() -> None:
     assert words[:2] == ["grc", "serve"]
     ran = subprocess.run([sys.executable, "-m", *words, "--help"], capture_output=True, text=True, cwd=ROOT)
     assert ran.returncode == 0 and "Serve artifacts over HTTP and gRPC" in ran.stdout
+
+
+@pytest.mark.slow
+def test_the_image_is_built_and_starts() -> None:
+    with image(ROOT, "grc-serve-test") as built:
+        assert "Serve artifacts over HTTP and gRPC" in output_of(built)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from grc.cli import parameters as p
-from grc.cli.errors import Traceback
+from grc.cli.errors import Traceback, say
 from grc.cli.progress import Reporting
 from grc.cli.summary import put, put_json
 
@@ -18,6 +18,8 @@ EXAMPLES = (
     "grc export-triton model.grc -o repo --verify",
     "grc export-triton model.grc -o repo --layout stages --instances 2 --cache",
     "grc export-triton model.grc -o repo --requests requests.json --verify --kserve s3://models/repo",
+    "grc export-triton model.grc -o repo --instances 2 --gpus 0,1   two processes on each GPU, of an artifact for GPUs",
+    "grc export-triton model.grc -o repo --set '*.instance_group[0].count=4' --set 'model.dynamic_batching=null'",
     "grc export-triton newer.grc -o repo --add --verify             a version more, while the repository is served",
 )
 
@@ -39,7 +41,8 @@ def command(
     ] = "auto",
     name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the fused model.")] = None,
     prefix: Annotated[
-        str, typer.Option(metavar="TEXT", help="Put before every model's name, for a server of several repositories.")
+        str,
+        typer.Option(metavar="TEXT", help="Before every name but --name's, for a server of several repositories."),
     ] = "",
     version: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Version folder to write; 1, or the next, by default.")
@@ -49,6 +52,9 @@ def command(
         bool, typer.Option("--add", help="Add a version to the repository that is there, with the settings it has.")
     ] = False,
     instances: Annotated[int, typer.Option(metavar="N", min=1, help="Processes that run each model.")] = 1,
+    gpus: Annotated[
+        str, typer.Option(metavar="N,…", help="GPUs that the models run on, --instances on each; all by default.")
+    ] = "",
     max_batch: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Most rows that are merged; the artifact's limit by default.")
     ] = None,
@@ -66,6 +72,17 @@ def command(
     warmup: Annotated[bool, typer.Option(help="Answer golden requests before the server is ready.")] = True,
     python: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Virtual environment of the models (EXECUTION_ENV_PATH).")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="MODEL.FIELD=VALUE",
+            help="A field of a model's config.pbtxt by Triton's name, with JSON; * is every model. May be repeated.",
+        ),
+    ] = None,
+    image: Annotated[
+        str | None, typer.Option(metavar="IMAGE", help="The tritonserver image that the Dockerfile begins with.")
     ] = None,
     requests: Annotated[
         Path | None,
@@ -91,7 +108,7 @@ def command(
     from grc.runtime.triton_repository.replay import Replayed, read_requests
     from grc.runtime.triton_repository.replay import verify as replay
     from grc.runtime.triton_repository.repository import Repository
-    from grc.runtime.triton_repository.settings import Settings
+    from grc.runtime.triton_repository.settings import IMAGE, Settings
     from grc.runtime.triton_repository.versions import add_version
 
     if add:
@@ -108,6 +125,7 @@ def command(
         version=version or 1,
         keep_versions=keep_versions,
         instances=instances,
+        gpus=gpu_list(gpus),
         max_batch=max_batch,
         max_delay_us=max_delay,
         max_queue=max_queue,
@@ -116,6 +134,8 @@ def command(
         cache=cache,
         warmup=warmup,
         python=python,
+        overrides=overrides or (),
+        image=image or IMAGE,
         storage=kserve,
     )
     told: list[Replayed] = []
@@ -135,6 +155,9 @@ def command(
         else:
             written = export(artifact, output, settings, force=force, before_done=finished)
     replayed = told[0] if told else None
+    if replayed and replayed.warning:
+        say(f"warning: {replayed.warning}")
+        say("hint: name a request.json among the model's assets and compile it again, or send requests with --requests")
     if json:
         put_json(
             {"path": str(output), "layout": layout, "models": written.models, "entry": written.entry}
@@ -144,6 +167,14 @@ def command(
     put(f"  backend {written.record['backend']}: {written.record['backend_reason']}")
     put(f"  {output}   clients call {written.entry}   {proven(replayed, written.preprocesses)}")
     put(f"  try: {output}/run_server.sh")
+
+
+def gpu_list(text: str) -> tuple[int, ...]:
+    """`0,1` as numbers. Raises BadParameter, a usage error, for anything else."""
+    numbers = text.split(",") if text else []
+    if not all(number.isdecimal() for number in numbers):
+        raise typer.BadParameter(f"{text!r} is no list of GPUs such as 0,1", param_hint="--gpus")
+    return tuple(map(int, numbers))
 
 
 def refuse_settings(given: Mapping[str, str]) -> None:
@@ -162,7 +193,8 @@ def proven(replayed: Any, preprocesses: bool) -> str:
     if replayed is None:
         return "not verified: --verify replays golden requests on the real server"
     texts = f" and {replayed.requests} of JSON" if replayed.requests else " and none of JSON" if preprocesses else ""
+    merged = f"each alone: {replayed.alone}" if replayed.alone else f"{replayed.merged} of them in another's call"
     return (
-        f"{replayed.tensors} golden requests{texts} answered over HTTP and gRPC, "
-        f"{replayed.merged} of them in another's call; largest error {replayed.error:.1e}"
+        f"{replayed.tensors} golden requests{texts} answered over HTTP and gRPC, {merged}; "
+        f"largest error {replayed.error:.1e}"
     )

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from grc.cli.errors import say
 from grc.errors import GrcError
 
 IMAGE = Path("/opt/tritonserver/bin/tritonserver")  # where the tritonserver image has it
@@ -96,50 +97,94 @@ class Told(NamedTuple):
     drain: float
 
 
+class Listening(NamedTuple):
+    """The ports that tritonserver gets; without gRPC that one is None."""
+
+    host: str
+    http: int
+    grpc: int | None
+    metrics: int
+
+
 def run(artifacts: list[str], told: Told, chosen: Mapping[str, Any]) -> int:
     """Export every artifact into a repository of its own, run tritonserver on all of them, and leave nothing behind.
 
     `chosen` are fields of the export's settings. The exit code is the server's. Raises GrcError before it starts, where a
     port is in use or an artifact can't be exported.
     """
+    from grc.runtime.server.ports import free_port
+
     launcher: Any = importlib.import_module(f"{EXPORT}.launcher")
     found = launcher.find()
+    http = free_port(told.host, told.port, "--port")
+    grpc = None if told.grpc_port is None else free_port(told.host, told.grpc_port, "--grpc-port")
+    where = Listening(told.host, http, grpc, free_port(told.host, 0, "--port"))
     with tempfile.TemporaryDirectory(prefix="grc-triton-") as work:
-        words = command_line(found, Path(work), artifacts, told, chosen)
+        repositories = exported(Path(work) / "repositories", artifacts, chosen)
+        tell(repositories, where)
+        words = command_line(found, Path(work), repositories, where, told.drain)
         return obeying(words, launcher.environment(found, None))
 
 
-def command_line(found: Any, work: Path, artifacts: list[str], told: Told, chosen: Mapping[str, Any]) -> list[str]:
-    """Export every artifact below `work`, and answer with the words that start tritonserver on the repositories."""
-    from grc.runtime.server.ports import free_port
+def exported(folder: Path, artifacts: list[str], chosen: Mapping[str, Any]) -> list[Any]:
+    """Every artifact as a repository of its own below `folder`, the model under the name that its user gave.
+
+    Raises GrcError where models of two artifacts would be called the same.
+    """
     from grc.runtime.server.source import sources
 
-    launcher: Any = importlib.import_module(f"{EXPORT}.launcher")
     export: Any = importlib.import_module(f"{EXPORT}.export").export
-    host, http = told.host, free_port(told.host, told.port, "--port")
-    grpc = None if told.grpc_port is None else free_port(host, told.grpc_port, "--grpc-port")
-    repositories = []
+    made: list[Any] = []
+    taken: set[str] = set()
     served = list(sources(artifacts))
     for source in served:
         newest = source.newest()
         assert newest is not None  # sources() has just seen it
-        # Models of one server share their names: with several artifacts each repository's begin with its own.
+        # Models of one server share their names: with several artifacts, those around each model begin with its own.
         prefix = f"{source.name}_" if len(served) > 1 else ""
-        repository = work / "repositories" / source.name
-        export(newest.path, repository, name=source.name, prefix=prefix, **chosen)
-        repositories.append(repository)
+        version = newest.number or 1
+        repository = export(
+            newest.path, folder / source.name, name=source.name, prefix=prefix, version=version, **chosen
+        )
+        for model in taken.intersection(repository.models):
+            raise GrcError(f"two models would be called {model}", "name the artifacts otherwise: NAME=PATH")
+        taken.update(repository.models)
+        made.append(repository)
+    return made
+
+
+def tell(repositories: Sequence[Any], where: Listening) -> None:
+    """Which models will be served, what runs each, and where the server listens."""
+    for made in repositories:
+        name, record = made.programs[0], made.record
+        runs = record["backend"] if record["backend"] != "python" else " and ".join(record["engines"])
+        alone = record["alone"]
+        how = f"run alone: {alone}" if alone else f"merge by rows up to batch {record['max_batch']}"
+        asked = f"; {made.entry} takes requests as preprocess does" if made.preprocesses else ""
+        say(f"  {name:<12} version {record['version']}, {runs}; requests {how}{asked}")
+    host = f"[{where.host}]" if ":" in where.host else where.host
+    say(f"  http         http://{host}:{where.http}/v2")
+    if where.grpc is not None:
+        say(f"  grpc         {host}:{where.grpc}")
+    say(f"  metrics      http://{host}:{where.metrics}/metrics")
+
+
+def command_line(found: Any, work: Path, repositories: Sequence[Any], where: Listening, drain: float) -> list[str]:
+    """The words that start tritonserver on the repositories; `work` is a folder for what it needs."""
+    launcher: Any = importlib.import_module(f"{EXPORT}.launcher")
+    host, grpc = where.host, where.grpc
     return [
         str(found.binary),
-        *(f"--model-repository={repository}" for repository in repositories),
+        *(f"--model-repository={made.path}" for made in repositories),
         f"--backend-directory={launcher.backends(found, work)}",
         f"--cache-directory={found.caches}",
         "--disable-auto-complete-config",
         f"--http-address={host}",
-        f"--http-port={http}",
+        f"--http-port={where.http}",
         *((f"--grpc-address={host}", f"--grpc-port={grpc}") if grpc is not None else ("--allow-grpc=false",)),
         f"--metrics-address={host}",
-        f"--metrics-port={free_port(host, 0, '--port')}",
-        f"--exit-timeout-secs={round(told.drain)}",
+        f"--metrics-port={where.metrics}",
+        f"--exit-timeout-secs={round(drain)}",
     ]
 
 

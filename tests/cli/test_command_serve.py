@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -173,8 +174,9 @@ def end(*_):
     print("told to end", flush=True)
     sys.exit(7)
 signal.signal(signal.SIGTERM, end)
-(repository,) = [word.partition("=")[2] for word in sys.argv if word.startswith("--model-repository=")]
-shutil.copy(repository + "/tiny/config.pbtxt", "{config}")
+for word in sys.argv:
+    if word.startswith("--model-repository="):
+        shutil.copytree(word.partition("=")[2], "{repositories}", dirs_exist_ok=True)
 print(os.getpid(), "is ready", flush=True)
 while True:
     signal.pause()
@@ -191,19 +193,19 @@ class Served(NamedTuple):
 
 @pytest.fixture
 def fake(compiled: tuple[Path, Ran], tmp_path: Path) -> Iterator[Callable[..., Served]]:
-    """Serve with these flags until the child is ready."""
+    """Serve with these words, or the artifact alone, until the child is ready."""
     needs_extra()
     pytest.importorskip("tritonclient.grpc")
     binary, log = tmp_path / "triton/bin/tritonserver", tmp_path / "triton.log"
     binary.parent.mkdir(parents=True)
-    binary.write_text(FAKE.format(python=sys.executable, config=tmp_path / "config.pbtxt"))
+    binary.write_text(FAKE.format(python=sys.executable, repositories=tmp_path / "served"))
     binary.chmod(0o755)
     (tmp_path / "tmp").mkdir()
     environment = {**os.environ, "TRITONSERVER": str(binary), "TMPDIR": str(tmp_path / "tmp")}
     started: list[int] = []  # one at the most
 
-    def serve(*flags: object) -> Served:
-        words = command(compiled[0], "--server", "triton", *flags, "--port", 0, "--grpc-port", 0)
+    def serve(*words: object) -> Served:
+        words = command(*(words or compiled[:1]), "--server", "triton", "--port", 0, "--grpc-port", 0)
         with log.open("w") as said:
             process = subprocess.Popen(words, stdout=said, stderr=said, env=environment)
         for _ in until("the server"):
@@ -219,18 +221,55 @@ def fake(compiled: tuple[Path, Ran], tmp_path: Path) -> Iterator[Callable[..., S
         os.kill(started[-1], signal.SIGKILL)
 
 
-def test_triton_is_a_child_that_gets_settings_and_signals(fake: Callable[..., Served], tmp_path: Path) -> None:
-    flags = ("--timeout", 0.5, "--max-queue", 9, "--max-rows", 16, "--workers", 2)
-    served = fake(*flags)
+def test_triton_is_a_child_that_gets_settings_and_signals(
+    fake: Callable[..., Served], compiled: tuple[Path, Ran], tmp_path: Path
+) -> None:
+    served = fake(compiled[0], "--timeout", 0.5, "--max-queue", 9, "--max-rows", 16, "--workers", 2)
     from grc.runtime.triton_repository import config
 
     served.process.terminate()
     assert served.process.wait(60) == 7
     assert not list((tmp_path / "tmp").glob("grc-triton-*"))
-    found = config.read(tmp_path / "config.pbtxt")
+    found = config.read(tmp_path / "served/tiny/config.pbtxt")
     queue = found.dynamic_batching.default_queue_policy
     assert (found.max_batch_size, found.instance_group[0].count) == (16, 2)
     assert (queue.max_queue_size, queue.default_timeout_microseconds) == (9, 500_000)
+
+
+@pytest.fixture(scope="module")
+def spoken(grc: Grc, folder: Path) -> Path:
+    """An artifact with preprocess and postprocess."""
+    path = folder / "spoken.grc"
+    assert grc("compile", folder / "served.py", "-o", path, "--engine", "eager", "--batches", "4").code == 0
+    return path
+
+
+def test_triton_serves_models_under_the_names_that_were_given_and_tells_where(
+    fake: Callable[..., Served], compiled: tuple[Path, Ran], spoken: Path, tmp_path: Path
+) -> None:
+    served = fake(f"bags={compiled[0]}", f"films={spoken}")
+    served.process.terminate()
+    served.process.wait(60)
+    models = {entry.name for entry in (tmp_path / "served").iterdir() if entry.is_dir()}
+    assert models == {"bags", "films", "films_preprocess_py", "films_postprocess_py", "films_ensemble_model"}
+    merge = "version 1, eager; requests merge by rows up to batch 4096"
+    said = re.sub(r":\d{2,}", ":PORT", served.log.read_text()).splitlines()
+    assert said[:6] == [
+        "server: triton, as asked",
+        f"  bags         {merge}",
+        f"  films        {merge}; films_ensemble_model takes requests as preprocess does",
+        "  http         http://127.0.0.1:PORT/v2",
+        "  grpc         127.0.0.1:PORT",
+        "  metrics      http://127.0.0.1:PORT/metrics",
+    ]
+
+
+def test_two_models_of_one_name_are_refused(compiled: tuple[Path, Ran], spoken: Path, tmp_path: Path) -> None:
+    needs_extra()
+    pytest.importorskip("tritonclient.grpc")
+    with pytest.raises(GrcError) as caught:
+        triton_server.exported(tmp_path, [f"a={spoken}", f"a_ensemble_model={compiled[0]}"], {})
+    assert caught.value.message == "two models would be called a_ensemble_model"
 
 
 def test_triton_ends_when_its_parent_is_killed(fake: Callable[..., Served]) -> None:

@@ -9,9 +9,11 @@ import pytest
 from torch import nn
 
 import grc
+from tests.cli.session import MODEL, SERVED, WORDS
 from tests.examples.conftest import sample, write_atomic
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLE = '{"dense": [0.5, -1.0, 2.0], "user": 3, "item": 7}'
 TINY = {"width": 16, "heads": 2, "ffn": 32, "layers": 1}
 
 
@@ -29,6 +31,18 @@ def compiled(model: Path | nn.Module, output: Path, inputs: object = None, **env
 def dlrm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("dlrm") / "dlrm.grc"
     return compiled(EXAMPLES / "zoo/dlrm.py", output, GRC_ZOO_SIZE="small")
+
+
+@pytest.fixture(scope="session")
+def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with preprocess, postprocess and an example request."""
+    folder = tmp_path_factory.mktemp("spoken")
+    served = SERVED + 'assets = ["request.json"]\n'
+    for name, text in {"tiny.py": MODEL, "words.py": WORDS, "served.py": served, "request.json": EXAMPLE}.items():
+        (folder / name).write_text(text)
+    options = grc.Options(output=folder / "spoken.grc", engine="eager", batches=(4,), max_batch=8)
+    grc.compile(str(folder / "served.py"), None, options)
+    return folder / "spoken.grc"
 
 
 @pytest.fixture(scope="session")

@@ -15,11 +15,11 @@ import torch
 
 from grc.cli.export_triton import proven
 from grc.errors import GrcError
-from grc.runtime.triton_repository import launcher, wheel
+from grc.runtime.triton_repository import config, launcher, wheel
 from grc.runtime.triton_repository.replay import Replayed, read_requests
 from grc.runtime.triton_repository.repository import Repository
 from tests.cli.conftest import grc as grc  # the command line as a function
-from tests.cli.session import Grc, edit_manifest, refused
+from tests.cli.session import SERVED, Grc, edit_manifest, refused
 from tests.server.running import until
 
 pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed: pip install 'grc-compiler[triton]'")
@@ -69,6 +69,23 @@ def test_it_tells_where_preprocess_was_given_nothing() -> None:
     for replayed, told in (Replayed(4), "and none of"), (Replayed(4, 2), "and 2 of"):
         assert proven(replayed, True).startswith(f"4 golden requests {told} JSON answered over HTTP and gRPC, ")
     assert proven(Replayed(4), False).startswith("4 golden requests answered")
+    alone = Replayed(4, alone="its rows read each other")
+    assert ", each alone: its rows read each other; largest error" in proven(alone, False)
+
+
+@pytest.mark.triton
+def test_it_warns_where_no_example_went_through_preprocess(grc: Grc, spoken: Path, tmp_path: Path) -> None:
+    served = spoken.parent / "unasked.py"
+    served.write_text(SERVED)
+    assert grc("compile", served, "-o", tmp_path / "m.grc", "--engine", "eager", "--batches", "4").code == 0
+    ran = grc("export-triton", tmp_path / "m.grc", "-o", tmp_path / "repo", "--verify", "--max-batch", 1, "--json")
+    warning = "no example request went through preprocess: only tensors and {} were sent"
+    assert ran.code == 0 and ran.told == [
+        f"warning: {warning}",
+        "hint: name a request.json among the model's assets and compile it again, or send requests with --requests",
+    ]
+    verified = json.loads(ran.out)["verified"]
+    assert (verified["warning"], verified["alone"]) == (warning, "the largest batch of unasked is 1")
 
 
 def test_an_existing_repository_is_kept(grc: Grc, artifact: Path, tmp_path: Path) -> None:
@@ -99,6 +116,32 @@ def test_a_version_is_added_to_a_repository_that_is_there(grc: Grc, artifact: Pa
         f"error: {output} has version 2",
         "hint: leave out --version, or name a higher one",
     )
+
+
+def test_a_field_of_a_model_is_set_or_refused(grc: Grc, artifact: Path, tmp_path: Path) -> None:
+    output = tmp_path / "repo"
+    refused(
+        grc("export-triton", artifact, "-o", output, "--set", "dlrm.max_queue=4"),
+        "error: --set dlrm.max_queue=4: ModelConfig has no field max_queue",
+        "hint: the nearest is max_batch_size",
+    )
+    assert not output.exists()
+    words = (
+        "--set",
+        "dlrm.instance_group[0].count=4",
+        "--set",
+        "*.version_policy.latest.num_versions=3",
+        "--image",
+        "i",
+    )
+    assert grc("export-triton", artifact, "-o", output, *words).code == 0
+    found = config.read(output / "dlrm/config.pbtxt")
+    assert (found.instance_group[0].count, found.version_policy.latest.num_versions) == (4, 3)
+    assert "FROM i\n" in (output / "Dockerfile").read_text()
+    assert grc("export-triton", artifact, "-o", output, "--add").code == 0
+    assert Repository.open(output).record["settings"]["overrides"] == [words[1], words[3]]
+    ran = grc("export-triton", artifact, "-o", output, "--gpus", "0;1")
+    assert ran.code == 2 and "'0;1' is no list of GPUs such as 0,1" in ran.err
 
 
 def test_settings_beside_add_are_refused(grc: Grc, artifact: Path, tmp_path: Path) -> None:

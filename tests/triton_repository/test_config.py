@@ -18,11 +18,14 @@ import grc
 from grc.errors import ArtifactError
 from grc.runtime.artifact import Artifact, read_manifest
 from grc.runtime.golden import read_golden
-from grc.runtime.triton_repository import launcher
+from grc.runtime.triton_repository import config as configurations
+from grc.runtime.triton_repository import deploy, launcher
 from grc.runtime.triton_repository.export import export
+from grc.runtime.triton_repository.override import override
 from grc.runtime.triton_repository.repository import Repository
 from grc.runtime.triton_repository.settings import Settings
 from grc.runtime.triton_repository.tensors import interface
+from tests.triton_repository.conftest import EXAMPLE
 
 pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed: pip install 'grc-compiler[triton]'")
 
@@ -117,6 +120,64 @@ def test_settings_reach_the_configuration(dlrm: Path, tmp_path: Path) -> None:
     assert found.parameters["EXECUTION_ENV_PATH"].string_value == "/srv/venv"
 
 
+def test_overrides_reach_the_configuration_of_the_models_they_name(dlrm: Path, tmp_path: Path) -> None:
+    chosen = (
+        "interaction_python.instance_group[0].count=4",
+        "*.version_policy.specific.versions=[1,3]",
+        "gr_trt.dynamic_batching.priority_queue_policy[1].max_queue_size=9",
+        'gr_trt.dynamic_batching={"priority_levels": 2, "default_priority_level": 2}',
+        "embedding_service.parameters[a.b].string_value=1",
+        "embedding_service.dynamic_batching=null",
+        'embedding_service.instance_group[0].rate_limiter={"priority": 2}',
+        "*.response_cache.enable=true",
+        "*.instance_group[0].kind=KIND_AUTO",
+    )
+    made = export(dlrm, tmp_path / "repo", layout="stages", overrides=chosen, storage="s3://models/dlrm")
+    found = {model: config(made, model) for model in made.models}
+    assert [found[m].instance_group[0].count for m in made.programs] == [1, 4, 1]
+    assert all(list(c.version_policy.specific.versions) == [1, 3] and c.response_cache.enable for c in found.values())
+    queue = found["gr_trt"].dynamic_batching
+    assert (queue.priority_levels, queue.priority_queue_policy[1].max_queue_size) == (2, 9)
+    assert found["embedding_service"].parameters["a.b"].string_value == "1"
+    assert not found["embedding_service"].HasField("dynamic_batching")
+    assert not found["ensemble_model"].instance_group
+    for word in ("--cache-config=local,size=", "--rate-limit=execution_count"):
+        assert word in (made.path / "run_server.sh").read_text()
+    assert "memory: 4Gi" in (made.path / "kserve.yaml").read_text()
+
+
+WRONG = {
+    "dlrm": ("--set dlrm is not MODEL.FIELD=VALUE", "such as '*.response_cache.enable=true'"),
+    "dlmr.instance_group[0].count=4": ("the repository has no model dlmr", "the nearest is dlrm"),
+    "dlrm.instance_grop[0].count=4": ("ModelConfig has no field instance_grop", "the nearest is instance_group"),
+    'dlrm.dynamic_batching={"priority": 2}': ("ModelDynamicBatching has no field priority", "the nearest is priority_levels"),
+    "dlrm.instance_group[0].count=four": ("Failed to parse count field", "count takes int32"),
+    "dlrm.instance_group[3].count=4": ("entries of instance_group are numbered from 0 to 1", "instance_group takes JSON"),
+    "dlrm.instance_group.count=4": ("instance_group is a list: name an entry, as instance_group[0]", "instance_group takes"),
+    "dlrm.instance_group[0].kind=GPU": ("Failed to parse kind field", "kind takes one of KIND_AUTO, KIND_GPU, "),
+    "dlrm.response_cache[0].enable=true": ("response_cache is no list", "response_cache takes JSON of enable"),
+    "dlrm.response_cache=true": ("response_cache is a message, and true is none", "response_cache takes JSON of enable"),
+    "dlrm.version_policy.all.x=1": ("All has no field x", "All has none"),
+    "dlrm.parameters[a][b]=1": ("'parameters[a][b]' names no field", "join fields by dots"),
+    "dlrm..count=4": ("'.count' names no field", "join fields by dots"),
+    "dlrm.max_batch_size=4": ("max_batch_size is what --max-batch sets", "set it by the flag"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_an_override_that_is_wrong_says_what_would_be_right(text: str) -> None:
+    with pytest.raises(ArtifactError) as caught:
+        override({"dlrm": configurations.messages().ModelConfig(name="dlrm", instance_group=[{"count": 1}])}, [text])
+    message, hint = WRONG[text]
+    assert message in caught.value.message and (caught.value.hint or "").startswith(hint)
+
+
+def test_an_ensemble_has_no_instances() -> None:
+    ensemble = configurations.messages().ModelConfig(platform="ensemble")
+    with pytest.raises(ArtifactError, match="an ensemble has no instance_group"):
+        override({"whole": ensemble}, ["whole.instance_group[0].count=4"])
+
+
 def test_warm_up_answers_a_golden_row_at_each_parts_first_batch(dlrm: Path, tmp_path: Path) -> None:
     made = export(dlrm, tmp_path / "repo")
     found = config(made, "dlrm").model_warmup
@@ -126,6 +187,31 @@ def test_warm_up_answers_a_golden_row_at_each_parts_first_batch(dlrm: Path, tmp_
         entry = found[0].inputs[name]
         assert list(entry.dims) == list(tensor.shape[1:])
         assert (made.path / "dlrm/warmup" / entry.input_data_file).read_bytes() == tensor[:1].numpy().tobytes()
+
+
+def test_warm_up_sends_the_example_through_preprocess_and_postprocess(spoken: Path, tmp_path: Path) -> None:
+    made = export(spoken, tmp_path / "repo")
+    (before,), (after,) = (config(made, model).model_warmup for model in ("preprocess_py", "postprocess_py"))
+    assert (before.batch_size, after.batch_size, config(made, "postprocess_py").max_batch_size) == (1, 1, 0)
+    request = (made.path / "preprocess_py/warmup" / before.inputs["request"].input_data_file).read_bytes()
+    assert json.loads(request) == json.loads(EXAMPLE) and list(before.inputs["request"].dims) == [len(request)]
+    folder = made.path / "postprocess_py/warmup"
+    assert (folder / after.inputs["request"].input_data_file).read_bytes() == request
+    answer = grc.load(spoken)(torch.tensor([[0.5, -1.0, 2.0]]), torch.tensor([[3, 7]]))
+    assert list(after.inputs["output"].dims) == [1, 1]
+    assert (folder / after.inputs["output"].input_data_file).read_bytes() == answer.numpy().tobytes()
+
+
+def test_settings_reach_the_models_around_the_program(spoken: Path, tmp_path: Path) -> None:
+    made = export(spoken, tmp_path / "repo", max_queue=9, timeout_us=500, priorities=3, cache=True, max_delay_us=7)
+    first, last, whole = (config(made, model) for model in ("preprocess_py", "postprocess_py", "ensemble_model"))
+    assert (first.max_batch_size, first.dynamic_batching.max_queue_delay_microseconds) == (0, 0)
+    assert (first.dynamic_batching.priority_levels, first.dynamic_batching.default_queue_policy.max_queue_size) == (
+        3,
+        9,
+    )
+    assert not last.HasField("dynamic_batching")  # what was computed is not refused
+    assert whole.response_cache.enable and not first.response_cache.enable and not last.response_cache.enable
 
 
 ALONE = """
@@ -180,6 +266,42 @@ def test_the_dockerfile_is_clean(dlrm: Path, tmp_path: Path) -> None:
     made = export(dlrm, tmp_path / "repo")
     done = subprocess.run([hadolint, made.path / "Dockerfile"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
+
+
+def on_gpus(made: Repository, **target: str) -> None:
+    """Write the files of a repository anew, as for an artifact for GPUs that was exported with --gpus 0,2."""
+    record = made.record | {"target": {"device": "cuda", "torch": "2.13.0", "sm": "sm_90", **target}}
+    group = configurations.messages().ModelInstanceGroup(count=2, gpus=[0, 2])
+    deploy.write(Repository(made.path, record), [configurations.messages().ModelConfig(instance_group=[group])])
+
+
+def test_the_files_of_an_artifact_for_gpus_ask_for_them_and_for_their_torch(
+    dlrm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    yaml = pytest.importorskip("yaml")
+    made = export(dlrm, tmp_path / "repo", storage="s3://models/dlrm", image="example.com/tritonserver:1")
+    on_gpus(made, cuda="13.0")
+    docker = (made.path / "Dockerfile").read_text()
+    assert "\nFROM example.com/tritonserver:1\n" in docker
+    assert "--index-url https://download.pytorch.org/whl/cu130 torch==2.13.0 " in docker
+    service = yaml.safe_load((made.path / "compose.yaml").read_text())["services"]["dlrm"]
+    assert service["deploy"]["resources"]["reservations"]["devices"] == [
+        {"driver": "nvidia", "count": 3, "capabilities": ["gpu"]}
+    ]
+    runtime, _ = yaml.safe_load_all((made.path / "kserve.yaml").read_text())
+    assert runtime["spec"]["containers"][0]["resources"]["limits"] == {"memory": "3Gi", "nvidia.com/gpu": "3"}
+    for here, index in (("12.8", "https://download.pytorch.org/whl/cu128"), (None, "https://pypi.org/simple")):
+        monkeypatch.setattr("torch.version.cuda", here)
+        on_gpus(made)  # of an artifact that does not say its CUDA
+        assert f"--index-url {index} torch==2.13.0 " in (made.path / "Dockerfile").read_text()
+
+
+def test_instances_of_an_artifact_for_gpus_run_on_those_that_are_named(dlrm: Path, tmp_path: Path) -> None:
+    shapes = interface(read_manifest(dlrm))
+    (group,) = configurations.program("dlrm", shapes, Settings(instances=2, gpus=(0, 1)), "cuda").instance_group
+    assert (group.count, list(group.gpus), group.Kind.Name(group.kind)) == (2, [0, 1], "KIND_GPU")
+    with pytest.raises(ArtifactError, match=r"dlrm.grc was built for CPUs, and runs on no GPU"):
+        export(dlrm, tmp_path / "repo", gpus=(0, 1))
 
 
 def test_without_a_storage_there_are_no_kserve_manifests(dlrm: Path, tmp_path: Path) -> None:
@@ -248,15 +370,13 @@ def test_rows_that_read_each_other_are_not_merged(tmp_path: Path) -> None:
     assert found.max_batch_size == 0 and not found.HasField("dynamic_batching")
     assert ports(found.output) == [("output", "TYPE_FP32", [-1, 8])]
     assert not interface(read_manifest(made.place("inbatch"))).merges
-    with pytest.raises(ArtifactError, match="tritonserver has no queue for --max-queue and --timeout"):
-        export(path, tmp_path / "queued", max_queue=4, timeout_us=1000)
-    assert not (tmp_path / "queued").exists()
+    assert [(w.name, w.batch_size, list(w.inputs["user"].dims)) for w in found.model_warmup] == [("batch_1", 1, [1])]
     Artifact.open(made.place("inbatch"), verify=True)
 
 
 def test_a_prefix_keeps_two_repositories_apart(films: Path, tmp_path: Path) -> None:
     made = export(films, tmp_path / "repo", name="ranker", prefix="films.")
-    assert made.models == ["films.preprocess_py", "films.ranker", "films.postprocess_py", "films.ensemble_model"]
+    assert made.models == ["films.preprocess_py", "ranker", "films.postprocess_py", "films.ensemble_model"]
     assert folders(made.path) == sorted(made.models)
     steps = config(made, made.entry).ensemble_scheduling.step
     assert [step.model_name for step in steps] == made.models[:-1]

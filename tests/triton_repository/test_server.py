@@ -25,12 +25,14 @@ from grc.runtime.triton_repository import launcher
 from grc.runtime.triton_repository.client import PROTOCOLS, Client, Unavailable
 from grc.runtime.triton_repository.export import export
 from grc.runtime.triton_repository.launcher import Server, serving
-from grc.runtime.triton_repository.replay import Replay, Replayed, call, examples, verify
+from grc.runtime.triton_repository.replay import ANSWER, LOADABLE, REQUEST, Replay, Replayed, call, examples, verify
 from grc.runtime.triton_repository.repository import Repository
+from grc.runtime.triton_repository.requests import tensor_of
 from grc.runtime.triton_repository.settings import Settings
 from grc.runtime.triton_repository.tensors import Interface, interface
 from grc.runtime.weights import read_weights, write_weights
-from tests.cli.session import MODEL, SERVED, WORDS
+from tests.cli.session import WORDS
+from tests.triton_repository.conftest import EXAMPLE
 
 pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed: pip install 'grc-compiler[triton]'")
 pytestmark = [pytest.mark.triton, pytest.mark.engine]
@@ -60,21 +62,72 @@ def test_movielens_recommends_the_artifacts_films(
     assert told[0].requests == 2 * (len(requests) + len(examples(grc.load(films)))) and told[0].error < 1e-5
 
 
-def test_the_request_among_the_assets_is_sent_through_the_ensemble(tmp_path: Path) -> None:
-    for name, text in {"tiny": MODEL, "words": WORDS, "served": SERVED + 'assets = ["request.json"]\n'}.items():
-        (tmp_path / f"{name}.py").write_text(text)
-    (tmp_path / "request.json").write_text('{"dense": [0.5, -1.0, 2.0], "user": 3, "item": 7}')
-    path = tmp_path / "tiny.grc"
-    grc.compile(str(tmp_path / "served.py"), None, grc.Options(output=path, engine="eager", batches=(4,), max_batch=8))
-
+def test_the_request_among_the_assets_is_sent_through_the_ensemble(spoken: Path, tmp_path: Path) -> None:
     def spoil(made: Repository) -> None:
         model = made.path / "postprocess_py/1/model.py"
         model.write_text(model.read_text().replace("[tensor(entry.name) for", "[-tensor(entry.name) for"))
-        verify(made, path)
+        verify(made, spoken)
 
     with pytest.raises(ArtifactError) as caught:
-        export(path, tmp_path / "repo", before_done=spoil, warmup=False)
+        export(spoken, tmp_path / "repo", before_done=spoil, warmup=False)
     assert caught.value.message == "ensemble_model answers a request over http otherwise than the artifact does"
+
+
+def test_where_the_example_is_none_that_preprocess_takes_nothing_is_started(spoken: Path, tmp_path: Path) -> None:
+    for name in ("tiny.py", "words.py", "served.py"):
+        shutil.copyfile(spoken.parent / name, tmp_path / name)
+    (tmp_path / "request.json").write_text('{"dense": [0.5, -1.0, 2.0], "user": 3, "item": 99}')
+    path = tmp_path / "tiny.grc"
+    grc.compile(str(tmp_path / "served.py"), None, grc.Options(output=path, engine="eager", batches=(4,), max_batch=8))
+    with pytest.raises(InputError) as caught:
+        export(path, tmp_path / "repo", before_done=lambda made: verify(made, path))
+    assert caught.value.message.startswith('request.json among the assets was refused: input "ids" has id 99 at row 0')
+    assert not (tmp_path / "repo").exists()
+
+
+def test_preprocess_is_warm_and_its_queue_is_bounded(spoken: Path, tmp_path: Path) -> None:
+    for name in ("tiny.py", "served.py", "request.json"):
+        shutil.copyfile(spoken.parent / name, tmp_path / name)
+    slow = "import time\n" + WORDS.replace("    return torch", "    time.sleep(0.3)\n    return torch")
+    (tmp_path / "words.py").write_text(slow)
+    path = tmp_path / "tiny.grc"
+    grc.compile(str(tmp_path / "served.py"), None, grc.Options(output=path, engine="eager", batches=(4,), max_batch=8))
+    made = export(path, tmp_path / "repo", max_queue=2)
+    with serving(made.path) as server:
+        client = Client("http", server.at("http"))
+        warmed = [client.statistics(f"{name}process_py") for name in ("pre", "post")]
+
+        def ask(number: int) -> str:
+            try:
+                return str(client.infer(made.entry, [(REQUEST, tensor_of(EXAMPLE))], [ANSWER])[0].shape)
+            except Unavailable as error:
+                return error.message
+
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(ask, range(8)))
+        client.close()
+    assert warmed == [(1, 1), (1, 1)]
+    refused = [answer for answer in answers if "Exceeds maximum queue size" in answer]
+    assert 1 <= len(refused) <= 5 and len(set(answers).difference(refused)) == 1
+
+
+def test_requests_that_do_not_meet_by_themselves_are_made_to(
+    dlrm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grc.runtime.triton_repository.replay.AT_ONCE", 1)
+    told: list[Replayed] = []
+    export(dlrm, tmp_path / "repo", cache=True, before_done=lambda made: told.append(verify(made, dlrm)))
+    assert told[0].merged > 0 and told[0].alone is None
+
+
+def test_a_repository_that_never_merges_though_it_may_is_not_written(
+    dlrm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Client, "statistics", lambda client, model: (0, 0))
+    with pytest.raises(ArtifactError) as caught:
+        export(dlrm, tmp_path / "repo", before_done=lambda made: verify(made, dlrm))
+    assert caught.value.message == "no requests to dlrm were merged, though its configuration asks for it"
+    assert not (tmp_path / "repo").exists()
 
 
 @dataclass(frozen=True)
@@ -96,7 +149,7 @@ def fused(dlrm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
 @pytest.fixture(scope="module")
 def stages(dlrm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     made = export(dlrm, tmp_path_factory.mktemp("stages") / "repo", layout="stages")
-    with serving(made.path) as server:
+    with serving(made.path, *LOADABLE) as server:
         yield Served(made, server)
 
 

@@ -62,12 +62,45 @@ def versions(repository: Repository) -> dict[str, list[str]]:
 
 
 def test_a_version_is_added_with_the_repositorys_settings(old: Path, new: Path, tmp_path: Path) -> None:
-    made = export(old, tmp_path / "repo", name="ctr", prefix="a_", max_batch=8)
+    made = export(old, tmp_path / "repo", prefix="a_", max_batch=8)
     added = add_version(new, made.path)
-    assert (added.models, added.record["version"]) == (["a_ctr"], 2)
-    assert versions(added) == {"a_ctr": ["1", "2"]}
-    assert versions(add_version(old, made.path, 7)) == {"a_ctr": ["2", "7"]}  # the one before may still have requests
+    assert (added.models, added.record["version"]) == (["a_ranker"], 2)
+    assert versions(added) == {"a_ranker": ["1", "2"]}
+    assert versions(add_version(old, made.path, 7)) == {
+        "a_ranker": ["2", "7"]
+    }  # the one before may still have requests
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["repo"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept"),
+    [
+        ("specific.versions=[1,4]", ["1", "3", "4"]),
+        ("latest.num_versions=3", ["2", "3", "4"]),
+        ("all={}", ["1", "2", "3", "4"]),
+    ],
+)
+def test_a_version_that_a_policy_keeps_is_not_deleted(
+    old: Path, new: Path, tmp_path: Path, policy: str, kept: list[str]
+) -> None:
+    made = export(old, tmp_path / "repo", overrides=[f"*.version_policy.{policy}"])
+    for _ in range(3):
+        made = add_version(new, made.path)
+    assert versions(made) == {"ranker": kept}
+
+
+def test_a_version_is_proven_with_the_configuration_that_will_serve_it(old: Path, new: Path, tmp_path: Path) -> None:
+    made = export(old, tmp_path / "repo")
+    (made.path / "ranker/warmup/input_1").write_bytes(b"\1" * 8)
+    file = made.path / "ranker/config.pbtxt"
+    file.write_text(file.read_text() + "# edited\n")
+    seen: list[bytes] = []
+
+    def look(version: Repository) -> None:
+        seen.extend((version.path / "ranker" / name).read_bytes() for name in ("config.pbtxt", "warmup/input_1"))
+
+    add_version(new, made.path, before_done=look)
+    assert seen == [file.read_bytes(), b"\1" * 8]
 
 
 def test_an_ensemble_names_the_versions_of_its_steps(old: Path, new: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import sys
 
 from grc.errors import GrcError
 from grc.runtime.triton_repository.launcher import serving
-from grc.runtime.triton_repository.repository import Repository, server_options
+from grc.runtime.triton_repository.repository import Repository
 
 
 def main(words: list[str]) -> int:
@@ -17,7 +17,7 @@ def main(words: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         repository = Repository.open(words[0])
-        with serving(repository.path, *server_options(repository), *words[1:]) as server:
+        with serving(repository.path, *repository.options, *words[1:]) as server:
             print(
                 f"{repository.entry}   http {server.http}   grpc {server.grpc}   metrics {server.metrics}", flush=True
             )

@@ -75,6 +75,18 @@ class Client:
             found = self.connection.get_inference_statistics(model, as_json=True)["model_stats"][0]
         return int(found["inference_count"]), int(found["execution_count"])
 
+    def load(self, model: str, config: Any) -> None:
+        """Load a model again, with another configuration. Raises GrcError where the server does not."""
+        from google.protobuf import json_format
+        from tritonclient.utils import InferenceServerException
+
+        try:
+            self.connection.load_model(
+                model, config=json_format.MessageToJson(config, preserving_proto_field_name=True)
+            )
+        except InferenceServerException as error:
+            raise GrcError(f"{model} can't be loaded again: {error.message()}") from error
+
     def close(self) -> None:
         """An open connection would hold the server for the whole of its exit timeout."""
         for connection in self.opened:

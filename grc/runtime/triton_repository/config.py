@@ -72,7 +72,10 @@ def ports(tensors: Iterable[Tensor], *, batched: bool) -> list[Port]:
 
 @dataclass(frozen=True)
 class Warmup:
-    """Requests that are answered before the model is ready: `batch` times one row, whose bytes lie in a file an input."""
+    """Requests that are answered before the model is ready: `batch` times one row, whose bytes lie in a file an input.
+
+    For a model that is not merged `batch` is 1, and the row is the whole request: Triton passes over warm-ups of 0.
+    """
 
     name: str
     batch: int
@@ -110,16 +113,21 @@ def scheduled(
     """How the requests of a program are merged, kept and warmed up for."""
     config.max_batch_size = interface.max_batch
     if interface.merges:
-        schedule(config.dynamic_batching, settings)
+        config.dynamic_batching.max_queue_delay_microseconds = settings.max_delay_us
+    queue(config, settings)
     config.response_cache.enable = settings.cache
+    warm(config, inputs, warmups)
+    return config
+
+
+def warm(config: Config, inputs: Sequence[Port], warmups: Iterable[Warmup]) -> None:
     for warmup in warmups:
-        entry = config.model_warmup.add(name=warmup.name, batch_size=warmup.batch if interface.merges else 0)
+        entry = config.model_warmup.add(name=warmup.name, batch_size=warmup.batch)
         for port in inputs:
             file, dims = warmup.files[port.name]
             entry.inputs[port.name].data_type = data_type(port.type)
             entry.inputs[port.name].dims.extend(dims)
             entry.inputs[port.name].input_data_file = file
-    return config
 
 
 def python_model(
@@ -130,7 +138,8 @@ def python_model(
     config = pb.ModelConfig(name=name, backend="python")
     add_ports(config, inputs, outputs)
     kind = pb.ModelInstanceGroup.KIND_GPU if device == "cuda" else pb.ModelInstanceGroup.KIND_CPU
-    config.instance_group.add(kind=kind, count=settings.instances)
+    gpus = settings.gpus if device == "cuda" else ()
+    config.instance_group.add(kind=kind, count=settings.instances, gpus=gpus)
     config.version_policy.latest.num_versions = settings.keep_versions
     if settings.python is not None:
         config.parameters["EXECUTION_ENV_PATH"].string_value = str(settings.python)
@@ -147,6 +156,7 @@ def ensemble(
 ) -> Config:
     config = messages().ModelConfig(name=name, platform="ensemble", max_batch_size=max_batch)
     add_ports(config, [Port(p.name, p.type, p.dims) for p in inputs], outputs)
+    config.response_cache.enable = settings.cache
     config.version_policy.latest.num_versions = settings.keep_versions
     for step in steps:
         # By its number: while a new version is moved in, no request goes through stages of two versions.
@@ -169,17 +179,18 @@ def data_type(name: str) -> int:
     return messages().DataType.Value(f"TYPE_{name}")
 
 
-def schedule(batching: Any, settings: Settings) -> None:
-    """Merge what waits; the urgent overtake. Where asked for, refuse what finds the queue full or waits too long.
+def queue(config: Config, settings: Settings) -> None:
+    """Where asked for, the urgent overtake, and what finds the queue full or waits too long is refused. A model that is not
+    merged has a queue as well: at max_batch_size 0 the dynamic batcher takes one request at a time.
 
     No policy is written unasked: with any of its fields tritonserver 2.51 holds requests for about 500 ms under load.
     """
-    batching.max_queue_delay_microseconds = settings.max_delay_us
     if settings.priorities:
-        batching.priority_levels = batching.default_priority_level = settings.priorities
+        config.dynamic_batching.priority_levels = settings.priorities
+        config.dynamic_batching.default_priority_level = settings.priorities
     if not settings.max_queue and not settings.timeout_us:
         return
-    policy = batching.default_queue_policy
+    policy = config.dynamic_batching.default_queue_policy
     policy.timeout_action = policy.REJECT
     policy.max_queue_size = settings.max_queue
     policy.default_timeout_microseconds = settings.timeout_us

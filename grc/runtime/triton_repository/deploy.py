@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from grc.runtime.triton_repository.repository import Repository
 
 TEMPLATES = Path(__file__).parent / "deploy"
-IMAGE = "nvcr.io/nvidia/tritonserver:25.05-py3"
+TORCH = "https://download.pytorch.org/whl"
+PYPI = "https://pypi.org/simple"  # whose torch is built for one CUDA
 PACKAGES = ("numpy", "safetensors")
 KSERVE = "kserve.yaml"
 
 
-def write(repository: Repository, options: list[str]) -> None:
-    """Fill the templates for one repository. The shell script is made executable."""
-    folder, words = repository.path, values(repository, options)
+def write(repository: Repository, configs: Sequence[Any]) -> None:
+    """Fill the templates for one repository and its models' configurations. The shell script is made executable."""
+    folder, words = repository.path, values(repository, configs)
     for template in sorted(TEMPLATES.iterdir()):
         if template.name == KSERVE and not words["storage"]:
             continue
@@ -28,31 +31,40 @@ def write(repository: Repository, options: list[str]) -> None:
     (folder / "run_server.sh").chmod(0o755)
 
 
-def values(repository: Repository, options: list[str]) -> dict[str, str]:
-    record = repository.record
+def values(repository: Repository, configs: Sequence[Any]) -> dict[str, str]:
+    record, options = repository.record, repository.options
     target = record["target"]
-    gpu = target["device"] == "cuda"
+    groups = [group for config in configs for group in config.instance_group]
+    # A container counts its GPUs from 0; without a list, models run on all that it has.
+    gpus = max((gpu + 1 for group in groups for gpu in group.gpus), default=1) if target["device"] == "cuda" else 0
     name = "".join(c if c.isalnum() else "-" for c in record["artifact"].lower()).strip("-") or "model"
     return {
         "name": name,
         "entry": record["entry"],
-        "image": IMAGE,
+        "image": record["settings"]["image"],
         "packages": " ".join(pinned(package) for package in (*PACKAGES, *needed(record))),
         "torch": target["torch"],
-        "index": "https://download.pytorch.org/whl/" + ("cu128" if gpu else "cpu"),
+        "index": index(target),
         "options": "".join(f" \\\n  {option}" for option in options),
         "arguments": "".join(f"\n        - {option}" for option in options),
-        "memory": f"{memory(repository)}Gi",
+        "memory": f"{memory(repository, sum(group.count * max(1, len(group.gpus)) for group in groups))}Gi",
         "storage": record["settings"]["storage"] or "",
-        "gpu_limit": '\n          nvidia.com/gpu: "1"' if gpu else "",
-        "compose_gpu": COMPOSE_GPU if gpu else "",
+        "gpu_limit": f'\n          nvidia.com/gpu: "{gpus}"' if gpus else "",
+        "compose_gpu": COMPOSE_GPU.format(gpus=gpus) if gpus else "",
     }
 
 
-def memory(repository: Repository) -> int:
+def index(target: Mapping[str, Any]) -> str:
+    """Where the torch of an artifact is found: the build for its CUDA, or where it does not say which, for this host's."""
+    if target["device"] == "cpu":
+        return f"{TORCH}/cpu"
+    cuda = target.get("cuda") or torch.version.cuda
+    return f"{TORCH}/cu{cuda.replace('.', '')}" if cuda else PYPI
+
+
+def memory(repository: Repository, processes: int) -> int:
     """GiB for one server: the weights once, and half a GiB for each process with torch and for the server itself."""
     weights = sum(file.stat().st_size for file in repository.path.glob("*/*/**/weights.safetensors"))
-    processes = len(repository.models) * repository.record["settings"]["instances"]
     return math.ceil(weights / 2**30 + (processes + 1) / 2)
 
 
@@ -62,7 +74,7 @@ COMPOSE_GPU = """
         reservations:
           devices:
             - driver: nvidia
-              count: 1
+              count: {gpus}
               capabilities: [gpu]"""
 
 

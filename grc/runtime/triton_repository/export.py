@@ -17,6 +17,7 @@ from grc.runtime.golden import read_golden
 from grc.runtime.names import NAME, RULE
 from grc.runtime.program import load
 from grc.runtime.triton_repository import config, deploy, onnx_model, slices
+from grc.runtime.triton_repository.override import override
 from grc.runtime.triton_repository.repository import (
     ENSEMBLE,
     MARKER,
@@ -29,7 +30,7 @@ from grc.runtime.triton_repository.repository import (
 from grc.runtime.triton_repository.rows import independent
 from grc.runtime.triton_repository.settings import Settings
 from grc.runtime.triton_repository.tensors import Interface, interface
-from grc.runtime.triton_repository.warmup import Tensors, through, warmups
+from grc.runtime.triton_repository.warmup import Tensors, example, through, warmups, whole
 
 VENDORED = ("__init__.py", "errors.py", "options.py", "runtime")
 UNUSED = ("__pycache__", "server", "deploy", "models")
@@ -63,18 +64,18 @@ def export(
 
 def check_names(manifest: dict[str, Any], settings: Settings) -> None:
     """Raises ArtifactError for a name that would be no folder of the repository, or that is taken by a stage."""
-    fused = [fused_role(manifest, settings)] if settings.layout == "fused" else []
-    for role in (*fused, *RESERVED):
-        name = f"{settings.prefix}{role}"
+    fused = [fused_name(manifest, settings)] if settings.layout == "fused" else []
+    roles = [f"{settings.prefix}{role}" for role in RESERVED]
+    for name in (*fused, *roles):
         if not NAME.fullmatch(name):
             raise ArtifactError(f"{name!r} can't be a model's name", f"let --prefix and --name make {RULE}")
-        if role in RESERVED and role in fused:
+        if name in roles and name in fused:
             raise ArtifactError(f"the fused model can't be called {name}", "name it with --name")
 
 
-def fused_role(manifest: dict[str, Any], settings: Settings) -> str:
-    """The fused model's name without the prefix: the one that was given, or the artifact's as far as Triton takes it."""
-    return settings.name or re.sub(r"[^A-Za-z0-9._-]", "_", manifest["name"])
+def fused_name(manifest: dict[str, Any], settings: Settings) -> str:
+    """The fused model's name: the one that was given, or the artifact's as far as Triton takes it, behind the prefix."""
+    return settings.name or settings.prefix + re.sub(r"[^A-Za-z0-9._-]", "_", manifest["name"])
 
 
 class Exporter:
@@ -84,17 +85,24 @@ class Exporter:
         self.folder = folder
         self.settings = settings
         self.golden = read_golden(artifact)
+        program = load(artifact.path)
         shapes = interface(artifact.manifest)
-        rows = shapes.merges and independent(load(artifact.path), shapes, self.golden)
-        self.artifact = Artifact(artifact.path, {**artifact.manifest, "rows": rows})
+        self.alone: str | None = "its tensors have no rows that belong to one request each"
+        if shapes.merges:
+            self.alone = None if independent(program, shapes, self.golden) else "its rows read each other"
+        self.artifact = Artifact(artifact.path, {**artifact.manifest, "rows": self.alone is None})
         self.interface = interface(self.artifact.manifest, settings.max_batch)
         self.processed = "preprocess" in (artifact.manifest["processing"] or {})
+        self.example = example(program) if self.processed and settings.warmup else None
         # In an ensemble the version before the newest stays until the ensemble has turned to the new one.
         joined = self.processed or settings.layout == "stages"
         self.members = replace(settings, keep_versions=settings.keep_versions + 1) if joined else settings
         self.backend, self.reason = onnx_model.choose(self.artifact.manifest, self.interface, settings)
         self.steps: list[config.Step] = []
         self.programs: list[str] = []
+        self.configs: dict[str, config.Config] = {}
+        if settings.gpus and artifact.manifest["target"]["device"] != "cuda":
+            raise ArtifactError(f"{artifact.path.name} was built for CPUs, and runs on no GPU", "leave --gpus out")
         self.engines: set[str] = set()
 
     def run(self) -> Repository:
@@ -110,6 +118,9 @@ class Exporter:
         models = [step.model for step in self.steps]
         if len(models) > 1:
             models.append(self.ensemble(postprocessed))
+        override(self.configs, self.settings.overrides)
+        for model in models:
+            (self.folder / model / "config.pbtxt").write_text(config.text(self.configs[model]))
         record = {
             "artifact": self.artifact.manifest["name"],
             "layout": self.settings.layout,
@@ -120,36 +131,26 @@ class Exporter:
             "programs": self.programs,
             "preprocesses": self.processed,
             "postprocesses": postprocessed,
-            "rows": self.artifact.manifest["rows"],
+            "max_batch": self.interface.max_batch,
+            "alone": self.alone,
             "engines": sorted(self.engines),
             "requires": sorted({package for package in self.artifact.manifest["requires"].values() if package}),
             "version": self.settings.version,
             "grc": self.artifact.manifest["grc"],
             "target": self.artifact.manifest["target"],
+            "options": server_options(self.configs.values()),
             "settings": asdict(self.settings),
         }
         (self.folder / MARKER).write_text(json.dumps(record, indent=1, default=str))
         made = Repository.open(self.folder)
-        deploy.write(made, server_options(made))
+        deploy.write(made, list(self.configs.values()))
         return made
 
     # The models
 
-    def check_queue(self, name: str) -> None:
-        """Raises ArtifactError for settings of a queue where Triton has none."""
-        own = self.settings
-        queue = {"--max-queue": own.max_queue, "--timeout": own.timeout_us, "--priorities": own.priorities}
-        given = [flag for flag, value in queue.items() if value]
-        if given and not self.interface.merges:
-            raise ArtifactError(
-                f"requests to {name} can't be merged, so that tritonserver has no queue for {' and '.join(given)}",
-                "leave it out",
-            )
-
     def fused(self) -> None:
         manifest = self.artifact.manifest
-        name = self.named(fused_role(manifest, self.settings))
-        self.check_queue(name)
+        name = fused_name(manifest, self.settings)
         if self.backend == "onnxruntime":
             self.onnx(name)
             return
@@ -185,7 +186,7 @@ class Exporter:
         self.programs.append(name)
         self.engines |= {part["engine"] for part in manifest["parts"]}
         found = warmups(self.folder / name / "warmup", manifest, shapes, request) if self.settings.warmup else []
-        self.configure(name, config.program(name, shapes, self.members, manifest["target"]["device"], found))
+        self.configs[name] = config.program(name, shapes, self.members, manifest["target"]["device"], found)
         self.step(name, shapes)
 
     def onnx(self, name: str) -> None:
@@ -196,7 +197,7 @@ class Exporter:
         onnx_model.check(self.version(name), shapes, self.golden, max(manifest["quality"].values(), default=0.0))
         warmup = self.folder / name / "warmup"
         found = warmups(warmup, manifest, shapes, self.golden[0].inputs) if self.settings.warmup else []
-        self.configure(name, config.onnx_program(name, shapes, self.members, found))
+        self.configs[name] = config.onnx_program(name, shapes, self.members, found)
         self.programs.append(name)
         self.step(name, shapes)
 
@@ -209,7 +210,11 @@ class Exporter:
         slices.write_processing(self.artifact, self.place(name))
         self.python(name, "preprocess")
         made = config.ports(self.interface.inputs, batched=False)
-        self.configure(name, config.python_model(name, [config.REQUEST], made, self.members))
+        built = config.python_model(name, [config.REQUEST], made, self.members)
+        config.queue(built, self.settings)
+        if self.example:
+            config.warm(built, [config.REQUEST], [whole(self.folder / name / "warmup", {"request": self.example[0]})])
+        self.configs[name] = built
         self.steps.append(config.Step(name, {"request": "request"}, {p.name: self.between(p.name) for p in made}))
 
     def postprocess(self) -> None:
@@ -217,7 +222,12 @@ class Exporter:
         slices.write_processing(self.artifact, self.place(name))
         self.python(name, "postprocess")
         taken = [config.REQUEST, *config.ports(self.interface.outputs, batched=False)]
-        self.configure(name, config.python_model(name, taken, [config.ANSWER], self.members))
+        built = config.python_model(name, taken, [config.ANSWER], self.members)
+        if self.example:
+            request, outputs = self.example
+            rows = {e.name: e.to_rows(tensor) for e, tensor in zip(self.interface.outputs, outputs, strict=True)}
+            config.warm(built, taken, [whole(self.folder / name / "warmup", {"request": request, **rows})])
+        self.configs[name] = built
         self.steps.append(config.Step(name, {port.name: port.name for port in taken}, {"answer": "answer"}))
 
     def ensemble(self, postprocessed: bool) -> str:
@@ -228,7 +238,7 @@ class Exporter:
         outputs = [config.ANSWER] if postprocessed else config.ports(self.interface.outputs, batched=batched)
         name, largest = self.named(ENSEMBLE), self.interface.max_batch if batched else 0
         self.version(name).mkdir(parents=True)
-        self.configure(name, config.ensemble(name, inputs, outputs, self.steps, self.settings, largest))
+        self.configs[name] = config.ensemble(name, inputs, outputs, self.steps, self.settings, largest)
         return name
 
     # What they are made of
@@ -253,9 +263,6 @@ class Exporter:
         """model.py, and the runtime that it imports: a model folder needs nothing of its neighbours."""
         shutil.copyfile(Path(__file__).parent / "models" / f"{kind}.py", self.version(model) / "model.py")
         vendor(self.version(model) / "grc")
-
-    def configure(self, model: str, built: config.Config) -> None:
-        (self.folder / model / "config.pbtxt").write_text(config.text(built))
 
 
 def vendor(target: Path) -> None:

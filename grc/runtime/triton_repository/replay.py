@@ -7,7 +7,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +19,20 @@ from grc.errors import ArtifactError, GrcError, InputError
 from grc.runtime.artifact import read_manifest
 from grc.runtime.closeness import QUALITY, largest_error, within
 from grc.runtime.golden import Golden, read_golden
-from grc.runtime.processing import written
-from grc.runtime.program import Program, load
+from grc.runtime.processing import read_request, written
+from grc.runtime.program import EXAMPLE, Program, load
+from grc.runtime.triton_repository import config
 from grc.runtime.triton_repository.client import PROTOCOLS, Client, Unavailable
 from grc.runtime.triton_repository.launcher import Server, has_backend, serving
-from grc.runtime.triton_repository.repository import Repository, server_options
+from grc.runtime.triton_repository.repository import Repository
 from grc.runtime.triton_repository.requests import tensor_of
 from grc.runtime.triton_repository.rows import single_rows
 from grc.runtime.triton_repository.tensors import Interface, Tensor, interface
 from grc.runtime.values import json_lines
 
 AT_ONCE = 16  # clients
-ROUNDS = 5  # of all requests at once, until the server was seen to merge some
+SLOWLY = 100_000  # microseconds for which requests wait for each other, where none was merged otherwise
+LOADABLE = ("--model-control-mode=explicit", "--load-model=*")  # a server that loads a model again when it is told to
 PATIENCE = 60.0  # seconds for which a request that gets a 503 is sent again
 REQUEST = Tensor("request", "uint8", (-1,), ("n",))
 ANSWER = Tensor("answer", "uint8", (-1,), ("n",))
@@ -38,11 +40,13 @@ ANSWER = Tensor("answer", "uint8", (-1,), ("n",))
 
 @dataclass
 class Replayed:
-    """What was asked and how the answers were."""
+    """What was asked and how the answers were. `alone` says why no request may be merged, `warning` what was not asked."""
 
     tensors: int = 0
     requests: int = 0
     merged: int = 0
+    alone: str | None = None
+    warning: str | None = None
     error: float = 0.0
     server: str = ""
     ready_seconds: float = 0.0
@@ -51,17 +55,18 @@ class Replayed:
 def verify(repository: Repository, artifact_path: str | os.PathLike[str], requests: Sequence[Any] = ()) -> Replayed:
     """Start the real server on a repository and replay the artifact's golden requests, and as JSON its example and `requests`.
 
-    Raises ArtifactError for an answer that is not the model's, InputError where the model refuses one of `requests`, GrcError
-    where no server is found or it does not start.
+    Raises ArtifactError for an answer that is not the model's and where requests that may be merged are not, InputError where
+    the model refuses its example or one of `requests`, GrcError where no server is found or it does not start.
     """
     backend = repository.record["backend"]
     if not has_backend(backend):
         raise GrcError(f"the tritonserver of this host has no {backend} backend", "export with --backend python")
     program = load(artifact_path)
     check_requests(program, requests)
+    asked = [*requests, *examples(program)]
     try:
-        with serving(repository.path, *server_options(repository)) as server:
-            return Replay(repository, program, server).run([*requests, *examples(program)])
+        with serving(repository.path, *repository.options, *LOADABLE) as server:
+            return Replay(repository, program, server).run(asked)
     finally:
         forget_bytecode(repository.path)
 
@@ -91,15 +96,20 @@ def check_requests(program: Program, requests: Sequence[Any]) -> None:
 
 
 def examples(program: Program) -> list[Any]:
-    """The request among the artifact's assets, where it has one that is answered, and always alike."""
-    request = program.example() if program.artifact.manifest["processing"] else None
-    if request is None:
+    """The request among the artifact's assets, where it has one. Raises InputError where the artifact itself refuses it."""
+    if "preprocess" not in (program.artifact.manifest["processing"] or {}):
+        return []
+    file = program.processing.folder / EXAMPLE
+    if not file.is_file():
         return []
     try:
-        first, again = (json.loads(written(program.recommend(request))) for _ in range(2))
-    except InputError:  # of ids that the model does not know, say
-        return []
-    return [request] if first == again else []
+        request = read_request(file.read_text())
+        program.recommend(request)
+    except InputError as error:
+        raise InputError(
+            f"{EXAMPLE} among the assets was refused: {error.message}", "mend it, and compile the model again"
+        ) from error
+    return [request]
 
 
 def read_requests(path: Path | None) -> list[Any]:
@@ -129,7 +139,9 @@ class Replay:
         self.program = program
         self.server = server
         settings = repository.record["settings"]
-        self.whole = interface({**program.artifact.manifest, "rows": repository.record["rows"]}, settings["max_batch"])
+        self.whole = interface(
+            {**program.artifact.manifest, "rows": not repository.record["alone"]}, settings["max_batch"]
+        )
         self.budget = max(program.artifact.manifest["quality"].values(), default=0.0)
         if repository.layout == "fused":
             self.stages = [(repository.programs[0], self.whole)]
@@ -147,18 +159,23 @@ class Replay:
                 for index, request in enumerate(golden):
                     self.tensors(client, f"golden request {index}", request)
                     self.done.tensors += 1
-                self.at_once(client, [row for request in golden for row in self.rows(request)])
+                self.at_once(client, golden, AT_ONCE)
                 if self.repository.preprocesses:
                     self.texts(client, requests)
             finally:
                 client.close()
+        self.done.alone = self.alone()
+        if self.done.alone is None and not self.done.merged:
+            self.slowly(golden)
+        if self.repository.preprocesses and not requests:
+            self.done.warning = "no example request went through preprocess: only tensors and {} were sent"
         return self.done
 
     # Requests as tensors
 
     def tensors(self, client: Client, what: str, request: Golden) -> None:
         """Ask the ensemble where it takes tensors, and else each program in turn."""
-        answers = self.ask(client, request.inputs)
+        answers = patiently(self.ask, client, request.inputs)
         error = largest_error(answers, request.outputs)
         self.done.error = max(self.done.error, error)
         if not within(error, self.budget, QUALITY):
@@ -168,17 +185,6 @@ class Replay:
             )
 
     def ask(self, client: Client, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Until there is room in the queue and time: a refusal for want of either is no wrong answer."""
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            try:
-                return self.ask_once(client, inputs)
-            except Unavailable:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(random.uniform(0.005, 0.02))  # never in step with the server's delay
-
-    def ask_once(self, client: Client, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         if not self.repository.preprocesses:
             return call(client, self.entry, self.whole, inputs)
         values = {entry.name: tensor for entry, tensor in zip(self.whole.inputs, inputs, strict=True)}
@@ -199,21 +205,58 @@ class Replay:
         """Each row as a request of its own, where rows can be told apart."""
         return single_rows(self.whole, request) if self.whole.merges else [request]
 
-    def at_once(self, client: Client, requests: list[Golden]) -> None:
-        """All requests from many clients, again until the server has merged some of them."""
+    def at_once(self, client: Client, golden: list[Golden], clients: int) -> None:
+        """The rows of all requests from many clients; how many of them were merged is counted."""
         first = self.stages[0][0]
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            for _ in range(ROUNDS):
-                before = client.statistics(first)
-                asked = [pool.submit(self.tensors, client, "a row of a golden request", r) for r in requests * 2]
-                for each in asked:
-                    each.result()
-                after = client.statistics(first)
-                self.done.tensors += len(asked)
-                merged = (after[0] - before[0]) - (after[1] - before[1])
-                self.done.merged += merged
-                if merged or not self.whole.merges:
-                    break
+        rows = [row for request in golden for row in self.rows(request)]
+        before = client.statistics(first)
+        with ThreadPoolExecutor(clients) as pool:
+            asked = [pool.submit(self.tensors, client, "a row of a golden request", row) for row in rows * 2]
+            for each in asked:
+                each.result()
+        after = client.statistics(first)
+        self.done.tensors += len(asked)
+        self.done.merged += (after[0] - before[0]) - (after[1] - before[1])
+
+    def alone(self) -> str | None:
+        """Why no request may be merged, or None."""
+        if self.repository.record["alone"]:
+            return self.repository.record["alone"]
+        name = self.stages[0][0]
+        found = self.configuration(name)
+        if not found.HasField("dynamic_batching"):
+            return f"{name} has no dynamic_batching"
+        if found.max_batch_size == 1:
+            return f"the largest batch of {name} is 1"
+        queue = found.dynamic_batching.default_queue_policy.max_queue_size
+        return f"only one request may wait for {name}" if queue == 1 else None
+
+    def slowly(self, golden: list[Golden]) -> None:
+        """All rows once more, from more clients, for a server told to keep requests waiting for others and no answers.
+
+        Raises ArtifactError where none is merged even then.
+        """
+        first = self.stages[0][0]
+        client = Client("grpc", self.server.at("grpc"))
+        try:
+            for name in dict.fromkeys((first, self.entry)):
+                found = self.configuration(name)
+                found.response_cache.enable = False
+                if name == first:
+                    found.dynamic_batching.max_queue_delay_microseconds = SLOWLY
+                    found.dynamic_batching.ClearField("default_queue_policy")
+                client.load(name, found)
+            self.at_once(client, golden, 4 * AT_ONCE)
+        finally:
+            client.close()
+        if not self.done.merged:
+            raise ArtifactError(
+                f"no requests to {first} were merged, though its configuration asks for it",
+                f"the repository was not written; export it with --max-batch 1 to serve {first} without merging",
+            )
+
+    def configuration(self, model: str) -> Any:
+        return config.read(self.repository.path / model / "config.pbtxt")
 
     # Requests as text
 
@@ -226,19 +269,24 @@ class Replay:
             except InputError as error:
                 refusal = error.message
             try:
-                found = self.answer(client, request)
+                found = patiently(self.answer, client, request)
             except InputError as error:
                 if expected is None and refusal in error.message:
                     continue
                 raise
             if expected is None:
                 raise ArtifactError(f"{self.entry} answers a request over {client.protocol} that preprocess refuses")
-            if not alike(found, json.loads(written(expected)), max(2 * self.budget, QUALITY)):
+            if not self.right(found, expected) and self.right(
+                json.loads(written(self.program.recommend(request))), expected
+            ):
                 raise ArtifactError(
                     f"{self.entry} answers a request over {client.protocol} otherwise than the artifact does",
                     "the repository was not written; compare with grc run ARTIFACT --request",
                 )
             self.done.requests += 1
+
+    def right(self, found: Any, expected: Any) -> bool:
+        return alike(found, json.loads(written(expected)), max(2 * self.budget, QUALITY))
 
     def answer(self, client: Client, request: Any) -> Any:
         given = [(REQUEST, tensor_of(json.dumps(request)))]
@@ -248,6 +296,18 @@ class Replay:
         answers = [entry.to_model(tensor) for entry, tensor in zip(self.whole.outputs, outputs, strict=True)]
         build = self.program.build
         return json.loads(written(answers[0] if self.program.single else build(answers)))
+
+
+def patiently(ask: Callable[..., Any], *args: Any) -> Any:
+    """Ask until there is room in the queue and time: a refusal for want of either is no wrong answer."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return ask(*args)
+        except Unavailable:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(random.uniform(0.005, 0.02))  # never in step with the server's delay
 
 
 def call(client: Client, model: str, shapes: Interface, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -61,11 +62,21 @@ class Repository:
     def postprocesses(self) -> bool:
         return self.record["postprocesses"]
 
+    @property
+    def options(self) -> list[str]:
+        """What a server must be told for this repository."""
+        return self.record["options"]
+
     def place(self, model: str) -> Path:
         """The artifact of a model in the version that was exported."""
         return self.path / model / str(self.record["version"]) / "artifact.grc"
 
 
-def server_options(repository: Repository) -> list[str]:
-    """What a server must be told for this repository."""
-    return [f"--cache-config=local,size={CACHE_BYTES}"] if repository.record["settings"]["cache"] else []
+def server_options(configs: Collection[Any]) -> list[str]:
+    """What a server must be told for models that are configured so."""
+    cached = any(config.response_cache.enable for config in configs)
+    limited = any(group.HasField("rate_limiter") for config in configs for group in config.instance_group)
+    return [
+        *([f"--cache-config=local,size={CACHE_BYTES}"] if cached else []),
+        *(["--rate-limit=execution_count"] if limited else []),
+    ]

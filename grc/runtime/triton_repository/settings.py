@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 Layout = Literal["fused", "stages"]
 Backend = Literal["auto", "python", "onnxruntime"]
+IMAGE = "nvcr.io/nvidia/tritonserver:25.05-py3"
 LAYOUTS: tuple[Layout, ...] = ("fused", "stages")
 
 
@@ -21,15 +23,17 @@ class Settings:
     """What runs the fused model: the Python backend with our runtime, or Triton's own for ONNX Runtime where that is enough.
     `auto` takes ONNX Runtime's where the server found on this host has it, or none is found."""
     name: str | None = None
-    """Name of the fused model; the artifact's own by default."""
+    """Name of the fused model, taken as it is; the prefix and the artifact's own by default."""
     prefix: str = ""
-    """Put before the name of every model, so that repositories of several artifacts can be served by one server."""
+    """Put before the names of all other models, so that repositories of several artifacts can be served by one server."""
     version: int = 1
     """Version folder to write."""
     keep_versions: int = 1
     """How many of the newest versions are served."""
     instances: int = 1
     """Processes that run each model; all map the same weights."""
+    gpus: Sequence[int] = ()
+    """GPUs that the models of an artifact for GPUs run on, `instances` on each; all that the server sees by default."""
     max_batch: int | None = None
     """Most rows that are merged into one call; the artifact's own limit by default."""
     max_delay_us: int = 0
@@ -46,5 +50,9 @@ class Settings:
     """Answer a golden request at every batch size that has a part of its own, before the server is ready."""
     python: Path | None = None
     """A virtual environment for the models (EXECUTION_ENV_PATH); by default that of the first python on PATH."""
+    overrides: Sequence[str] = ()
+    """MODEL.FIELD=VALUE: fields of the models' config.pbtxt, under Triton's own names; `*` stands for every model."""
+    image: str = IMAGE
+    """The tritonserver image that the Dockerfile begins with."""
     storage: str | None = None
     """Where the repository will lie for KServe (`s3://…`, `pvc://…`): manifests are written for it."""

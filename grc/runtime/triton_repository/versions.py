@@ -42,6 +42,7 @@ def add_version(
     with tempfile.TemporaryDirectory(dir=served.path.parent, prefix=f".{served.path.name}.") as work:
         made = export(artifact_path, Path(work) / served.path.name, settings)
         refuse_other_tensors(served, made)
+        keep_configurations(served, made)
         if before_done:
             before_done(made)
         for model in made.models:
@@ -54,15 +55,9 @@ def add_version(
 
 
 def recorded(served: Repository) -> Settings:
-    kept = dict(served.record["settings"])
-    name = kept["name"] or (served.programs[0] if kept["layout"] == "fused" else None)
-    return Settings(
-        **{**kept, "name": (name or "").removeprefix(kept["prefix"]) or None, "python": path_of(kept["python"])}
-    )
-
-
-def path_of(text: str | None) -> Path | None:
-    return Path(text) if text else None
+    kept = served.record["settings"]
+    name = served.programs[0] if kept["layout"] == "fused" else None
+    return Settings(**{**kept, "name": name, "python": kept["python"] and Path(kept["python"])})
 
 
 def refuse_other_tensors(served: Repository, made: Repository) -> None:
@@ -81,14 +76,29 @@ def refuse_other_tensors(served: Repository, made: Repository) -> None:
                 )
 
 
+def keep_configurations(served: Repository, made: Repository) -> None:
+    """The new version is served, and proven, as the models are configured: a model with a new configuration would be loaded
+    anew in all its versions. So its warm-ups are the old ones, which it must answer."""
+    for model in served.models[:-1] or served.models:
+        shutil.copyfile(served.path / model / "config.pbtxt", made.path / model / "config.pbtxt")
+        shutil.rmtree(made.path / model / "warmup", ignore_errors=True)
+        if (served.path / model / "warmup").exists():
+            shutil.copytree(served.path / model / "warmup", made.path / model / "warmup")
+
+
 def list_of(found: Any, field: str) -> Any:
     value = getattr(found, field)
     return value if isinstance(value, (int, str)) else [str(entry) for entry in value]
 
 
 def drop_old(served: Repository, settings: Settings) -> None:
-    """Delete versions that are no longer served: all but the newest, and the one before them that requests may still be in."""
+    """Delete versions that are no longer served: all but the newest, the one before them that requests may still be in, and
+    those that --set keeps.
+    """
     for model in served.models:
+        policy = config.read(served.path / model / "config.pbtxt").version_policy
+        newest = max(settings.keep_versions + 1, policy.latest.num_versions)
         numbers = sorted(int(entry.name) for entry in (served.path / model).iterdir() if entry.name.isdigit())
-        for number in numbers[: -(settings.keep_versions + 1)]:
-            shutil.rmtree(served.path / model / str(number))
+        for number in numbers[:-newest]:
+            if not policy.HasField("all") and number not in policy.specific.versions:
+                shutil.rmtree(served.path / model / str(number))
