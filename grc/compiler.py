@@ -24,6 +24,7 @@ from grc.lowering.cuda import Gpu, full_precision, gpu_engines, gpu_target, mixe
 from grc.lowering.engine import Built, Engine, Lowerable, Target
 from grc.lowering.export import written_out
 from grc.lowering.kernel_times import KernelTimes
+from grc.lowering.requests import requests_of, timed_batches
 from grc.lowering.stages import BuiltStage, Line
 from grc.lowering.timing import crowding
 from grc.lowering.traffic import interpolated, learn, read_traffic, told
@@ -250,7 +251,7 @@ def lower(
     if target.device == "cuda":
         traffic = read_traffic(options.traffic) if options.traffic else None
         gpu = open_gpu(source, options)
-        requests = make_requests(source, optimised, options, gpu.plan.buckets)
+        requests = requests_of(source, optimised.proof, options, gpu.plan.buckets)
         fixed = [(b, source.inputs(b)) for b in fixed_batches(options, gpu.plan)]
         offered = gpu_engines(gpu, ours, unguarded, fixed)
         if lowered is not None and lowered.formats:
@@ -264,7 +265,7 @@ def lower(
             )
         lowering[0].kernels = gpu.times.entry()
         return lowering
-    requests = make_requests(source, optimised, options)
+    requests = requests_of(source, optimised.proof, options)
     if lowered is not None and lowered.formats:
         requests = replace(requests, judge=lowered.judge)
         offered = engines_for(ours[""], None, lowered.choices, lowered.data.calibration.sample(ROWS).batches)
@@ -342,7 +343,7 @@ class Relearn:
         usual, seconds = self.gpu.plan.buckets, interpolated(measured)
         learnt = learn(self.traffic, self.source.min_batch, self.options.max_batch, seconds)
         gpu = replace(self.gpu, plan=replace(self.gpu.plan, buckets=learnt))
-        requests = make_requests(self.source, self.optimised, self.options, learnt)
+        requests = requests_of(self.source, self.optimised.proof, self.options, learnt)
         return gpu, requests, told(self.traffic, learnt, usual, seconds)
 
 
@@ -387,19 +388,3 @@ def build_and_choose(
     progress.end("   ".join([learnt, *won] if learnt else won))
     choice.tidy(parts)
     return choice, target, {"build": built - start, "measure": time.perf_counter() - built}
-
-
-def make_requests(source: Source, optimised: Optimised, options: Options, buckets: Sequence[int] = ()) -> Requests:
-    """Proof inputs with the oracle's answers, a single row among them, and inputs to time: of every bucket's size."""
-    proof, truth, baseline = list(optimised.proof.inputs), list(optimised.proof.truth), list(optimised.proof.baseline)
-    if source.dynamic and source.min_batch == 1:
-        one = Proof([source.inputs(1)]).prepare(source.graph)
-        proof, truth, baseline = proof + one.inputs, truth + one.truth, baseline + one.baseline
-    timed = {b: source.inputs(b if source.dynamic else EXPORT_BATCH) for b in timed_batches(source, options, buckets)}
-    return Requests(proof, truth, baseline, timed)
-
-
-def timed_batches(source: Source, options: Options, buckets: Sequence[int] = ()) -> list[int]:
-    wanted = [b for b in buckets or options.batches if source.min_batch <= b <= options.max_batch]
-    sizes = wanted if source.dynamic else [1]
-    return sizes or [options.max_batch]

@@ -27,6 +27,8 @@ from grc.runtime.triton_repository.settings import Settings
 from grc.runtime.triton_repository.tensors import interface
 from tests.triton_repository.conftest import EXAMPLE
 
+TORCH = f"torch=={torch.__version__.partition('+')[0]}"
+
 pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed: pip install 'grc-compiler[triton]'")
 
 
@@ -253,7 +255,7 @@ def test_files_that_start_the_server_are_filled_in(dlrm: Path, tmp_path: Path) -
     model = inference["spec"]["predictor"]["model"]
     assert (model["storageUri"], model["runtime"]) == ("s3://models/dlrm", runtime["metadata"]["name"])
     docker = (made.path / "Dockerfile").read_text()
-    assert f"torch=={torch.__version__.partition('+')[0]}" in docker and "\nUSER 1000:1000\n" in docker
+    assert TORCH in docker and "\nUSER 1000:1000\n" in docker
     assert os.access(made.path / "run_server.sh", os.X_OK)
     for file in ("run_server.sh", "Dockerfile", "compose.yaml", "kserve.yaml"):
         assert "$name" not in (made.path / file).read_text()
@@ -283,7 +285,7 @@ def test_the_files_of_an_artifact_for_gpus_ask_for_them_and_for_their_torch(
     on_gpus(made, cuda="13.0")
     docker = (made.path / "Dockerfile").read_text()
     assert "\nFROM example.com/tritonserver:1\n" in docker
-    assert "--index-url https://download.pytorch.org/whl/cu130 torch==2.13.0 " in docker
+    assert f"--index-url https://download.pytorch.org/whl/cu130 {TORCH} " in docker
     service = yaml.safe_load((made.path / "compose.yaml").read_text())["services"]["dlrm"]
     assert service["deploy"]["resources"]["reservations"]["devices"] == [
         {"driver": "nvidia", "count": 3, "capabilities": ["gpu"]}
@@ -293,7 +295,7 @@ def test_the_files_of_an_artifact_for_gpus_ask_for_them_and_for_their_torch(
     for here, index in (("12.8", "https://download.pytorch.org/whl/cu128"), (None, "https://pypi.org/simple")):
         monkeypatch.setattr("torch.version.cuda", here)
         on_gpus(made)  # of an artifact that does not say its CUDA
-        assert f"--index-url {index} torch==2.13.0 " in (made.path / "Dockerfile").read_text()
+        assert f"--index-url {index} {TORCH} " in (made.path / "Dockerfile").read_text()
 
 
 def test_instances_of_an_artifact_for_gpus_run_on_those_that_are_named(dlrm: Path, tmp_path: Path) -> None:
