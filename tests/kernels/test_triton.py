@@ -303,11 +303,6 @@ def test_refuses_what_it_can_not_compute() -> None:
         bag_fm.bag_fm(torch.zeros(10, 8), torch.zeros(10), ids, [0], [10], 8, [NO_PADDING], [], False)
 
 
-def test_a_large_batch_and_an_unknown_one_take_the_same_tile() -> None:
-    for module in (lookup, bag_dot, bag_fm):
-        assert module.config(None, 26, 128, torch.float16) == module.config(1 << 20, 26, 128, torch.float16)
-
-
 @elsewhere
 def test_in_the_interpreter() -> None:
     passes(__file__, 150)

@@ -210,8 +210,7 @@ def packed_dot(form: str) -> tuple[Any, ...]:
 def test_packed_rows_are_multiplied_as_they_lie(
     form: str, choice: bag_dot.Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bag_dot, "config", lambda *_: choice)
-    text = ptx(bag_dot, lambda: bag_dot.bag_dot(*packed_dot(form)), monkeypatch)
+    text = ptx(bag_dot, lambda: bag_dot.bag_dot(*packed_dot(form), tiles=[0, *choice]), monkeypatch)
     assert re.search(r"mma\.sync\S*\.s32\.s8\.s8", text) and "s32.f16" not in text
     assert not re.search(r"ld\.global\S*\.b8|cvt\S*\.u8", text), "bytes are taken one by one"
     # Both factors come out of the shared memory that rows were copied into, without a detour through registers.

@@ -43,9 +43,10 @@ class Config(NamedTuple):
     stages: int
 
 
+# Of each of the three, the first is taken where none was timed.
 CONFIGS = (
-    Config(132 * 8, 1, 128, 3),
     Config(132 * 12, 1, 128, 3),
+    Config(132 * 8, 1, 128, 3),
     Config(132 * 12, 1, 128, 5),
     Config(132 * 8, 2, 128, 3),
     Config(132 * 12, 2, 128, 3),
@@ -57,8 +58,8 @@ CONFIGS = (
 )
 # In float32 wider blocks, or fewer warps, spill: the operands of all three passes are held at once.
 FLOAT32_CONFIGS = (
-    Config(1 << 30, 1, 32, 1),
     Config(1 << 30, 2, 32, 1),
+    Config(1 << 30, 1, 32, 1),
     Config(132 * 8, 1, 32, 3),
     Config(132 * 8, 2, 32, 3),
     Config(132 * 4, 4, 64, 3),
@@ -66,10 +67,6 @@ FLOAT32_CONFIGS = (
 )
 # Fewer columns at once let more rows share a load and its addresses.
 INTEGER_CONFIGS = (Config(132 * 12, 1, 64, 3), Config(132 * 12, 1, 64, 5), Config(132 * 16, 1, 32, 3))
-# Up to this many bytes of rows, this one: within 2% of the fastest on an H100 for 26 features of 128, at every batch.
-BY_BYTES = ((1 << 62, Config(132 * 12, 1, 128, 3)),)
-INTEGER_BY_BYTES = ((1 << 62, INTEGER_CONFIGS[0]),)  # the fastest on an H200 for 26 features of 128
-FLOAT32_BY_BYTES = ((1 << 26, Config(1 << 30, 1, 32, 1)), (1 << 62, Config(1 << 30, 2, 32, 1)))
 # How float32 products are taken: "ieee" on the CUDA cores, or "tf32x3" in three passes of the tensor cores. Those split
 # each factor into two tf32 numbers of 11 bits and leave out the product of the two lower ones, so that a sum is off by at
 # most 2**-21 of the sum of its terms' sizes. On an H200, 26 features of 128: 2.7 times as fast, and nearer to float64
@@ -82,18 +79,8 @@ LEAST_ROWS, LEAST_COLUMNS, MOST_COLUMNS = 17, 64, 2**17 - 1
 INTEGERS, FIXED = 2.0**-19, 1.0 / LARGEST.value  # what these products may lose: see `bag_dot`
 
 
-def config(batch: int | torch.SymInt, features: int, dim: int, dtype: torch.dtype) -> Config:
-    """The tile for rows [batch, features, dim], of dtype uint8 where their integers are multiplied; a batch unknown while
-    compiling counts as a large one."""
-    choices = {torch.float32: FLOAT32_BY_BYTES, torch.uint8: INTEGER_BY_BYTES}.get(dtype, BY_BYTES)
-    if not isinstance(batch, int):
-        return choices[-1][1]
-    size = batch * features * dim * dtype.itemsize
-    return next(choice for limit, choice in choices if size <= limit)
-
-
 def tiles_of(given: Mapping[str, Any]) -> tuple[Config, ...]:
-    """The tiles that a call may take: which is the fastest is measured where it will run."""
+    """The tiles that a call may take: which is the fastest is timed where it will run."""
     if by_integers(given["arena"], **{name: given[name] for name in CALL}):
         return INTEGER_CONFIGS
     return FLOAT32_CONFIGS if answer_dtype(given["arena"]) is torch.float32 else CONFIGS
@@ -266,7 +253,7 @@ def bag_dot(
     nodes = count + has_dense
     one = offsets is None and weights is None and set(lengths) == {1}
     integers = by_integers(arena, offsets, weights, dense, bases, dim, lengths, packing)
-    usual = config(batch, count, dim, arena.dtype if integers else dtype)
+    usual = (INTEGER_CONFIGS if integers else FLOAT32_CONFIGS if dtype is torch.float32 else CONFIGS)[0]
     pairs = nodes * (nodes + 1 if diagonal else nodes - 1) // 2
     head = dim if keep else 0
     width = max(width, pairs + head)

@@ -22,21 +22,12 @@ class Config(NamedTuple):
     warps: int
 
 
+# The first is taken where none was timed: the fastest at every batch on an H200 for 26 features of 128.
 CONFIGS = (Config(1, 1), Config(1, 2), Config(1, 4), Config(2, 1), Config(2, 2), Config(4, 1), Config(4, 2))
-# Up to this many bytes of rows, this one: the fastest at every batch on an H200 for 26 features of 128.
-BY_BYTES = ((1 << 62, Config(1, 1)),)
-
-
-def config(batch: int | torch.SymInt, features: int, dim: int, dtype: torch.dtype) -> Config:
-    """The tile for rows [batch, features, dim]; a batch unknown while compiling counts as a large one."""
-    if not isinstance(batch, int):
-        return BY_BYTES[-1][1]
-    size = batch * features * dim * dtype.itemsize
-    return next(choice for limit, choice in BY_BYTES if size <= limit)
 
 
 def tiles_of(given: Mapping[str, Any]) -> tuple[Config, ...]:
-    """The tiles that a call may take: which is the fastest is measured where it will run."""
+    """The tiles that a call may take: which is the fastest is timed where it will run."""
     return CONFIGS
 
 
@@ -135,13 +126,12 @@ def bag_fm(
     batch = ids.shape[0]
     form, _, pitch, scale, _, align = layout(arena, bases, [dim] * count, packing)
     dtype = answer_dtype(arena)
-    usual = config(batch, count, dim, dtype)
     flat = arena.new_empty(batch, count * dim if keep else 0, dtype=dtype)
     fm = arena.new_empty(batch, 1 if summed else dim, dtype=dtype)
     id_row, id_step = strides(ids)
     if tables is None:
         tables = table(lists(arena, bases, rows, dim, padding, packing), arena.device)
-    for choice, asked in as_measured(batch, tiles, usual):
+    for choice, asked in as_measured(batch, tiles, CONFIGS[0]):
         wrap_triton(grc_bag_fm)[(triton.cdiv(batch, choice.samples) * asked,)](
             arena, arena if linear is None else linear, ids, tables, flat, fm,
             tables if told is None else told, batch, id_row, id_step,

@@ -41,37 +41,24 @@ class Config(NamedTuple):
     warps: int
 
 
+# The first is taken where none was timed: on an H200 it is the fastest of large outputs, or within a tenth of that.
 CONFIGS = (
+    Config(512, 8),
     Config(64, 2),
     Config(128, 4),
     Config(256, 2),
     Config(256, 4),
     Config(512, 4),
-    Config(512, 8),
     Config(1024, 4),
     Config(1024, 8),
 )
-# Up to this many bytes of output, this one: the fastest on an H200 for 26 features of 128 in float16 and float32, one id
-# or a sum of ten.
-BY_BYTES = ((1 << 22, Config(128, 4)), (1 << 62, Config(512, 8)))
-
-# Rows of 8 and 4 bits have chunks of twice the columns: the fastest there at every batch.
-PACKED = Config(128, 4)
-
-
-def config(batch: int | torch.SymInt, features: int, dim: int, dtype: torch.dtype, packed: bool = False) -> Config:
-    """The tile for an output [batch, features * dim]; a batch unknown while compiling counts as a large one."""
-    if packed:
-        return PACKED
-    if not isinstance(batch, int):
-        return BY_BYTES[-1][1]
-    size = batch * features * dim * dtype.itemsize
-    return next(choice for limit, choice in BY_BYTES if size <= limit)
+# Rows of 8 and 4 bits have chunks of twice the columns.
+PACKED_CONFIGS = (Config(128, 4), *(tile for tile in CONFIGS if tile != (128, 4)))
 
 
 def tiles_of(given: Mapping[str, Any]) -> tuple[Config, ...]:
-    """The tiles that a call may take: which is the fastest is measured where it will run."""
-    return CONFIGS
+    """The tiles that a call may take: which is the fastest is timed where it will run."""
+    return PACKED_CONFIGS if given["packing"] else CONFIGS
 
 
 @triton.jit
@@ -175,7 +162,7 @@ def lookup(
     widths = [dim // vec for dim in dims]
     total = sum(widths)
     dtype = answer_dtype(arena)
-    usual = config(batch, count, max(dims), dtype, form != ARENA)
+    usual = (CONFIGS if form == ARENA else PACKED_CONFIGS)[0]
     uniform = len(set(dims)) == 1
     if tables is None:
         tables = table(lists(arena, bases, rows, dims, lengths, padding, packing), arena.device)
