@@ -25,14 +25,15 @@ import torch
 from torch import nn
 
 import grc
+from benchmarks.rows import RESULTS, replace
 from grc.bench.host import machine, versions
 from grc.graph.capture import flat_tensors
 from grc.graph.model_file import load_model
 from grc.lowering.timing import Turn, interleave, summarise
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "overhead.jsonl"
 ZOO = ROOT / "examples" / "zoo"
+KEY = ("figure", "model", "batch", "engine", "machine")
 WIDTH = 64
 
 # Goals: overhead of a call, load of 1 GB, resident bytes over weight bytes; on a GPU the first answer of 1 GB.
@@ -187,22 +188,11 @@ def main() -> int:
         if options.device == "cuda"
         else f"python -m benchmarks.overhead --engine {options.engine} --model {options.model} --batch {options.batch}"
     )
-    lines = [json.dumps({**figure, **about, "command": said}) for figure in found]
-    print("\n".join(lines))
+    rows = [{**figure, **about, "command": said} for figure in found]
+    print("\n".join(map(json.dumps, rows)))
     if not options.small:
-        keep(lines)
+        replace(rows, RESULTS / "overhead.jsonl", KEY)
     return 1 if any(figure["value"] > figure["goal"] for figure in found) else 0
-
-
-def keep(lines: list[str]) -> None:
-    """Newer figures take the place of older ones for the same engine and machine."""
-    old = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    kept: dict[tuple[Any, ...], str] = {}
-    for line in [*old, *lines]:
-        figure = json.loads(line)
-        kept[tuple(figure.get(name) for name in ("figure", "model", "batch", "engine", "machine"))] = line
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text("".join(line + "\n" for line in kept.values()))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def place(machine: str, command: str, packages: Iterable[str] = ("torch", "trito
 
 def replace(rows: list[dict[str, Any]], file: Path, key: tuple[str, ...]) -> None:
     """Add rows to a file, in the place of those that have the same key."""
-    new = {tuple(r[name] for name in key) for r in rows}
+    new = {tuple(r.get(name) for name in key) for r in rows}
     old = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    staying = [r for r in old if tuple(r[name] for name in key) not in new]
+    staying = [r for r in old if tuple(r.get(name) for name in key) not in new]
     file.write_text("".join(json.dumps(r) + "\n" for r in [*staying, *rows]))

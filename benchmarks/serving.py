@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import grc
+from benchmarks.rows import RESULTS, replace
 from grc.bench.host import machine, versions
 from grc.runtime.golden import read_golden
 from grc.runtime.server.datatypes import NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "serving.jsonl"
 KEY = ("server", "model", "encoding", "clients", "machine")
 ROUNDS = 3  # each cell is measured in as many turns, and the median of each figure is kept
 # wrk's own summary rounds: this prints every figure in microseconds, and how many answers were no 200.
@@ -246,30 +246,21 @@ def main() -> None:
         "versions": served_versions(),
         "date": datetime.date.today().isoformat(),
     }
-    lines = [
-        json.dumps({**row, "model": options.model, "memory_bytes": memory[row["server"]], **about, "command": said})
-        for row in rows
+    rows = [
+        {**row, "model": options.model, "memory_bytes": memory[row["server"]], **about, "command": said} for row in rows
     ]
-    print("\n".join(lines))
+    print("\n".join(map(json.dumps, rows)))
     failed = sorted({row["server"] for row in rows if row["errors"]})
     if failed:  # a server that does not answer has no speed
         sys.exit(f"error: {', '.join(failed)} did not answer every request\nhint: nothing was kept")
     if not options.small:
-        keep(lines)
+        replace(rows, RESULTS / "serving.jsonl", KEY)
 
 
 def served_versions() -> dict[str, str]:
     from importlib import metadata
 
     return {**versions(), "uvloop": metadata.version("uvloop")}
-
-
-def keep(lines: list[str]) -> None:
-    """Newer figures take the place of older ones for the same cell and machine."""
-    old = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    kept = {tuple(json.loads(line)[name] for name in KEY): line for line in [*old, *lines]}
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text("".join(line + "\n" for line in kept.values()))
 
 
 if __name__ == "__main__":
