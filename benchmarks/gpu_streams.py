@@ -70,7 +70,7 @@ def main() -> None:
             rows.append({**row, "requests_per_s": round(rate, 1), **about})
             print(f"{model.name} batch {batch}, {streams} streams: {rate:.0f} requests/s", flush=True)
         del program
-    replace(rows, options.output, ("model", "streams", "batch", "machine"))
+    replace(rows, options.output, ("model", "streams", "batch", "threads", "machine"))
 
 
 if __name__ == "__main__":

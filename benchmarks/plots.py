@@ -91,7 +91,8 @@ def headline(results: Path) -> str:
                 continue
             best = [cell.ratio for cell in own if cell.ratio is not None]
             eager = [ratio for cell in own if (ratio := cell.over(cell.row("eager"))) is not None]
-            lines.append(f"| {machine} | {precision} | {len(own)} | {spread(best)} | {spread(eager)} |")
+            less = f" of {len(eager)} cells" if len(eager) < len(own) else ""
+            lines.append(f"| {machine} | {precision} | {len(own)} | {spread(best)} | {spread(eager)}{less} |")
     return "\n".join(lines) if len(lines) > 2 else NOT_MEASURED
 
 
@@ -126,15 +127,16 @@ def section(name: str, rows: list[Row]) -> str:
         parts.append("```\n" + "\n".join(commands) + "\n```")
         if len(found) >= DRAWN:
             parts.append(f"![Ratios of medians]({ratios_of(name, machine)})")
-    own = [row for row in rows if row["machine"] == widest(rows)]
-    parts.append(f"Times on {widest(rows)}:")
+    main = widest(rows)
+    own = [row for row in rows if row["machine"] == main]
+    parts.append(f"Times on {main}:")
     parts += [f"![Times of {model}]({times_of(name, model)})" for model in sorted({row["model"] for row in own})]
     return "\n\n".join(parts)
 
 
 def widest(rows: list[Row]) -> str:
     """The machine that was measured most."""
-    found = [cell.machine for cell in cells(rows) if cell.ratio is not None]
+    found = [cell.machine for cell in cells(rows)]
     return max(sorted(set(found)), key=found.count)
 
 
@@ -308,7 +310,8 @@ def draw(name: str, rows: list[Row]) -> None:
         own = [row for row in rows if row["machine"] == machine]
         if sum(cell.ratio is not None for cell in cells(own)) >= DRAWN:
             plot_ratios(own, DOCUMENT.parent / ratios_of(name, machine))
-    own = [row for row in rows if row["machine"] == widest(rows)]
+    main = widest(rows)
+    own = [row for row in rows if row["machine"] == main and time_of(row) is not None]
     for model in sorted({row["model"] for row in own}):
         plot_times([row for row in own if row["model"] == model], DOCUMENT.parent / times_of(name, model))
 

@@ -24,4 +24,7 @@ def replace(rows: list[dict[str, Any]], file: Path, key: tuple[str, ...]) -> Non
     new = {tuple(r.get(name) for name in key) for r in rows}
     old = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     staying = [r for r in old if tuple(r.get(name) for name in key) not in new]
-    file.write_text("".join(json.dumps(r) + "\n" for r in [*staying, *rows]))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text("".join(json.dumps(r) + "\n" for r in [*staying, *rows]))
+    partial.replace(file)

@@ -342,6 +342,7 @@ class Relearn:
     def __call__(self, measured: Mapping[int, float]) -> tuple[Gpu, Requests, str]:
         usual, seconds = self.gpu.plan.buckets, interpolated(measured)
         learnt = learn(self.traffic, self.source.min_batch, self.options.max_batch, seconds)
+        learnt = tuple(sorted({*learnt, *fixed_batches(self.options, self.gpu.plan)}))
         gpu = replace(self.gpu, plan=replace(self.gpu.plan, buckets=learnt))
         requests = requests_of(self.source, self.optimised.proof, self.options, learnt)
         return gpu, requests, told(self.traffic, learnt, usual, seconds)

@@ -170,8 +170,9 @@ def compiled(settings: Settings, staff: Staff, batches: Sequence[int], progress:
         settings.device,
         settings.engine,
         batches=tuple(batches),
-        max_batch=max(*batches, Options.max_batch),
-        buckets=tuple(batches) if settings.device == "cuda" else (),  # peers are built for these very sizes
+        # Peers on a GPU are built for these very sizes.
+        max_batch=max(batches) if settings.device == "cuda" else max(*batches, Options.max_batch),
+        buckets=tuple(batches) if settings.device == "cuda" else (),
         precision=settings.precision,
         budget=settings.budget,
     )

@@ -32,7 +32,6 @@ def known(names: Sequence[str], precision: str = "fp32", device: str = "cpu") ->
         if name not in PEERS:
             raise BenchError(f"there is no peer {name}", f"choose from {', '.join(able)}")
         if name not in able:
-            raise BenchError(
-                f"{name} has no form of precision {precision} on {device}", f"compare with --against {','.join(able)}"
-            )
+            reason = "is not measured on a GPU" if device == "cuda" else f"has no form of precision {precision}"
+            raise BenchError(f"{name} {reason}", f"compare with --against {','.join(able)}")
     return [name for name in PEERS if name in names]

@@ -72,9 +72,12 @@ class Narrowed(nn.Module):
 
 
 def in_16_bits(model: Model, precision: str) -> Model:
-    """A model as people run it on a GPU who lower it by hand: bfloat16 where that is asked for, else float16."""
+    """A model as people run it on a GPU who lower it by hand: bfloat16 where that is asked for, else float16. Its module is
+    changed in place. Raises BenchError for a saved program, whose operators name the dtypes it was saved with."""
+    if model.program is not None:
+        raise BenchError("a saved program keeps the dtypes that it was saved with", "measure the model's Python file")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
-    return replace(model, module=Narrowed(model.module, dtype), program=None)
+    return replace(model, module=Narrowed(model.module, dtype).eval())
 
 
 def placed(source: Source, device: str) -> Source:

@@ -19,14 +19,14 @@ EXAMPLES = (
     "grc bench model.py --artifact model.grc --against eager,onnxruntime --plot times.svg",
     "grc bench model.py --output rows.jsonl --json",
 )
-PEERS = "all"
+ALL = "all"
 
 
 def command(
     model: p.Model,
     against: Annotated[
         str, typer.Option(metavar="PEER,…", help="What to compare with: by default all that run there.")
-    ] = PEERS,
+    ] = ALL,
     batches: Annotated[str, typer.Option(metavar="N,N,…", help="Batch sizes to measure.")] = "1,64,1024",
     threads: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Threads of every engine; torch's own number by default.")
@@ -47,7 +47,12 @@ def command(
         str, typer.Option(metavar="KIND,…", help="How ids are drawn, where the model file offers both.")
     ] = "uniform,zipf",
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE", help="Add the rows to this .jsonl file.")
+        Path | None,
+        typer.Option(
+            "--output",
+            metavar="FILE",
+            help="Add the rows to this .jsonl file, in the place of those of the same cells.",
+        ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the times as .svg or .png.")] = None,
     json: p.Json = False,
@@ -72,7 +77,7 @@ def command(
     from grc.cli.summary import table
     from grc.report.summary import fused_on_gpu
 
-    asked = usual(precision, device) if against == PEERS else [name for name in against.split(",") if name]
+    asked = usual(precision, device) if against == ALL else [name for name in against.split(",") if name]
     names = known(asked, precision, device)
     kinds = ids.split(",")
     if not set(kinds) <= {"uniform", "zipf"}:
@@ -120,7 +125,7 @@ def command(
     rows = measure(settings, lambda text: say(f"  {text}"), keep, manifests.append)
     if plot is not None:
         plot_times(rows, plot)
-    fused = table(fused_on_gpu(manifests[0]))
+    fused = list(table(fused_on_gpu(manifests[0])))
     if fused:
         fused = ["", "fused ops, timed when they were built:", *fused]
     lines = [jsons.dumps(row) for row in rows] if json else [text_table(rows), *fused]

@@ -86,7 +86,7 @@ def sections(manifest: dict[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]
         ("missed", [(name(c), place(c), c["missed"]) for c in missed]),
         ("rolled back", [(r["pass"], r["why"]) for r in rolled_back(manifest)]),
         ("engines: medians by batch, largest error against fp64", engine_rows(manifest)),
-        ("fused ops as they were timed on this GPU", fused_on_gpu(manifest)),
+        ("fused ops, timed on the GPU that it was built on", fused_on_gpu(manifest)),
         ("files", [(file, size(entry["bytes"])) for file, entry in manifest["files"].items()]),
     ]
 

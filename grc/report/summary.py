@@ -119,7 +119,7 @@ def fused_on_gpu(manifest: dict[str, Any]) -> list[tuple[str, ...]]:
             f"{row['op']} {row['dtype']}",
             row["node"],
             f"batch {row['batch']}",
-            microseconds(row["us"]),
+            f"{row['us']:.1f} us",
             size(row["bytes"]),
             f"{row['bytes'] / row['us'] / 1e3:.0f} GB/s",
             f"{row['of_copy']:.0%} of a copy's",

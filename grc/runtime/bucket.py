@@ -74,12 +74,12 @@ class Bucket:
         return views(memory, specs, batch)
 
     def cut(self, plan: Plan, batch: int, host: bool) -> Cut:
-        """The buffers on one side, cut for a request of `batch` rows; made once for each size while there are not too many."""
+        """The buffers on one side, cut for a request of `batch` rows; those of the newest sizes are kept."""
         found = self.cuts.get((batch, host))
         if found is None:
             taken, given = (self.host, self.answers) if host else (self.device, [])
             if len(self.cuts) >= CUTS:
-                self.cuts.popitem()
+                self.cuts.pop(next(iter(self.cuts)))
             found = self.cuts[batch, host] = Cut.of(plan, taken, given, batch)
         return found
 

@@ -291,11 +291,12 @@ def test_traces_with_an_unknown_batch_and_copies_nothing(name: str) -> None:
 
     a = make(LOOKUPS[name], torch.float32)
     args = list(a.values())[4:]
+    tiles = None if name == "jagged weights" else [8, 64, 2, 4096, 512, 8]  # timed: one for few bags, one for more
     lookup.register(), bag_dot.register()
 
     class Model(torch.nn.Module):
         def forward(self, arena, ids, dense, offsets, weights):  # type: ignore[no-untyped-def]
-            rows = torch.ops.grc_cuda.lookup(arena, ids, offsets, weights, *args)
+            rows = torch.ops.grc_cuda.lookup(arena, ids, offsets, weights, *args, tiles=tiles)
             bases, sizes, dims, lengths, pooling, padding = args
             rest = (bases, sizes, dims[0], lengths, pooling, padding, False, False, True)
             dot = torch.ops.grc_cuda.bag_dot(arena, ids, offsets, weights, dense, *rest)
@@ -311,7 +312,7 @@ def test_traces_with_an_unknown_batch_and_copies_nothing(name: str) -> None:
     assert names == ["lookup.default", "bag_dot.default"]
     traced, _ = aot_export_module(program.module(), inputs, trace_joint=False)
     calls = [node for node in traced.graph.nodes if "triton_kernel_wrapper_functional" in str(node.target)]
-    assert [call.kwargs["tensors_to_clone"] for call in calls] == [["out"], ["out"]]
+    assert [call.kwargs["tensors_to_clone"] for call in calls] == [["out"]] * (3 if tiles else 2)
     assert all(call.kwargs["kwargs"]["tables"].op == "get_attr" for call in calls)
     assert not [node for node in traced.graph.nodes if "copy" in str(node.target)]
 

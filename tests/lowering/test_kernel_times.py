@@ -85,9 +85,8 @@ def test_each_batch_has_the_tile_that_is_fastest_there_but_for_ties(graph: fx.Gr
     # At 256 and 128 bags SOME is as fast as any, at 16 another is faster.
     assert tiles == [2, *FEW, 16, *MANY, 256, *SOME]
     rows = found.entry()["fused"]
-    assert [(row["batch"], row["bags"], Tile(*row["tile"])) for row in rows] == [
-        (1, 2, FEW), (8, 16, MANY), (64, 128, SOME), (128, 256, SOME)
-    ]  # fmt: skip
+    wanted = [(1, FEW), (8, MANY), (64, SOME), (128, SOME)]
+    assert [(row["batch"], Tile(*row["tile"])) for row in rows] == wanted
     assert [row["us"] for row in rows] == [1.0, 1.0, 9.0, 5.0]
 
 
@@ -101,18 +100,59 @@ def test_bytes_are_counted_once_and_held_against_a_copy(graph: fx.GraphModule, n
     assert (row["op"], row["dtype"]) == ("lookup", "float32")
 
 
-def test_calls_of_one_kind_are_timed_once(graph: fx.GraphModule, node: fx.Node) -> None:
+def test_calls_of_one_kind_are_timed_once_at_each_batch(graph: fx.GraphModule, node: fx.Node) -> None:
     asked: list[int] = []
-    found = times({(2, tile): 1e-6 for tile in (FEW, SOME, MANY)}, asked)
-    assert found.tiles(graph, node, MODULE, (1,)) == found.tiles(graph, node, MODULE, (1,)) == [2, *FEW]
-    assert len(asked) == 3 + 1, "each tile, and the copy"
+    found = times({(2 * batch, tile): 1e-6 for tile in (FEW, SOME, MANY) for batch in (1, 8)}, asked)
+    assert found.tiles(graph, node, MODULE, (1,)) == [2, *FEW]
+    assert found.tiles(graph, node, MODULE, (1, 8)) == [16, *FEW]
+    assert len(asked) == 2 * 3 + 1, "each tile at each batch, and the copy"
+    assert [row["batch"] for row in found.entry()["fused"]] == [1, 8]
+
+
+class OutOfResources(RuntimeError):
+    """What Triton raises under this name."""
+
+
+@pytest.mark.parametrize("spoilt", [(MANY,), (FEW, SOME, MANY)])
+def test_a_tile_that_does_not_fit_is_left_out(graph: fx.GraphModule, node: fx.Node, spoilt: tuple[Tile, ...]) -> None:
+    def timer(calls: Sequence[partial[Any]]) -> float:
+        if Tile(*calls[0].keywords.get("tiles", [0, 0, 0])[1:]) in spoilt:
+            raise OutOfResources("shared memory")
+        return 1e-6
+
+    found = KernelTimes(CPU, timer)
+    wanted = None if len(spoilt) == 3 else [2, *FEW]
+    assert found.tiles(graph, node, MODULE, (1,)) == wanted
+    assert len(found.entry()["fused"]) == (0 if wanted is None else 1)
+
+
+def test_where_there_is_no_memory_nothing_is_timed(graph: fx.GraphModule, node: fx.Node) -> None:
+    def timer(calls: Sequence[partial[Any]]) -> float:
+        raise torch.OutOfMemoryError("no memory")
+
+    found = KernelTimes(CPU, timer)
+    assert found.tiles(graph, node, MODULE, (1, 8)) is None
+    assert found.entry() == {"copy_gbps": None, "fused": []}
+
+
+def test_a_look_up_is_timed_as_it_is_packaged(graph: fx.GraphModule, node: fx.Node) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def op(**given: Any) -> Tensor:
+        seen.append(given)
+        return kernel(**given)
+
+    op._schema = SimpleNamespace(arguments=[SimpleNamespace(name="told")])  # type: ignore[attr-defined]
+    found = KernelTimes(CPU, lambda calls: (calls[0](), 1.0)[1])
+    found.tiles(graph, node, SimpleNamespace(register=lambda: op, tiles_of=lambda given: (FEW,)), (1,))
+    assert all(not given["told"].any() and len(given["told"]) == 16 for given in seen if "ids" in given)
 
 
 def test_an_op_without_tiles_is_timed_too(graph: fx.GraphModule, node: fx.Node) -> None:
     found = KernelTimes(CPU, lambda calls: 2e-6)
     module = SimpleNamespace(register=lambda: kernel)
     assert found.tiles(graph, node, module, (1, 8)) is None
-    assert [(row["batch"], row["us"], row["tile"]) for row in found.entry()["fused"]] == [(1, 2.0, ()), (8, 2.0, ())]
+    assert [(row["batch"], row["us"], row["tile"]) for row in found.entry()["fused"]] == [(1, 2.0, []), (8, 2.0, [])]
 
 
 def test_ids_have_rows(graph: fx.GraphModule, node: fx.Node) -> None:

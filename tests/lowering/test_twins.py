@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -9,11 +11,13 @@ from torch import Tensor, fx, nn
 pytest.importorskip("triton", reason="Triton is not installed")
 from grc.compiler import optimise
 from grc.graph.capture import capture
+from grc.graph.match import call_arguments
 from grc.graph.model_file import from_module
 from grc.kernels import OPS
 from grc.lowering.check_ids import with_checked_ids
 from grc.lowering.engine import Lowerable
 from grc.lowering.export import export_graph
+from grc.lowering.kernel_times import KernelTimes
 from grc.lowering.twins import optional_twins, with_twins
 from grc.options import Options
 from grc.progress import Silent
@@ -62,6 +66,20 @@ def test_where_to_count_is_a_constant_and_survives_the_export(lowerable: Lowerab
     assert COUNTER in program.graph_signature.buffers
     assert [n for n in program.graph.nodes if n.target is torch.ops.grc_cuda.lookup.default]
     assert not program.constants, "a constant made while tracing would be copied to the device in every run"
+
+
+def test_timed_tiles_stand_in_the_call_where_the_kernel_takes_them(lowerable: Lowerable) -> None:
+    times = KernelTimes(CPU, lambda calls: 1e-6)
+    known = SimpleNamespace(tiles=lambda graph, node, module, batches: [*batches, 64, 2])
+    graph, _ = with_twins(lowerable.graph, CPU, True, (), known, (8,))  # type: ignore[arg-type]
+    node = next(n for n in graph.graph.nodes if getattr(n.target, "namespace", "") == "grc_cuda")
+    given = call_arguments(node)
+    assert (
+        given["tiles"] == [8, 64, 2] and given["told"].target == COUNTER and given["tables"].target.endswith("_tables")
+    )
+    assert with_twins(lowerable.graph, CPU, True, (), times, ())[1] and not times.found, (
+        "without buckets nothing is timed"
+    )
 
 
 def test_ids_of_look_ups_that_are_not_ours_are_counted_too() -> None:
