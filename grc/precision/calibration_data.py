@@ -86,7 +86,9 @@ def from_file(source: Source, file: Path) -> Given:
     try:
         leaves = tensors_of(columns, specs)
     except InputError as error:
-        raise InputError(f"{file.name}: {error.message}", error.hint) from error
+        raise InputError(
+            f"{file.name}: {error.message}", "give rows of the shapes and types that get_inputs gives"
+        ) from error
     rows = leaves[0].shape[0] if leaves and leaves[0].dim() else 1
     if not source.dynamic or any(leaf.dim() == 0 or leaf.shape[0] != rows for leaf in leaves):
         return [leaves], None if label is None else [label]
@@ -116,7 +118,7 @@ def labels_of(given: Any, where: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         for row, value in enumerate(given if hasattr(given, "__iter__") else ()):
             if not is_number(value):
-                raise GrcError(f"row {row} of {where} has the label {value!r}, which is no number", hint) from error
+                raise GrcError(f"row {row} of {where} has the label {value}, which is no number", hint) from error
         raise GrcError(f"{where} has labels that are no numbers: {message_of(error)}", hint) from error
     if found.is_complex():
         raise GrcError(f"{where} has labels of {str(found.dtype)[6:]}", hint)
