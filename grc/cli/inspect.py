@@ -45,13 +45,15 @@ def command(artifact: p.ArtifactPath, json: p.Json = False, traceback: Traceback
 
 def sections(manifest: dict[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]]:
     """Every table of the manifest: a title and rows of text."""
-    from grc.report.summary import changes, fused_on_gpu, rolled_back, size
+    from grc.report.summary import changes, fused_on_gpu, rolled_back, size, summarise
     from grc.runtime.inputs import InputCheck
 
     check = InputCheck(manifest)
     batch = manifest["batch"]
     limits = f"batch {batch['min']} to {batch['max']}" if batch["dynamic"] else "fixed sizes"
     fused, missed = changes(manifest)
+    summary = summarise(manifest)
+    lowered = summary["precision"] or {"notes": [], "others": []}
     layers = manifest["layers"]
     total = sum(layer["bytes"] for layer in layers)
     flops = sum(layer["flops"] for layer in layers)
@@ -87,6 +89,7 @@ def sections(manifest: dict[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]
         ("rolled back", [(r["pass"], r["why"]) for r in rolled_back(manifest)]),
         ("engines: medians by batch, largest error against fp64", engine_rows(manifest)),
         ("fused ops as they were timed on this GPU", fused_on_gpu(manifest)),
+        ("notes", [(note,) for note in (*summary["notes"], *lowered["notes"])]),
         ("files", [(file, size(entry["bytes"])) for file, entry in manifest["files"].items()]),
     ]
 
