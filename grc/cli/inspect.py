@@ -84,6 +84,10 @@ def sections(manifest: dict[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]
             ],
         ),
         (precision_title(manifest), precision_rows(manifest)),
+        (
+            "other parameters of 1 KB and more, kept as they are",
+            [(other["name"], size(other["bytes"]), other["reason"]) for other in lowered["others"]],
+        ),
         ("fused", [(name(c), place(c), c["saves"]) for c in fused]),
         ("missed", [(name(c), place(c), c["missed"]) for c in missed]),
         ("rolled back", [(r["pass"], r["why"]) for r in rolled_back(manifest)]),

@@ -48,8 +48,33 @@ def precision(manifest: dict[str, Any]) -> dict[str, Any] | None:
         "lowered": len(lowest),
         "higher": [site for site in sites if site not in lowest],
         "sites": sites,
-        "frontier": found["frontier"],
+        "others": found["others"],
+        "frontier": distinct(found["frontier"]),
+        "times": times_beside_float32(manifest),
     }
+
+
+def distinct(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The points of a frontier, of those that are alike the one that was chosen, or else the first."""
+    kept: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for point in sorted(points, key=lambda point: not point["chosen"]):
+        kept.setdefault((point["bytes"], point["work"], *point["quality"].values()), point)
+    return [point for point in points if any(point is own for own in kept.values())]
+
+
+def times_beside_float32(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Medians in microseconds by engine and batch of everything that was measured: the engines of fewer bits, and the model
+    itself, which is in float32 and run eagerly."""
+    times, measured = medians(manifest), batches(manifest)
+    engines = dict.fromkeys(engine for engine, _ in times)
+    return [
+        {
+            "engine": engine,
+            "answers": [batch for batch in measured if engine_at(manifest, batch) == engine],
+            "p50_us": {batch: times[engine, batch] for batch in measured if (engine, batch) in times},
+        }
+        for engine in engines
+    ]
 
 
 def changes(manifest: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

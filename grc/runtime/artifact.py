@@ -20,7 +20,7 @@ import torch
 from grc.errors import ArtifactError
 from grc.runtime.weights import read_weights
 
-FORMAT = 5
+FORMAT = 6
 MANIFEST = "manifest.json"
 SMALL = 64 << 20  # bytes: files up to this size are hashed at load; larger ones by `grc check`
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what writing alone meets
