@@ -57,7 +57,7 @@ def show_precision(summary: dict[str, Any]) -> None:
         rows += [(site["name"], site["format"], alone(site), site["reason"]) for site in found["higher"]]
     for line in table(rows):
         put(line)
-    if others := found["others"]:
+    if others := summary["others"]:
         count = f"{len(others)} other parameter{'s' if len(others) > 1 else ''} of 1 KB and more"
         put(f"  kept as they are: {count}, {size(sum(o['bytes'] for o in others))}; grc inspect has why")
     put()
@@ -67,7 +67,7 @@ def show_precision(summary: dict[str, Any]) -> None:
         values = ["NaN" if (value := point["quality"][name]) is None else f"{value:.2g}" for name in heads]
         mark = "chosen" if point["chosen"] else "" if point["inside"] else f"outside of {', '.join(found['budget'])}"
         points.append((size(point["bytes"]), f"{point['work']:.0%}", *values, mark))
-    for line in [*table(points), "", *table(list(time_rows(found["times"])))]:
+    for line in [*table(points), "", *table(list(time_rows(summary["times"])))]:
         put(line)
     for note in found["notes"]:
         say(f"note: {note}")

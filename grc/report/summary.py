@@ -26,6 +26,8 @@ def summarise(manifest: dict[str, Any]) -> dict[str, Any]:
         "speed": speed(manifest),
         "error": max((manifest["quality"][p["engine"]] for p in manifest["parts"]), default=0.0),
         "precision": precision(manifest),
+        "others": [] if manifest["precision"] is None else manifest["precision"]["others"],
+        "times": measured_times(manifest),
         "next": next_steps(manifest, missed),
     }
 
@@ -48,9 +50,7 @@ def precision(manifest: dict[str, Any]) -> dict[str, Any] | None:
         "lowered": len(lowest),
         "higher": [site for site in sites if site not in lowest],
         "sites": sites,
-        "others": found["others"],
         "frontier": distinct(found["frontier"]),
-        "times": times_beside_float32(manifest),
     }
 
 
@@ -62,9 +62,8 @@ def distinct(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [point for point in points if any(point is own for own in kept.values())]
 
 
-def times_beside_float32(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """Medians in microseconds by engine and batch of everything that was measured: the engines of fewer bits, and the model
-    itself, which is in float32 and run eagerly."""
+def measured_times(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Medians in microseconds by batch of each engine, of the model itself too, and which batches the engine answers."""
     times, measured = medians(manifest), batches(manifest)
     engines = dict.fromkeys(engine for engine, _ in times)
     return [

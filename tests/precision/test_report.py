@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import grc
 from grc.cli.summary import time_rows
 from grc.precision.others import find_others
-from grc.report.summary import distinct, times_beside_float32
+from grc.report.summary import distinct, measured_times
 from tests.precision.models import captured
 
 
@@ -76,7 +76,7 @@ def test_measured_times_stand_beside_float32() -> None:
         "parts": [{"engine": "inductor"}, {"engine": "inductor-float-layers"}],
         "choice": [{"up_to": 8, "part": 0}, {"up_to": 4096, "part": 1}],
     }
-    assert list(time_rows(times_beside_float32(manifest))) == [
+    assert list(time_rows(measured_times(manifest))) == [
         ("measured", "", "", "float32, eager"),
         ("batch 1", "inductor", "80 us", "700 us"),
         ("batch 64", "inductor-float-layers", "300 us", ""),
