@@ -247,10 +247,10 @@ def usual_of(columns: Tensor) -> Tensor:
     held against the other columns, or against 1 where there are none."""
     counts = (columns > 0).sum(0)
     spare = torch.maximum(counts // 100, (counts // 2).clamp(max=SPARE))
-    usual = columns.topk(int(spare.max()) + 1, 0).values.gather(0, spare.unsqueeze(0)).squeeze(0).float()
+    usual = columns.topk(int(spare.max()) + 1, 0).values.gather(0, spare.unsqueeze(0)).squeeze(0).double()
     lone = (counts <= SPARE) & (2 * counts <= len(columns))
     others = usual[~lone]
-    return torch.where(lone, others.max() if len(others) else torch.ones(()), usual)
+    return torch.where(lone, others.max() if len(others) else usual.new_ones(()), usual)
 
 
 def sound(tensor: Tensor, by_row: bool) -> Tensor:
