@@ -12,6 +12,10 @@ class GrcError(Exception):
         self.hint = hint
 
 
+class CalibrationWarning(UserWarning):
+    """Quality is measured on data that say little about real requests."""
+
+
 def message_of(error: BaseException) -> str:
     """The first line of what another library raised, or its type where it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

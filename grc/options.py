@@ -12,6 +12,8 @@ DEVICES = ("cpu", "cuda")
 BadIdPolicy = Literal["error", "zero", "clamp", "hash"]
 BAD_ID_POLICIES: tuple[BadIdPolicy, ...] = ("error", "zero", "clamp", "hash")
 ENGINES = ("auto", "inductor", "inductor-float-layers", "aoti", "onnxruntime", "onnxruntime-static", "eager")
+ONLY_FLOAT = ("aoti", "eager")  # engines that can't keep weights in fewer bits
+ONLY_LOWER = ("inductor-float-layers", "onnxruntime-static")  # and those that are for nothing else
 
 
 @dataclass(frozen=True)
@@ -67,5 +69,11 @@ class Options:
             raise GrcError(f"there is no device {self.device!r}", f"choose one of {', '.join(DEVICES)}")
         if self.on_bad_id not in BAD_ID_POLICIES:
             raise GrcError(f"there is no policy {self.on_bad_id!r}", f"choose one of {', '.join(BAD_ID_POLICIES)}")
+        absent = ONLY_LOWER if self.precision == "fp32" else ONLY_FLOAT
+        if self.engine in absent:
+            others = ", ".join(name for name in ENGINES if name not in absent)
+            raise GrcError(
+                f"there is no engine {self.engine} for precision {self.precision}", f"choose one of {others}"
+            )
         if self.max_batch < 1 or not self.batches or min(self.batches) < 1:
             raise GrcError("batch sizes are numbers from 1 up", "give max_batch and at least one of batches so")

@@ -15,8 +15,20 @@ import grc
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from movielens import data, model
-from movielens.corpus import Corpus
+from movielens.corpus import Corpus, Index
 from movielens.train import rank
+
+METRICS = ("hr@10", "ndcg@10")
+
+
+def compared(path: Path, own: dict[str, float], corpus: Corpus, examples: Index) -> dict[str, float]:
+    """HR@10 and NDCG@10 of an artifact, the share that it gains or loses of the model's `own`, and the bytes of its weights."""
+    found = rank(grc.load(path), corpus, examples)
+    return {
+        **{name: found[name] for name in METRICS},
+        **{f"change of {name}": found[name] / own[name] - 1 for name in METRICS},
+        "bytes": (path / "weights.safetensors").stat().st_size,
+    }
 
 
 def main() -> None:
@@ -31,13 +43,10 @@ def main() -> None:
     print(f"{'':28}HR@10   NDCG@10   weights")
     print(f"{'the model':28}{own['hr@10']:.4f}  {own['ndcg@10']:.4f}")
     for path in options.artifacts:
-        program = grc.load(path)
-        found = rank(program, corpus, corpus.test)
-        change = {name: found[name] / own[name] - 1 for name in ("hr@10", "ndcg@10")}
-        size = (path / "weights.safetensors").stat().st_size
+        found = compared(path, own, corpus, corpus.test)
         print(
-            f"{path.name:28}{found['hr@10']:.4f}  {found['ndcg@10']:.4f}   {size / 1e6:.1f} MB   "
-            f"{change['hr@10']:+.2%} and {change['ndcg@10']:+.2%}"
+            f"{path.name:28}{found['hr@10']:.4f}  {found['ndcg@10']:.4f}   {found['bytes'] / 1e6:.1f} MB   "
+            f"{found['change of hr@10']:+.2%} and {found['change of ndcg@10']:+.2%}"
         )
 
 

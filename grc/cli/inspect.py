@@ -45,13 +45,15 @@ def command(artifact: p.ArtifactPath, json: p.Json = False, traceback: Traceback
 
 def sections(manifest: dict[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]]:
     """Every table of the manifest: a title and rows of text."""
-    from grc.report.summary import changes, fused_on_gpu, rolled_back, size
+    from grc.report.summary import changes, fused_on_gpu, rolled_back, size, summarise
     from grc.runtime.inputs import InputCheck
 
     check = InputCheck(manifest)
     batch = manifest["batch"]
     limits = f"batch {batch['min']} to {batch['max']}" if batch["dynamic"] else "fixed sizes"
     fused, missed = changes(manifest)
+    summary = summarise(manifest)
+    told = [*summary["notes"], *(summary["precision"] or {"notes": []})["notes"]]
     layers = manifest["layers"]
     total = sum(layer["bytes"] for layer in layers)
     flops = sum(layer["flops"] for layer in layers)
@@ -82,11 +84,16 @@ def sections(manifest: dict[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]
             ],
         ),
         (precision_title(manifest), precision_rows(manifest)),
+        (
+            "other parameters of 1 KB and more, kept as they are",
+            [(other["name"], size(other["bytes"]), other["reason"]) for other in summary["others"]],
+        ),
         ("fused", [(name(c), place(c), c["saves"]) for c in fused]),
         ("missed", [(name(c), place(c), c["missed"]) for c in missed]),
         ("rolled back", [(r["pass"], r["why"]) for r in rolled_back(manifest)]),
         ("engines: medians by batch, largest error against fp64", engine_rows(manifest)),
         ("fused ops, timed on the GPU that it was built on", fused_on_gpu(manifest)),
+        ("notes", [(note,) for note in told]),
         ("files", [(file, size(entry["bytes"])) for file, entry in manifest["files"].items()]),
     ]
 

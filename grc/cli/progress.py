@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
+from functools import partial
+from typing import Any
 
 from rich.console import Console
 from rich.status import Status
 
 from grc.cli.ending import check
 from grc.cli.errors import say
+from grc.errors import CalibrationWarning
 
 WIDTH = 96  # columns of a line before its seconds
 
@@ -60,14 +64,26 @@ class Live(Lines):
             self.status = None
 
 
+def tell_warning(others: Any, message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
+    if issubclass(category, CalibrationWarning):
+        say(f"warning: {message}")
+    else:
+        others(message, category, *rest, **more)
+
+
 class Reporting:
-    """`with Reporting() as progress:` leaves the terminal as it was, whatever happens."""
+    """`with Reporting() as progress:` leaves the terminal as it was, whatever happens. grc's own warnings are lines of it."""
 
     def __enter__(self) -> Lines:
+        self.warnings = warnings.catch_warnings()
+        self.warnings.__enter__()
+        warnings.simplefilter("always", CalibrationWarning)
+        warnings.showwarning = partial(tell_warning, warnings.showwarning)
         # The stream as it is now: while torch.export runs, sys.stderr is redirected, and these lines must not be.
         self.progress = Live(Console(file=sys.stderr)) if sys.stderr.isatty() else Lines()
         return self.progress
 
     def __exit__(self, *_: object) -> None:
+        self.warnings.__exit__(None, None, None)
         if isinstance(self.progress, Live):
             self.progress.close()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from grc.cli.errors import say
-from grc.report.summary import microseconds, size
+from grc.report.summary import MODEL, microseconds, size
 
 MOST = 48  # characters of a source line that are shown
 
@@ -46,8 +46,8 @@ def show_changes(summary: dict[str, Any]) -> None:
 
 
 def show_precision(summary: dict[str, Any]) -> None:
-    """What stayed higher than the smallest format that there is for it, what that alone would cost and why, and the frontier
-    of quality against bytes and work."""
+    """What stayed higher than the smallest format that there is for it, what that alone would cost and why; the frontier of
+    quality against bytes and estimated work; and what was measured beside the model in float32."""
     found = summary["precision"]
     if found is None:
         return
@@ -57,17 +57,28 @@ def show_precision(summary: dict[str, Any]) -> None:
         rows += [(site["name"], site["format"], alone(site), site["reason"]) for site in found["higher"]]
     for line in table(rows):
         put(line)
+    if others := summary["others"]:
+        count = f"{len(others)} other parameter{'s' if len(others) > 1 else ''} of 1 KB and more"
+        put(f"  kept as they are: {count}, {size(sum(o['bytes'] for o in others))}; grc inspect has why")
     put()
     heads = [limit.partition("=")[0] for limit in found["budget"]]
-    points = [("bytes", "work", *heads, "")]
+    points = [("bytes", "est. work", *heads, "")]
     for point in found["frontier"]:
         values = ["NaN" if (value := point["quality"][name]) is None else f"{value:.2g}" for name in heads]
         mark = "chosen" if point["chosen"] else "" if point["inside"] else f"outside of {', '.join(found['budget'])}"
         points.append((size(point["bytes"]), f"{point['work']:.0%}", *values, mark))
-    for line in table(points):
+    for line in [*table(points), "", *table(list(time_rows(summary["times"])))]:
         put(line)
     for note in found["notes"]:
         say(f"note: {note}")
+
+
+def time_rows(times: Sequence[dict[str, Any]]) -> Iterable[tuple[str, ...]]:
+    """A row for each batch: what answers, and the model itself."""
+    float32: dict[int, float] = next((row["p50_us"] for row in times if row["engine"] == MODEL), {})
+    yield ("measured", "", "", "float32, eager")
+    for batch, engine, median in sorted((b, row["engine"], row["p50_us"][b]) for row in times for b in row["answers"]):
+        yield (f"batch {batch}", engine, microseconds(median), microseconds(float32[batch]) if batch in float32 else "")
 
 
 def alone(site: dict[str, Any]) -> str:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 
 from grc.errors import LoweringError
+from grc.graph.match import attribute
 from grc.lowering.engine import Built, Lowerable, Target
 from grc.lowering.onnxruntime import FILE, INLINE, OnnxRuntime, externalise, onnx_model
 
+PRODUCTS = ["MatMul", "Gemm"]
 LARGEST = 1 << 30  # bytes: the quantiser holds the whole model in one protobuf, whose limit is 2 GiB
 
 
@@ -33,17 +36,14 @@ class OnnxRuntimeInt8(OnnxRuntime):
         if any(n.op == "get_attr" and n.meta["val"].dtype is torch.uint8 for n in lowerable.graph.graph.nodes):
             raise LoweringError("it would need a float32 copy of the tables that are kept in fewer bits")
         proto, constants = onnx_model(lowerable)
-        weights = {str(n.target): n.meta["val"] for n in lowerable.graph.graph.nodes if n.op == "get_attr"}
-        layers = {name: tuple(w.shape) for name, w in weights.items() if w.dim() > 1}
-        lowered = {shape for name, shape in layers.items() if self.formats.get(name) == "int8"}
-        kept = {*layers.values()} - lowered
         file = f"{self.name}.onnx"
-        proto, constants = quantised(proto, constants, {shape[::-1] for shape in kept} | kept, self.quantise, file)
+        excluded = other_products(proto, constants, lowerable.graph, self.formats)
+        proto, constants = quantised(proto, constants, excluded, self.quantise, file)
         (folder / file).write_bytes(proto.SerializeToString())
         return Built(self.name, file, constants)
 
     def quantise(self, before: Path, after: Path, excluded: list[str]) -> None:
-        dynamically(before, after, excluded)
+        dynamically(before, after, excluded, PRODUCTS)
 
 
 class OnnxRuntimeStatic(OnnxRuntimeInt8):
@@ -63,7 +63,7 @@ class OnnxRuntimeStatic(OnnxRuntimeInt8):
             str(after),
             reader(self.batches),
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=["MatMul", "Gemm"],
+            op_types_to_quantize=PRODUCTS,
             per_channel=True,
             reduce_range=narrow(),
             activation_type=QuantType.QUInt8,
@@ -87,12 +87,13 @@ def reader(batches: Sequence[Sequence[torch.Tensor]]) -> Any:
     return Reader()
 
 
-def dynamically(before: Path, after: Path, excluded: list[str]) -> None:
+def dynamically(before: Path, after: Path, excluded: list[str], kinds: list[str] | None = None) -> None:
+    """With operators of all kinds that it knows, or of `kinds`."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     quantize_dynamic(
         str(before), str(after), weight_type=QuantType.QInt8, per_channel=True, reduce_range=narrow(),
-        nodes_to_exclude=excluded,
+        nodes_to_exclude=excluded, op_types_to_quantize=kinds,
     )  # fmt: skip
 
 
@@ -101,15 +102,38 @@ def narrow() -> bool:
     return not torch.cpu._is_vnni_supported()
 
 
+def other_products(
+    proto: Any, constants: Mapping[str, torch.Tensor], graph: fx.GraphModule, formats: Mapping[str, str]
+) -> list[str]:
+    """The products that stay in float32: those of activations, and those with a weight that is not kept in int8. The exporter
+    leaves a weight its name, but where it stores it transposed."""
+    import onnx
+
+    weights = {str(n.target): w for n in graph.graph.nodes if (w := attribute(graph, n)) is not None}
+    low = {name for name in weights if formats.get(name) == "int8"}
+    for tensor in proto.graph.initializer:
+        if tensor.name not in weights and len(tensor.dims) == 2:
+            values = constants.get(tensor.name)
+            values = torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()) if values is None else values
+            if any(torch.equal(values, weights[name].t()) for name in low & weights.keys()):
+                low.add(tensor.name)
+    return [
+        name
+        for node in proto.graph.node
+        if node.op_type in PRODUCTS and low.isdisjoint(node.input)
+        for name in (node.name, f"{node.name}_MatMul")  # what the dynamic quantiser makes of a Gemm
+    ]
+
+
 def quantised(
     proto: Any,
     constants: dict[str, torch.Tensor],
-    kept: Collection[tuple[int, ...]] = (),
+    excluded: Sequence[str] = (),
     quantise: Callable[[Path, Path, list[str]], None] = dynamically,
     file: str = FILE,
 ) -> tuple[Any, dict[str, torch.Tensor]]:
-    """The model with int8 weights and activations, and its initialisers outside again. Products with a weight of a shape
-    in `kept` stay as they are.
+    """The model with int8 weights and activations, and its initialisers outside again. Nodes whose names are `excluded` stay
+    as they are.
 
     Raises LoweringError for a model too large for the quantiser.
     """
@@ -123,19 +147,12 @@ def quantised(
             tensor.ClearField("external_data")
             tensor.data_location = onnx.TensorProto.DEFAULT
             tensor.raw_data = constants[tensor.name].detach().contiguous().numpy().tobytes()
-    shapes = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
-    excluded = [
-        name
-        for node in proto.graph.node
-        if node.op_type in ("MatMul", "Gemm") and any(shapes.get(name) in kept for name in node.input)
-        for name in (node.name, f"{node.name}_MatMul")  # what the dynamic quantiser makes of a Gemm
-    ]
     with tempfile.TemporaryDirectory() as folder:
         before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
         before.write_bytes(proto.SerializeToString())
         logging.disable(logging.WARNING)
         try:
-            quantise(before, after, excluded)
+            quantise(before, after, list(excluded))
         finally:
             logging.disable(logging.NOTSET)
         made = onnx.load(str(after))

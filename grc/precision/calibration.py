@@ -1,32 +1,32 @@
-"""Calibration data: real requests, and labels where there are some, from the model file or from a file of rows."""
+"""Calibration data: real requests, and labels where there are some, checked and in batches."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from grc.errors import GrcError, InputError, message_of
-from grc.graph.capture import Source, flat_tensors
-from grc.graph.model_file import as_call
+from grc.errors import CalibrationWarning, GrcError, InputError
+from grc.graph.capture import Source
+from grc.precision.calibration_data import BATCH, FUNCTION, HINT, from_file, from_function
 from grc.precision.quality import AUC, Limit, rows_of
 from grc.runtime.structure import Json
-from grc.runtime.values import decode_columns, format_of, tensors_of
 from grc.runtime.weights import raw_chunks
 
 ROWS = 256  # rows that a search looks at: a trial of a 6-layer Transformer over them takes about a second
 KEPT, LEAST = 1 / 8, 16  # what an artifact carries: rows in as many of its weights' bytes, and how many at least
-BATCH = 64
-OUTLIER = 1000  # times as large as all but one in a hundred of a column
-ENOUGH = 100  # numbers of a column, to tell what is usual in it
-LABEL = "label"
-FUNCTION = "calibration()"  # the origin of batches of the model file
-HINT = "give rows of every input: .npz, .jsonl, .json or .parquet"
+OUTLIER = 1000  # times as large as what is usual in a column
+SPARE = 4  # numbers of a column that may be outliers, or one in a hundred
+UNREAL = (
+    "calibrated on what get_inputs draws: if its ids and values are random, they say little about quality. "
+    "Define calibration() in the model file, or pass --calibration FILE"
+)
 
 
 @dataclass(frozen=True)
@@ -128,56 +128,20 @@ def calibration_of(source: Source, file: Path | None, largest: int | None = None
     than `largest` rows, which the artifact would refuse.
     """
     if file is not None or source.model.calibration is not None:
-        found = checked(from_file(source, file) if file is not None else from_function(source), source)
+        batches, labels = from_function(source) if file is None else from_file(source, file)
+        found = checked(Calibration(batches, labels, FUNCTION if file is None else file.name, True), source)
         check_batches(found, largest)
-        return found
+        return found if found.rows >= LEAST else replace(found, notes=(*found.notes, few(found)))
+    warnings.warn(UNREAL, CalibrationWarning, stacklevel=2)
     batches = [source.inputs(BATCH if source.dynamic else 1)]
-    note = (
-        "calibrated on what get_inputs draws: if its ids and values are random, they say little about quality. "
-        "Define calibration() in the model file, or pass --calibration FILE"
+    return checked(Calibration(batches, None, "get_inputs", False, (UNREAL,)), source)
+
+
+def few(data: Calibration) -> str:
+    rows = "row is" if data.rows == 1 else "rows are"
+    return (
+        f"{data.rows} {rows} all that {data.origin} gives to calibrate on: the quality of other requests may be another"
     )
-    return checked(Calibration(batches, None, "get_inputs", False, (note,)), source)
-
-
-def from_function(source: Source) -> Calibration:
-    """calibration() gives batches: what get_inputs gives, or {"inputs": that, "labels": tensor}."""
-    assert source.model.calibration is not None
-    batches, labels = [], []
-    for entry in source.model.calibration():
-        given = entry
-        if isinstance(entry, Mapping) and set(entry) == {"inputs", "labels"}:
-            given = entry["inputs"]
-            labels.append(torch.as_tensor(entry["labels"]))
-        leaves, _ = flat_tensors(as_call(source.model.module, given))
-        batches.append(leaves)
-    if not batches:
-        raise GrcError("calibration() gives no batch", "return a list of what get_inputs returns")
-    if labels and len(labels) != len(batches):
-        raise GrcError("calibration() gives labels for some batches only", "give them for all, or for none")
-    return Calibration(batches, labels or None, FUNCTION, True)
-
-
-def from_file(source: Source, file: Path) -> Calibration:
-    """Rows of every input by name in npz, jsonl, json or parquet, with `label` for labels."""
-    if not file.is_file():
-        raise GrcError(f"no calibration file at {file}", HINT)
-    columns = decode_columns(file.read_bytes(), format_of(file.name, None, HINT))
-    try:
-        label = torch.as_tensor(columns.pop(LABEL)) if LABEL in columns else None
-    except (TypeError, ValueError) as error:
-        raise GrcError(
-            f"{file.name} has labels that are no numbers: {message_of(error)}", f"give one {LABEL} a row"
-        ) from error
-    specs = [{"name": name, "dtype": str(dtype)[6:]} for name, dtype in zip(source.names, source.dtypes, strict=True)]
-    leaves = tensors_of(columns, specs)
-    rows = leaves[0].shape[0] if leaves and leaves[0].dim() else 1
-    if not source.dynamic or any(leaf.dim() == 0 or leaf.shape[0] != rows for leaf in leaves):
-        return Calibration([leaves], None if label is None else [label], file.name, True)
-    parts = list(zip(*(leaf.split(BATCH) for leaf in leaves), strict=True))
-    labels = None if label is None else label.split(BATCH)
-    if label is not None and label.shape != (rows,):
-        raise GrcError(f"{file.name} has labels for other rows than it has inputs", f"give one {LABEL} a row")
-    return Calibration([list(part) for part in parts], labels, file.name, True)
 
 
 def check_sizes(number: int, batch: Sequence[Tensor], origin: str, source: Source) -> None:
@@ -264,18 +228,29 @@ def outliers(data: Calibration, names: Sequence[str]) -> list[str]:
         if not parts[0].is_floating_point() or not parts[0].dim():
             continue
         columns = torch.cat([part.reshape(-1, part.shape[-1] if part.dim() > 1 else 1) for part in parts]).abs()
-        if len(columns) < ENOUGH:
+        if not columns.numel():
             continue
-        usual = columns.kthvalue(len(columns) * 99 // 100, 0).values
-        largest = columns.amax(0)
-        beyond = (largest > OUTLIER * usual) & (usual > 0)
+        usual, largest = usual_of(columns), columns.amax(0)
+        beyond = largest > OUTLIER * usual
         if beyond.any():
             worst = int(torch.where(beyond, largest / usual, 0).argmax())
             notes.append(
-                f"{name} of the calibration data has outliers: {largest[worst].item():g} in column {worst}, where 99 in 100 "
-                f"are at most {usual[worst].item():.3g}; leave it out unless requests hold such"
+                f"{name} of the calibration data has outliers: {largest[worst].item():g} in column {worst}, over {OUTLIER} "
+                "times as large as usual numbers; leave it out unless requests hold such"
             )
     return notes
+
+
+def usual_of(columns: Tensor) -> Tensor:
+    """The largest magnitude that is usual in each column of [N, C]: of its numbers that aren't 0 without the largest SPARE, or
+    one in a hundred, or half where they are few. Up to SPARE numbers among zeros tell nothing of their column: they are
+    held against the other columns, or against 1 where there are none."""
+    counts = (columns > 0).sum(0)
+    spare = torch.maximum(counts // 100, (counts // 2).clamp(max=SPARE))
+    usual = columns.topk(int(spare.max()) + 1, 0).values.gather(0, spare.unsqueeze(0)).squeeze(0).double()
+    lone = (counts <= SPARE) & (2 * counts <= len(columns))
+    others = usual[~lone]
+    return torch.where(lone, others.max() if len(others) else usual.new_ones(()), usual)
 
 
 def sound(tensor: Tensor, by_row: bool) -> Tensor:

@@ -30,14 +30,15 @@ def render(manifest: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    summary = summarise(manifest)
     environment.filters |= {"size": size, "microseconds": microseconds}
     return environment.get_template("report.html.j2").render(
         manifest=manifest,
-        summary=summarise(manifest),
+        summary=summary,
         charts=charts(manifest),
         totals=totals(manifest),
         row=ROW,
-        frontier=frontier(manifest),
+        frontier=frontier(summary["precision"]),
     )
 
 
@@ -56,14 +57,16 @@ def charts(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def frontier(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """Two plots for each limit of the budget: bytes of all tables and layers, or their work for a row as a share of
-    float32's, to the right, the metric upwards."""
-    found = manifest["precision"]
+AXES = {"bytes": "bytes", "work": "estimated work: elements × bits, as a share of float32's"}
+
+
+def frontier(found: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Two plots for each limit of the budget: bytes of all tables and layers, or their estimated work for a row, to the right,
+    the metric upwards."""
     if found is None:
         return []
     plots = []
-    for limit, axis in product(found["budget"], ("bytes", "work")):
+    for limit, axis in product(found["budget"], AXES):
         name, _, bound = limit.partition("=")
         known = [point for point in found["frontier"] if point["quality"][name] is not None]
         values = [point["quality"][name] for point in known]
@@ -79,7 +82,7 @@ def frontier(manifest: dict[str, Any]) -> list[dict[str, Any]]:
             {**point, "x": BAR * point[axis] / most, "y": up(value), "value": value, "told": told(axis, point[axis])}
             for point, value in zip(known, values, strict=True)
         ]
-        title, end = f"{name} against {axis}", told(axis, most)
+        title, end = f"{name} against {AXES[axis]}", told(axis, most)
         plots.append(
             {
                 "name": name,

@@ -26,6 +26,8 @@ def summarise(manifest: dict[str, Any]) -> dict[str, Any]:
         "speed": speed(manifest),
         "error": max((manifest["quality"][p["engine"]] for p in manifest["parts"]), default=0.0),
         "precision": precision(manifest),
+        "others": [] if manifest["precision"] is None else manifest["precision"]["others"],
+        "times": measured_times(manifest),
         "next": next_steps(manifest, missed),
     }
 
@@ -48,8 +50,30 @@ def precision(manifest: dict[str, Any]) -> dict[str, Any] | None:
         "lowered": len(lowest),
         "higher": [site for site in sites if site not in lowest],
         "sites": sites,
-        "frontier": found["frontier"],
+        "frontier": distinct(found["frontier"]),
     }
+
+
+def distinct(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The points of a frontier, of those that are alike the one that was chosen, or else the first."""
+    kept: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for point in sorted(points, key=lambda point: not point["chosen"]):
+        kept.setdefault((point["bytes"], point["work"], *point["quality"].values()), point)
+    return [point for point in points if any(point is own for own in kept.values())]
+
+
+def measured_times(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Medians in microseconds by batch of each engine, of the model itself too, and which batches the engine answers."""
+    times, measured = medians(manifest), batches(manifest)
+    engines = dict.fromkeys(engine for engine, _ in times)
+    return [
+        {
+            "engine": engine,
+            "answers": [batch for batch in measured if engine_at(manifest, batch) == engine],
+            "p50_us": {batch: times[engine, batch] for batch in measured if (engine, batch) in times},
+        }
+        for engine in engines
+    ]
 
 
 def changes(manifest: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib
 import json
@@ -19,9 +20,10 @@ import torch
 from grc.errors import ArtifactError
 from grc.runtime.weights import read_weights
 
-FORMAT = 5
+FORMAT = 6
 MANIFEST = "manifest.json"
 SMALL = 64 << 20  # bytes: files up to this size are hashed at load; larger ones by `grc check`
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what writing alone meets
 ISA_ORDER = ("default", "avx2", "avx512")
 
 
@@ -165,7 +167,7 @@ def writing(output: Path, force: bool, marker: str = MANIFEST, what: str = "grc 
     """A folder beside `output` that takes its name when the block ends well, and vanishes when it does not.
 
     Only a folder that holds `marker` is ever replaced. Raises ArtifactError when `output` exists and `force` is False, or
-    can't be written.
+    can't be written; another error of the block is left as it is.
     """
     check_free(output, force, marker, what)
     partial = output.parent / f".{output.name}.{os.getpid()}.partial"
@@ -179,11 +181,21 @@ def writing(output: Path, force: bool, marker: str = MANIFEST, what: str = "grc 
         partial.rename(output)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
+        if not of_writing(error, partial, output):
+            raise
         raise ArtifactError(
             f"can't write {output}: {error.strerror}", "free some space, or choose another -o"
         ) from error
     finally:  # also of a signal that comes as soon as the folder is there
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def of_writing(error: OSError, *places: Path) -> bool:
+    """Whether what failed is writing into one of these places, and not the reading of some other file meanwhile."""
+    if error.errno in FULL or not isinstance(error.filename, str):
+        return error.errno in FULL
+    file = Path(error.filename).absolute()
+    return any(place.absolute() in (file, *file.parents) for place in places)
 
 
 def check_free(output: Path, force: bool, marker: str, what: str) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import date, time
 from enum import Enum
 from io import BytesIO
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -18,6 +21,7 @@ from grc.errors import InputError, message_of
 
 FORMATS = ("json", "jsonl", "npz", "parquet")
 BINARY = ("npz", "parquet")
+BROKEN = (ValueError, KeyError, OSError, EOFError, BadZipFile, zlib.error, RecursionError)  # the last of lists in lists
 
 
 def format_of(name: str, given: str | None, hint: str = f"name it with --format: {', '.join(FORMATS)}") -> str:
@@ -34,16 +38,22 @@ def decode(data: bytes, form: str, specs: Sequence[Mapping[str, Any]]) -> list[t
     return tensors_of(columns, specs, exact=form == "npz")
 
 
-def decode_columns(data: bytes, form: str, empty: Sequence[str] = ()) -> dict[str, Any]:
+def decode_columns(
+    data: bytes,
+    form: str,
+    empty: Sequence[str] = (),
+    what: str = "the request",
+    hint: str = "see grc run ARTIFACT --example",
+) -> dict[str, Any]:
     """Every column of a file by name; where it is a list of no rows, the columns `empty` names, of no rows each.
 
-    Raises InputError where the data is not of this format.
+    Raises InputError where the data, which it calls `what`, is not of this format.
     """
     try:
         found = DECODERS[form](data)
         return found if isinstance(found, dict) else columns_of(found, empty)
-    except (ValueError, KeyError, OSError, RecursionError) as error:  # the last of lists in lists in lists
-        raise InputError(f"the request is no {form}: {message_of(error)}", "see grc run ARTIFACT --example") from error
+    except BROKEN as error:
+        raise InputError(f"{what} is no {form}: {message_of(error)}", hint) from error
 
 
 def tensors_of(
@@ -101,7 +111,10 @@ def from_json(data: bytes) -> dict[str, Any] | list[Any]:
 def json_lines(data: bytes) -> list[Any]:
     """What each line holds, but for blank ones. Raises ValueError naming the line of the file that is no JSON."""
     found = []
-    for number, line in enumerate(data.splitlines(), 1):  # of bytes: a string may hold what str takes for a line's end
+    lines = data.removeprefix(
+        codecs.BOM_UTF8
+    ).splitlines()  # of bytes: a string may hold what str takes for a line's end
+    for number, line in enumerate(lines, 1):
         try:
             if line.strip():
                 found.append(json_of(line.decode()))

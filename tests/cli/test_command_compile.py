@@ -255,6 +255,15 @@ def test_a_full_disk_leaves_nothing(grc: Grc, model: Path, artifact_path: Path, 
     assert list(artifact_path.parent.iterdir()) == []
 
 
+def test_a_file_that_is_read_meanwhile_is_no_output_that_cannot_be_written(tmp_path: Path):
+    output = tmp_path / "x.grc"
+    with pytest.raises(FileNotFoundError), writing(output, force=False):
+        (tmp_path / "clicks.npz").read_bytes()
+    with pytest.raises(ArtifactError, match="can't write"), writing(output, force=False) as folder:
+        (folder / "parts" / "model.so").write_bytes(b"")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_unknown_engine_is_refused_at_once(grc: Grc, model: Path, artifact_path: Path):
     ran = grc("compile", model, "-o", artifact_path, "--engine", "abacus")
     refused(

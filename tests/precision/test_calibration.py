@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grc.errors import GrcError, InputError
+from grc.errors import CalibrationWarning, GrcError, InputError
 from grc.graph.capture import Source
 from grc.precision.calibration import calibration_of, check_labels
 from grc.precision.quality import budget
@@ -131,8 +131,113 @@ def test_files_that_do_not_fit_are_named(source: Source, tmp_path: Path) -> None
         calibration_of(source, tmp_path / "rows.csv")
     assert unknown.value.hint == "give rows of every input: .npz, .jsonl, .json or .parquet"
     np.savez(tmp_path / "rows.npz", dense=np.zeros((3, 8), np.float32))
-    with pytest.raises(InputError, match="the request misses input ids"):
+    with pytest.raises(InputError, match=r"rows\.npz has no column ids"):
         calibration_of(source, tmp_path / "rows.npz")
+
+
+def raising() -> Any:
+    raise FileNotFoundError(2, "No such file or directory", "/data/clicks.npz")
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ([1, 2], "calibration is a list, no function"),
+        (lambda: None, "calibration() returned a NoneType"),
+        (lambda: ranker_inputs(4)[0], "calibration() returned a Tensor"),
+        (lambda: [1 // 0], "calibration() raised ZeroDivisionError: integer division"),
+        (lambda: (1 // n for n in (1, 0)), "calibration() raised ZeroDivisionError: integer division"),
+        (raising, "calibration() raised FileNotFoundError: [Errno 2] No such file or directory: '/data/clicks.npz'"),
+        (lambda: [tuple(t.numpy() for t in ranker_inputs(4))], "batch 0 of calibration(): a numpy ndarray is"),
+        (
+            lambda: [{"inputs": ranker_inputs(2), "labels": [0, "a"]}],
+            "row 1 of batch 0 of calibration() has the label a, which is no number",
+        ),
+        (
+            lambda: [{"inputs": ranker_inputs(2), "labels": [None, 1]}],
+            "row 0 of batch 0 of calibration() has the label None, which is no number",
+        ),
+    ],
+    ids=["list", "None", "tensor", "raises", "raises later", "no file", "numpy", "word", "null"],
+)
+def test_a_calibration_that_fails_is_told(source: Source, function: Any, message: str) -> None:
+    source.model.calibration = function
+    with pytest.raises(GrcError) as refused:
+        calibration_of(source, None)
+    assert message in refused.value.message and refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("rows.npz", b"", "rows.npz is empty"),
+        ("rows.jsonl", b"\n", "rows.jsonl is empty"),
+        ("rows.npz", b"hello", "rows.npz is no npz: it is no zip of arrays"),
+        ("rows.npz", b"PK\x03\x04hello", "rows.npz is no npz: File is not a zip file"),
+        ("rows.jsonl", b'{"dense": [', "rows.jsonl is no jsonl: line 1: Expecting value"),
+    ],
+)
+def test_files_that_hold_no_rows_are_named(
+    source: Source, tmp_path: Path, name: str, data: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(InputError) as refused:
+        calibration_of(source, tmp_path / name)
+    assert message in refused.value.message
+    assert refused.value.hint == "give rows of every input: .npz, .jsonl, .json or .parquet"
+
+
+def lines(path: Path, count: int, labels: dict[int, Any], column: str = "label", start: bytes = b"") -> Path:
+    dense, ids = ranker_inputs(count)
+    rows = [{"dense": dense[i].tolist(), "ids": ids[i].tolist(), column: labels.get(i, 1)} for i in range(count)]
+    path.write_bytes(start + "\n".join(map(json.dumps, rows)).encode())
+    return path
+
+
+def test_a_label_that_is_no_number_is_named_by_its_row(source: Source, tmp_path: Path) -> None:
+    with pytest.raises(GrcError) as refused:
+        calibration_of(source, lines(tmp_path / "rows.jsonl", 20, {5: None}))
+    assert refused.value.message == "row 5 of rows.jsonl has the label None, which is no number"
+
+
+def test_a_column_that_is_no_input_is_named_beside_those_that_are(source: Source, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as refused:
+        calibration_of(source, lines(tmp_path / "rows.jsonl", 20, {}, "labels"))
+    assert refused.value.message == "rows.jsonl has a column labels, which is no input of the model"
+    assert refused.value.hint == "the inputs are dense, ids; labels are a column label"
+
+
+def test_rows_may_begin_with_a_byte_order_mark_and_labels_be_a_column(source: Source, tmp_path: Path) -> None:
+    labels = {i: [i % 2] for i in range(20)}
+    found = calibration_of(source, lines(tmp_path / "rows.jsonl", 20, labels, start=b"\xef\xbb\xbf"))
+    assert found.labels is not None and found.labels[0].shape == (20, 1) and found.by_row
+
+
+class Labelled(nn.Module):
+    """One of its inputs is called `label`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        return self.layer(x).squeeze(1) + label
+
+
+def test_an_input_called_label_is_no_label(tmp_path: Path) -> None:
+    source, _ = captured(Labelled(), lambda batch: (torch.randn(batch, 4), torch.randn(batch)))
+    columns = {"x": np.ones((20, 4), np.float32), "label": np.arange(20, dtype=np.float32)}
+    np.savez(tmp_path / "rows.npz", **columns)
+    plain = calibration_of(source, tmp_path / "rows.npz")
+    assert plain.labels is None and plain.batches[0][1].tolist() == list(range(20))
+    np.savez(tmp_path / "rows.npz", **columns, labels=np.ones(20))
+    labelled = calibration_of(source, tmp_path / "rows.npz")
+    assert labelled.labels is not None and labelled.labels[0].tolist() == [1.0] * 20
+
+
+def test_what_get_inputs_draws_is_warned_of(source: Source) -> None:
+    with pytest.warns(CalibrationWarning, match="calibrated on what get_inputs draws"):
+        assert calibration_of(source, None).origin == "get_inputs"
 
 
 @pytest.mark.parametrize(
@@ -141,11 +246,13 @@ def test_files_that_do_not_fit_are_named(source: Source, tmp_path: Path) -> None
         ({"dense": np.zeros((3, 7), np.float32)}, "dense has a size of 7 where the model takes 8"),
         ({"ids": np.zeros((2, 3), np.int64)}, "has 3 of dense and 2 of ids rows"),
         ({"dense": np.zeros((0, 8), np.float32), "ids": np.zeros((0, 3), np.int64)}, "has no rows"),
-        ({"label": np.zeros(2)}, "has labels for other rows than it has inputs"),
-        ({"label": np.array(["a", "b", "c"])}, "has labels that are no numbers"),
+        ({"label": np.zeros(2)}, "rows.npz has labels of the shape [2], and 3 rows of inputs"),
+        ({"label": np.float64(1)}, "rows.npz has labels of the shape [], and 3 rows of inputs"),
+        ({"label": np.zeros(3, np.complex64)}, "rows.npz has labels of complex64"),
+        ({"label": np.array(["a", "b", "c"])}, "row 0 of rows.npz has the label a, which is no number"),
         ({"ids": np.full((3, 3), 2**63, np.uint64)}, 'input "ids" has the value 9223372036854775808; int64 holds'),
     ],
-    ids=["columns", "rows", "none", "labels", "words", "wide"],
+    ids=["columns", "rows", "none", "labels", "scalar", "complex", "words", "wide"],
 )
 def test_rows_that_do_not_fit_are_named(source: Source, tmp_path: Path, change: Any, message: str) -> None:
     width = ranker_inputs(1)[1].shape[1]
@@ -168,6 +275,7 @@ def test_rows_of_nan_are_told_and_left_out(source: Source) -> None:
     assert found.labels is not None and found.labels[1].tolist() == [0, 2]
     assert found.notes == (
         "2 of 9 rows of the calibration data left out for NaN or infinity, first row 1 of batch 1 of calibration(), in dense",
+        "7 rows are all that calibration() gives to calibrate on: the quality of other requests may be another",
     )
     bad[0][:] = torch.nan
     with pytest.raises(GrcError, match="all rows of the calibration data hold NaN or infinity"):
@@ -180,10 +288,28 @@ def test_outliers_are_told_and_kept(source: Source) -> None:
     found = calibration_of(given(source, [(dense, ids)]), None)
     assert found.rows == 200 and len(found.notes) == 1
     assert found.notes[0].startswith(
-        "dense of the calibration data has outliers: 1e+30 in column 1, where 99 in 100 are at"
+        "dense of the calibration data has outliers: 1e+30 in column 1, over 1000 times as large as usual"
     )
     dense[9, 1] = 4.0
     assert calibration_of(given(source, [(dense, ids)]), None).notes == ()
+
+
+@pytest.mark.parametrize("rows", [2, 5, 64, 99, 1000])
+@pytest.mark.parametrize("many", [1, 2])
+def test_outliers_are_told_in_few_rows_and_in_columns_of_zeros(source: Source, rows: int, many: int) -> None:
+    dense, ids = ranker_inputs(rows)
+    assert outliers_of(source, dense, ids) == []
+    sparse = torch.zeros_like(dense)
+    sparse[0, 4] = 3.0
+    assert outliers_of(source, sparse, ids) == []
+    for many_rows in (dense, sparse):
+        many_rows[: many if rows > 4 else 1, 2] = -1e30
+        (told,) = outliers_of(source, many_rows, ids)
+        assert "1e+30 in column 2" in told
+
+
+def outliers_of(source: Source, *inputs: Tensor) -> list[str]:
+    return [note for note in calibration_of(given(source, [inputs]), None).notes if "outliers" in note]
 
 
 class Counted(nn.Module):
@@ -209,7 +335,7 @@ def test_batches_of_nan_are_left_out_where_rows_hang_together() -> None:
     found = calibration_of(given(source, batches), None)
     assert found.rows == 14 and found.numbers == [0, 2]
     told = "1 of 3 batches of the calibration data left out for NaN or infinity, first batch 1, in weights"
-    assert found.notes == (told,)
+    assert found.notes[0] == told
 
 
 AUC = budget(["max-error=0.1", "auc-drop=0.1"])

@@ -108,7 +108,8 @@ def test_inspect_shows_precision_by_layer(artifact: Path) -> None:
 def test_the_report_plots_the_frontier(artifact: Path) -> None:
     page = (artifact / "report.html").read_text()
     for limit in ("max-error", "auc-drop"):
-        assert f"{limit} against bytes" in page and f"{limit} against work" in page
+        assert f"{limit} against bytes" in page and f"{limit} against estimated work: elements × bits" in page
+    assert "<h3>Measured time</h3>" in page
     assert page.count("<circle") > 8
 
 
