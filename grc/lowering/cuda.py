@@ -77,10 +77,10 @@ class Gpu:
     def load(self, built: Built, folder: Path) -> Run:
         """Load a part as the runtime will. One that can't be captured runs launch by launch, and its notes say why."""
         constants = {name: self.weights.on_device(tensor) for name, tensor in built.constants.items()}
-        if self.weights.on_host:
-            built.notes.append(
-                f"{self.weights.on_host >> 20} MiB of tables do not fit on this GPU, and are read over the bus"
-            )
+        built.notes.clear()  # of a load for other buckets
+        stayed = self.weights.on_host(built.constants.values())
+        if stayed:
+            built.notes.append(f"reads {stayed >> 20} MiB of tables over the bus: they do not fit on this GPU")
         if self.plan.reason is not None:
             built.notes.append(f"runs without CUDA graphs: {self.plan.reason}")
         else:

@@ -17,7 +17,7 @@ def summarise(manifest: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": manifest["name"],
         "stages": manifest.get("stages", []),
-        "notes": [*manifest["capture"]["notes"], *filter(None, [manifest["crowded"]])],
+        "notes": [*manifest["capture"]["notes"], *filter(None, [manifest["crowded"]]), *part_notes(manifest)],
         "fused": fused,
         "missed": missed,
         "rolled_back": rolled_back(manifest),
@@ -30,6 +30,11 @@ def summarise(manifest: dict[str, Any]) -> dict[str, Any]:
         "times": measured_times(manifest),
         "next": next_steps(manifest, missed),
     }
+
+
+def part_notes(manifest: dict[str, Any]) -> list[str]:
+    """What is told of engines that were kept: that one runs without CUDA graphs, say, and why."""
+    return [f"{part['engine']} {note}" for part in manifest["parts"] for note in part["notes"]]
 
 
 def precision(manifest: dict[str, Any]) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 import torch
 
@@ -24,7 +25,7 @@ class DeviceWeights:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.on_host = 0  # bytes that did not fit
+        self.kept: set[tuple[int, int]] = set()  # address and bytes of what did not fit
         self.pieces: dict[tuple[int, int], tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     def on_device(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -44,7 +45,7 @@ class DeviceWeights:
     def upload(self, memory: torch.UntypedStorage) -> torch.UntypedStorage:
         source = torch.empty(0, dtype=torch.uint8).set_(memory)  # type: ignore[call-overload]
         if self.device.type == "cuda" and not fits(len(source)):
-            self.on_host += len(source)
+            self.kept.add((memory.data_ptr(), len(source)))
             return mapped(source.pin_memory()).untyped_storage()
         target = torch.empty(len(source), dtype=torch.uint8, device=self.device)
         if self.device.type == "cuda" and len(source) > CHUNK:
@@ -52,6 +53,11 @@ class DeviceWeights:
         else:
             target.copy_(source)
         return target.untyped_storage()
+
+    def on_host(self, tensors: Iterable[torch.Tensor]) -> int:
+        """Bytes of the host's memory behind these tensors that did not fit on the device."""
+        pieces = {(memory.data_ptr(), memory.nbytes()) for memory in (t.untyped_storage() for t in tensors)}
+        return sum(count for _, count in pieces & self.kept)
 
     @property
     def bytes(self) -> int:
