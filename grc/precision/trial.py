@@ -119,6 +119,7 @@ def compacted(given: Mapping[str, Any], formats: Mapping[int, str]) -> dict[str,
         refuse(found, f, rows[f])
         own[~wanted] = -1
         own[wanted] = places.to(own.dtype)
+        found = found if len(found) else found.new_zeros(min(rows[f], 1))  # an arena has a row, though none is read
         table = arena[base : base + rows[f]] if arena.dim() == 2 else arena[base : base + rows[f] * dim].view(-1, dim)
         read = table[found]
         made["arena"].append(rounded_rows(read, formats[f]) if f in formats and len(read) else read)

@@ -436,6 +436,16 @@ def test_calibration_names_an_id_that_its_table_lacks() -> None:
         Trial(graph, find_sites(graph), {"users.weight": "int8"}, Rounded(graph)).answers(batch)
 
 
+def test_a_trial_of_a_look_up_that_reads_no_row(tmp_path) -> None:
+    source, graph = captured(Bags(), bag_inputs)
+    sites = find_sites(graph)
+    values, offsets, ids = source.inputs(5)
+    given = [torch.full_like(values, 3), offsets, ids]  # padding
+    formats = {"bag.weight": "int8"}
+    (trial,) = Trial(graph, sites, formats, Rounded(graph)).answers(given)
+    assert torch.equal(trial, with_tables(graph, sites, formats, tmp_path)(*given)[0])
+
+
 def test_random_inputs_are_told_to_say_little() -> None:
     source, _ = captured(Ranker(), ranker_inputs)
     (note,) = calibration_of(source, None).notes
