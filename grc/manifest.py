@@ -25,7 +25,7 @@ from grc.lowering.stages import BuiltStage
 from grc.lowering.store import Store
 from grc.options import Options
 from grc.passes.manager import Record
-from grc.precision.search import Lowered
+from grc.precision.outcome import Lowered
 from grc.processing import bundle
 from grc.runtime.artifact import FORMAT
 from grc.runtime.version import VERSION

@@ -140,6 +140,14 @@ def lost(limits: Sequence[Limit], values: Mapping[str, float]) -> float:
     return max(limit.lost(values[limit.name]) for limit in limits)
 
 
+def worst(limits: Sequence[Limit], found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The worst value of each limit's metric."""
+    return {
+        limit.name: (min if limit.metric == OVERLAP else max)(values[limit.name] for values in found)
+        for limit in limits
+    }
+
+
 def floats_error(answer: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     """The largest error of an output relative to its own largest value: what a small probability loses shows, too."""
     worst = 0.0
