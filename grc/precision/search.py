@@ -265,7 +265,7 @@ class Search:
     def measure(self, formats: Mapping[str, str], data: Reference | None = None) -> dict[str, float]:
         """Of a trial on some rows, or on those of `data`."""
         self.trials += 1
-        trial = Trial(self.graph, self.sites, formats, self.weights)
+        trial = Trial(self.graph, self.sites, formats, self.weights, self.device)
         return (data or self.some).measure(trial.answers, self.limits)
 
     def frontier(self, order: Sequence[Site], formats: Mapping[str, str]) -> list[Point]:
