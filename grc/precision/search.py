@@ -87,7 +87,8 @@ class Search:
         )
 
     def begun(self) -> Lowered:
-        return Lowered(self.precision, self.limits, self.all, self.kept, notes=list(self.all.calibration.notes))
+        notes = [*self.all.calibration.notes, *self.all.truth.unbounded(self.limits)]
+        return Lowered(self.precision, self.limits, self.all, self.kept, notes=notes)
 
     def order(self) -> list[Site]:
         """The sites that can go down, what costs least for what it saves first. What computes an answer goes last: an error

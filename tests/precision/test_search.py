@@ -216,6 +216,25 @@ def test_layers_behind_arithmetic_before_an_answer_are_heads(kind: str, heads: l
     assert sorted(site.name for site in find_sites(graph) if site.head) == [f"{name}.weight" for name in heads]
 
 
+class Best(nn.Module):
+    """The ids of the best alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = nn.Linear(8, 50)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.topk(self.scores(x), 5).indices
+
+
+def test_a_model_that_answers_with_ids_has_errors_too() -> None:
+    found = searched(Best(), fragile_inputs, "int8", "max-error=0.5")
+    assert {d.format for d in found.decisions} == {"int8"} and 0 < found.quality["max-error"] < 0.5
+    assert found.frontier[-1].quality["max-error"] > 0
+    tight = searched(Best(), fragile_inputs, "int8", f"max-error={found.quality['max-error'] / 2}")
+    assert {d.format for d in tight.decisions} <= {"bf16", "fp32"}
+
+
 def test_heads_are_tried_when_all_else_is_done_and_by_themselves() -> None:
     found = searched(Ranker(), ranker_inputs, "int8", "max-error=0.004")
     heads = [set(step.tried) for step in found.path[:-1] if "head.weight" in step.tried]
