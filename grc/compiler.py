@@ -204,9 +204,9 @@ def lower_in_fewer_bits(
             del graphs  # before the files that they map
             shutil.rmtree(folder / SCRATCH)
             shutil.rmtree(folder / "parts")
-            refused = found.formats
-            less = (outcome for outcome in map(search.run, shares) if outcome.formats != refused)
-            found = next(less, None) or search.unlowered(error.message)
+            refused = found
+            less = (outcome for outcome in map(search.run, shares) if outcome.formats != refused.formats)
+            found = next(less, None) or search.unlowered(refused, error.message)
             continue
         choice = lowering[0]
         search.settle(found, {batch: candidate.built.engine for batch, candidate in choice.winners})

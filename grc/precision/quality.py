@@ -215,12 +215,12 @@ def distinct(ids: Tensor) -> bool:
 def out_of_place(a: Tensor, t: Tensor) -> Tensor:
     """[B]: which share of the first k of t is not among the first k of a, as a mean over every k of 1 to K."""
     count = t.shape[1]
-    there = a.sort(1)
+    there, own = a.sort(1), torch.arange(count)
     place = torch.searchsorted(there.values, t.contiguous()).clamp(max=count - 1)
-    both = torch.maximum(there.indices.gather(1, place), torch.arange(count))  # from there on an id is among both
     kept = there.values.gather(1, place) == t
+    both = torch.maximum(there.indices.gather(1, place), own)  # from there on an id is among both
     shares = (1.0 / torch.arange(1, count + 1, dtype=torch.float64)).flip(0).cumsum(0).flip(0) / count
-    return 1.0 - (shares[both] * kept).sum(1)
+    return (shares - shares[both] * kept).sum(1)
 
 
 def overlap(truth: Sequence[Sequence[Tensor]], answers: Sequence[Sequence[Tensor]], k: int) -> float:

@@ -78,13 +78,15 @@ class Search:
             outcome.notes.append(NOTHING)
         return self.decided(outcome, order, formats, reasons)
 
-    def unlowered(self, why: str) -> Lowered:
-        """The outcome where trials were inside of the budget and no engine was."""
+    def unlowered(self, last: Lowered, why: str) -> Lowered:
+        """The outcome where trials were inside of the budget and no engine was, not even that of the `last` outcome."""
         outcome, order = self.begun(), self.order()
         outcome.notes.append(f"{NOTHING}: {'; '.join(line.strip() for line in why.splitlines())}")
-        return self.decided(
-            outcome, order, {}, dict.fromkeys((site.name for site in order), "no engine is inside the budget")
-        )
+        reasons = {
+            d.name: d.reason or "" if d.format == "fp32" else f"{d.format}: no engine is inside the budget"
+            for d in last.decisions
+        }
+        return self.decided(outcome, order, {}, reasons)
 
     def begun(self) -> Lowered:
         notes = [*self.all.calibration.notes, *self.all.truth.unbounded(self.limits)]
@@ -272,9 +274,8 @@ class Search:
     def frontier(self, order: Sequence[Site], formats: Mapping[str, str]) -> list[Point]:
         """Quality against bytes: nothing lowered, more and more of the order in its smallest formats, and the outcome."""
         points = []
-        for i in range(FRONTIER + 1):
-            part = order[: round(len(order) * i / FRONTIER)]
-            points.append(self.point({site.name: self.options(site)[0] for site in part}))
+        for count in sorted({round(len(order) * i / FRONTIER) for i in range(FRONTIER + 1)}):
+            points.append(self.point({site.name: self.options(site)[0] for site in order[:count]}))
         points = [point for point in points if point.bytes != self.point_bytes(formats)]
         points.append(replace(self.point(formats), chosen=True))
         return sorted(points, key=lambda point: -point.bytes)

@@ -125,6 +125,7 @@ def test_ranked_ids_are_compared_as_the_definition_has_it() -> None:
     a, t = (torch.stack([torch.randperm(30, generator=make)[:12] for _ in range(8)]) for _ in range(2))
     want = [1 - len(set(a[b, :k].tolist()) & set(t[b, :k].tolist())) / k for b in range(8) for k in range(1, 13)]
     assert integers_error([[a]], [[t]]) == pytest.approx(sum(want) / len(want))
+    assert integers_error([[t]], [[t]]) == 0.0
 
 
 def test_other_whole_numbers_are_errors_where_they_differ() -> None:

@@ -237,7 +237,7 @@ def test_where_every_engine_lands_outside_the_artifact_is_of_float32(
     artifact = grc.compile(Ranker().eval(), ranker_inputs, options)
     found = artifact.manifest["precision"]
     assert {site["format"] for site in found["sites"]} == {"fp32"}
-    assert {site["reason"] for site in found["sites"]} == {"no engine is inside the budget"}
+    assert {site["reason"] for site in found["sites"]} == {"int8: no engine is inside the budget"}
     assert found["notes"][-1].startswith("nothing could be lowered within the budget: engine inductor can't be used: ")
     assert found["quality"] == {"max-error": 0.0}
     assert {str(tensor.dtype) for tensor in grc.load(artifact.path).artifact.weights.values()} == {"torch.float32"}
