@@ -88,7 +88,7 @@ def scaled_linear(
     """((x + shift) @ weight.T) * size * scale + bias in float16: [..., N].
 
     x [..., K] and weight [N, K], int8 or float8_e4m3fn; size [..., 1], scale [N] and bias [N], float32; for int8 shift
-    [..., 1] and sums [N], int32. Sums of int8 are exact, sums of fp8 are taken in float32.
+    [..., 1] and sums [N], int32. Sums of int8 are exact, sums of fp8 are added up in float32, 32 products at a time.
     """
     out_features, depth = weight.shape
     rows = x.reshape(-1, depth)
