@@ -33,13 +33,13 @@ from grc.options import Options
 from grc.passes.guard_ids import check_enabled, check_guarded
 from grc.passes.manager import Proof, Record, run_passes
 from grc.passes.pipeline import pipeline
-from grc.precision.apply import with_tables
+from grc.precision.apply import graphs_of
 from grc.precision.calibration import ROWS, calibration_of
 from grc.precision.formats import check_precision
-from grc.precision.gpu import halved_layers, narrowed, tables_of_bytes
-from grc.precision.quality import budget
-from grc.precision.search import HALF_LAYERS, SPENT, Lowered, Search
-from grc.precision.sites import Site, find_sites
+from grc.precision.outcome import Lowered
+from grc.precision.quality import budget, worst
+from grc.precision.search import SPENT, Search
+from grc.precision.sites import find_sites
 from grc.progress import Progress, Silent, Timed
 from grc.report.html import write_report
 from grc.report.summary import microseconds, size
@@ -181,7 +181,7 @@ def lower_in_fewer_bits(
     source: Source, plain: fx.GraphModule, optimised: Optimised, options: Options, folder: Path, progress: Progress
 ) -> tuple[Lowered, Lowering]:
     """Find out which tables and layers may be kept in fewer bits, and build that; where every engine lands outside of the
-    budget, again with more of it left."""
+    budget, again with more of it left, and at last in float32."""
     progress.begin("precision")
     search = Search(
         optimised.graph,
@@ -192,41 +192,28 @@ def lower_in_fewer_bits(
         progress.detail,
         options.device,
     )
-    shares, outside = list(SPENT), None
+    shares = iter(SPENT)
+    found = search.run(next(shares))
     while True:
-        found = search.run(shares.pop(0))
-        if shares and found.formats == outside:
-            continue
         graphs = graphs_of(found, search.sites, optimised.graph, options.device, folder / SCRATCH)
         progress.end(found.summary())
         try:
             lowering = lower(source, plain, optimised, graphs, options, folder, progress, found)
-            search.settle(found, {batch: candidate.built.engine for batch, candidate in lowering[0].winners})
-            return found, lowering
-        except BudgetError as error:
-            if not shares:
-                raise
-            outside = found.formats
+        except BudgetError as error:  # which nothing in float32 raises
             progress.end(error.message)
             progress.begin("precision")
             del graphs  # before the files that they map
             shutil.rmtree(folder / SCRATCH)
             shutil.rmtree(folder / "parts")
-
-
-def graphs_of(
-    found: Lowered, sites: Sequence[Site], graph: fx.GraphModule, device: str, scratch: Path
-) -> dict[str, fx.GraphModule]:
-    """The graphs to build for an outcome, the best guess under ""; tables are converted into files below `scratch`."""
-    scratch.mkdir()
-    if device == "cpu":
-        return {"": with_tables(graph, sites, found.formats, scratch)}
-    tabled = with_tables(graph, sites, tables_of_bytes(sites, found.formats), scratch)
-    graphs = {"": narrowed(tabled, sites, found.formats)}
-    halved = halved_layers(sites, found.formats)
-    if halved != found.formats:  # what its 8-bit rows cost may be more than the products save
-        graphs[HALF_LAYERS] = narrowed(tabled, sites, halved)
-    return graphs
+            refused = found
+            less = (outcome for outcome in map(search.run, shares) if outcome.formats != refused.formats)
+            found = next(less, None) or search.unlowered(refused, error.message)
+            continue
+        choice = lowering[0]
+        search.settle(found, {batch: candidate.built.engine for batch, candidate in choice.winners})
+        if qualities := [candidate.quality for candidate in choice.parts if candidate.quality]:
+            found.quality = worst(found.limits, qualities)
+        return found, lowering
 
 
 def lower(

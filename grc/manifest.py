@@ -26,7 +26,7 @@ from grc.lowering.store import Store
 from grc.options import Options
 from grc.passes.manager import Record
 from grc.precision.others import find_others
-from grc.precision.search import Lowered
+from grc.precision.outcome import Lowered
 from grc.precision.sites import LAYER, RANKING
 from grc.processing import bundle
 from grc.runtime.artifact import FORMAT

@@ -1,4 +1,4 @@
-"""Apply the outcome to the tables of a graph: arenas of bytes, in which every table has its own format.
+"""Apply the outcome to a graph: its tables become arenas of bytes, in which every table has its own format.
 
 Layers are packed when an engine is built (grc/lowering/pack.py), since their layout depends on the ISA.
 """
@@ -17,7 +17,24 @@ from grc.graph.rewrite import Rewriter, copy_graph
 from grc.kernels import LOOKUP
 from grc.kernels.lookup.pooling import NO_PADDING, SUM
 from grc.kernels.lookup.row_formats import LINE, pack_table, packing, row_bytes
+from grc.precision.gpu import halved_layers, narrowed, tables_of_bytes
+from grc.precision.outcome import HALF_LAYERS, Lowered
 from grc.precision.sites import LOOKUPS, TABLE, Site
+
+
+def graphs_of(
+    found: Lowered, sites: Sequence[Site], graph: fx.GraphModule, device: str, scratch: Path
+) -> dict[str, fx.GraphModule]:
+    """The graphs to build for an outcome, the best guess under ""; tables are converted into files below `scratch`."""
+    scratch.mkdir()
+    if device == "cpu":
+        return {"": with_tables(graph, sites, found.formats, scratch)}
+    tabled = with_tables(graph, sites, tables_of_bytes(sites, found.formats), scratch)
+    graphs = {"": narrowed(tabled, sites, found.formats)}
+    halved = halved_layers(sites, found.formats)
+    if halved != found.formats:  # what its 8-bit rows cost may be more than the products save
+        graphs[HALF_LAYERS] = narrowed(tabled, sites, halved)
+    return graphs
 
 
 def with_tables(

@@ -55,7 +55,8 @@ class Limit:
 def budget(texts: Sequence[str]) -> tuple[Limit, ...]:
     """`max-error=0.02`, `topk-overlap@100=0.99`, `auc-drop=0.001`, `ndcg-drop@10=0.005`; DEFAULT where there is none.
 
-    max-error is the largest difference from the float32 answer, as a share of the largest answer of that output.
+    max-error is the largest difference from the float32 answer, as a share of the largest answer of that output; of whole
+    numbers the share that is lost (`integers_error`), but for rankings that a topk-overlap of the same budget is about.
     topk-overlap is the share of the k best that stay among them, ndcg-drop and auc-drop what is lost of the metric itself.
     Raises GrcError for anything else.
     """
@@ -87,25 +88,46 @@ class Truth:
     labels: Sequence[Tensor] | None = None
 
     def measure(self, answers: Sequence[Sequence[Tensor]], limits: Sequence[Limit]) -> dict[str, float]:
-        """The value of every limit's metric, by name."""
-        return {limit.name: self.one(limit, answers) for limit in limits}
+        """The value of every limit's metric, by name. NaN or infinity in place of a number is as bad as can be."""
+        if any(overflows(a, t) for a, t in zip(answers, self.answers, strict=True)):
+            return {limit.name: 0.0 if limit.metric == OVERLAP else math.inf for limit in limits}
+        ranked = min((limit.k or 1 for limit in limits if limit.metric == OVERLAP), default=None)
+        return {limit.name: self.one(limit, answers, ranked) for limit in limits}
 
-    def one(self, limit: Limit, answers: Sequence[Sequence[Tensor]]) -> float:
+    def one(self, limit: Limit, answers: Sequence[Sequence[Tensor]], ranked: int | None = None) -> float:
+        """`ranked` is the least K of the budget's topk-overlap@K, which bounds rankings of as many."""
         if limit.metric == MAX_ERROR:
-            return max(floats_error(a, t) for a, t in zip(answers, self.answers, strict=True))
+            floats = max(floats_error(a, t) for a, t in zip(answers, self.answers, strict=True))
+            return max(floats, integers_error(answers, self.answers, ranked))
         if limit.metric == OVERLAP:
             return overlap(self.answers, answers, limit.k or 1)
-        assert self.labels is not None
-        labels = torch.cat([label.reshape(-1) for label in self.labels])
         rank = 1 if limit.metric == AUC else 2
-        before, after = (scores_of(rows, rank) for rows in (self.answers, answers))
-        if len(labels) != len(before):
-            raise GrcError(
-                f"the calibration data has {len(labels)} labels for {len(before)} rows", "give one label a row"
-            )
+        before, items = scores_of(self.answers, rank)
+        after, found = scores_of(answers, rank)
+        labels = self.labels_of(before)
         if limit.metric == AUC:
             return auc(before, labels) - auc(after, labels)
-        return ndcg(before, labels, limit.k or 1) - ndcg(after, labels, limit.k or 1)
+        return ndcg(before, labels, limit.k or 1, items) - ndcg(after, labels, limit.k or 1, found)
+
+    def labels_of(self, scores: Tensor) -> Tensor:
+        """One label for each row of scores. Raises GrcError for more or fewer."""
+        assert self.labels is not None
+        labels = torch.cat([label.reshape(-1) for label in self.labels])
+        if len(labels) != len(scores):
+            raise GrcError(
+                f"the calibration data has {len(labels)} labels for {len(scores)} rows", "give one label a row"
+            )
+        return labels
+
+    def unbounded(self, limits: Sequence[Limit]) -> list[str]:
+        """A note for each limit that nothing can break, since there is nothing to lose."""
+        notes = []
+        for limit in limits:
+            if limit.metric == NDCG:
+                scores, items = scores_of(self.answers, 2)
+                if not ndcg(scores, self.labels_of(scores), limit.k or 1, items):
+                    notes.append(f"{limit} bounds nothing: no label is among the {limit.k} best of its row")
+        return notes
 
 
 def rows_of(batch: Sequence[Tensor], sizes: Sequence[Sequence[Json]]) -> int:
@@ -140,6 +162,14 @@ def lost(limits: Sequence[Limit], values: Mapping[str, float]) -> float:
     return max(limit.lost(values[limit.name]) for limit in limits)
 
 
+def worst(limits: Sequence[Limit], found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The worst value of each limit's metric."""
+    return {
+        limit.name: (min if limit.metric == OVERLAP else max)(values[limit.name] for values in found)
+        for limit in limits
+    }
+
+
 def floats_error(answer: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     """The largest error of an output relative to its own largest value: what a small probability loses shows, too."""
     worst = 0.0
@@ -148,6 +178,49 @@ def floats_error(answer: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
             scale = t.double().abs().nan_to_num(0.0, 0.0).amax().item() or 1.0  # items that are masked hold -infinity
             worst = max(worst, largest_error([a.double() / scale], [t.double() / scale]))
     return worst
+
+
+def overflows(answer: Sequence[Tensor], truth: Sequence[Tensor]) -> bool:
+    """True where an output holds NaN or infinity and the truth a number."""
+    floats = [(a, t) for a, t in zip(answer, truth, strict=True) if t.is_floating_point()]
+    return any(bool((torch.isfinite(t) & ~torch.isfinite(a)).any()) for a, t in floats)
+
+
+def integers_error(
+    answers: Sequence[Sequence[Tensor]], truth: Sequence[Sequence[Tensor]], ranked: int | None = None
+) -> float:
+    """The largest share that an output of whole numbers loses.
+
+    Of a ranking, ids [B, K] that are distinct in every row, that is the mean share of the first k that are not among them
+    any more, over every k: the order counts, and most of all at the top. Of any other, the share of numbers that differ.
+    Rankings of `ranked` ids or more are left out.
+    """
+    worst = 0.0
+    for i, first in enumerate(truth[0]):
+        if first.is_floating_point():
+            continue
+        pairs = [(a[i], t[i]) for a, t in zip(answers, truth, strict=True) if t[i].numel()]
+        ranking = first.dim() == 2 and first.dtype is not torch.bool and all(distinct(t) for _, t in pairs)
+        if not pairs or (ranking and ranked is not None and first.shape[1] >= ranked):
+            continue
+        lost = torch.cat([out_of_place(a, t) if ranking else (a != t).double().flatten() for a, t in pairs])
+        worst = max(worst, lost.mean().item())
+    return worst
+
+
+def distinct(ids: Tensor) -> bool:
+    return bool((ids.sort(1).values.diff(dim=1) != 0).all())
+
+
+def out_of_place(a: Tensor, t: Tensor) -> Tensor:
+    """[B]: which share of the first k of t is not among the first k of a, as a mean over every k of 1 to K."""
+    count = t.shape[1]
+    there, own = a.sort(1), torch.arange(count)
+    place = torch.searchsorted(there.values, t.contiguous()).clamp(max=count - 1)
+    kept = there.values.gather(1, place) == t
+    both = torch.maximum(there.indices.gather(1, place), own)  # from there on an id is among both
+    shares = (1.0 / torch.arange(1, count + 1, dtype=torch.float64)).flip(0).cumsum(0).flip(0) / count
+    return (shares - shares[both] * kept).sum(1)
 
 
 def overlap(truth: Sequence[Sequence[Tensor]], answers: Sequence[Sequence[Tensor]], k: int) -> float:
@@ -175,12 +248,18 @@ def shared(a: Tensor, b: Tensor) -> Tensor:
     return (a.unsqueeze(2) == b.unsqueeze(1)).any(2).double().mean(1)
 
 
-def scores_of(batches: Sequence[Sequence[Tensor]], rank: int) -> Tensor:
-    """The first output with one score a row (rank 1), or with one for each of several items (rank 2)."""
+def scores_of(batches: Sequence[Sequence[Tensor]], rank: int) -> tuple[Tensor, Tensor | None]:
+    """The first output with one score a row (rank 1), or with one for each of several items (rank 2), and then the items
+    that are scored, where whole numbers of the same shape are beside the scores."""
     for i, first in enumerate(batches[0]):
         single = first.dim() == 1 or (first.dim() == 2 and first.shape[1] == 1)
         if first.is_floating_point() and (single if rank == 1 else first.dim() == 2 and first.shape[1] > 1):
-            return torch.cat([rows[i].reshape(-1) if rank == 1 else rows[i] for rows in batches]).double()
+            scores = torch.cat([rows[i].reshape(-1) if rank == 1 else rows[i] for rows in batches]).double()
+            beside = (
+                j for j, t in enumerate(batches[0]) if t.dtype in (torch.int32, torch.int64) and t.shape == first.shape
+            )
+            items = next(beside, None) if rank == 2 else None
+            return scores, None if items is None else torch.cat([rows[items] for rows in batches])
     what = "one score a row, which auc-drop is about" if rank == 1 else "scores of items, which ndcg-drop is about"
     raise GrcError(f"no output holds {what}", "choose another --budget")
 
@@ -196,19 +275,23 @@ def auc(scores: Tensor, labels: Tensor) -> float:
     return ((ranks[place][positive].sum() - count * (count + 1) / 2) / (count * others)).item()
 
 
-def ndcg(scores: Tensor, labels: Tensor, k: int) -> float:
-    """NDCG@k of one relevant item a row: labels [B] name it (Järvelin and Kekäläinen 2002).
+def ndcg(scores: Tensor, labels: Tensor, k: int, items: Tensor | None = None) -> float:
+    """NDCG@k of one relevant item a row (Järvelin and Kekäläinen 2002): labels [B] name it, among the `items` [B, N] that
+    are scored or by its column. What is not among them is not found.
 
-    Raises GrcError where a label is not the number of an item.
+    Raises GrcError where a label can't be an item.
     """
     numbers = labels.double()
-    wrong = ((numbers != numbers.floor()) | (numbers < 0) | (numbers >= scores.shape[1])).nonzero()  # NaN is unequal
-    if len(wrong):
+    end = scores.shape[1] if items is None else math.inf
+    wrong = (numbers != numbers.floor()) | (numbers < 0) | (numbers >= end)  # NaN is unequal
+    if wrong.any():
+        which = f"items, 0 to {scores.shape[1] - 1}" if items is None else "ids of items"
         raise GrcError(
-            f"the calibration data has the label {numbers[wrong[0, 0]].item():g}; ndcg-drop takes items, 0 to "
-            f"{scores.shape[1] - 1}",
+            f"the calibration data has the label {numbers[wrong][0].item():g}; ndcg-drop takes {which}",
             "give for each row the number of its relevant item, or leave ndcg-drop out of --budget",
         )
-    own = scores.gather(1, labels.long().unsqueeze(1))
-    place = (scores > own).sum(1)
-    return torch.where(place < k, 1.0 / torch.log2(place.double() + 2.0), 0.0).mean().item()
+    labels = labels.long().unsqueeze(1)
+    found = torch.ones_like(labels) if items is None else (items == labels)
+    column = labels if items is None else found.int().argmax(1, keepdim=True)
+    place = (scores > scores.gather(1, column)).sum(1)
+    return torch.where(found.any(1) & (place < k), 1.0 / torch.log2(place.double() + 2.0), 0.0).mean().item()

@@ -2,167 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from grc.errors import GrcError, message_of
+from grc.kernels.lookup.row_formats import FLOATS
 from grc.precision.calibration import KEPT, LEAST, ROWS, Calibration, check_labels
 from grc.precision.formats import BITS, FORMATS
+from grc.precision.outcome import FLOAT_LAYERS, HALF_LAYERS, Decision, Lowered, Point, Reference, Step, outside
 from grc.precision.quality import AUC, Limit, Truth, inside, lost
 from grc.precision.sites import LAYER, TABLE, Site
 from grc.precision.trial import Rounded, Trial
-from grc.report.summary import size
 
 Progress = Callable[[str], None]
-Run = Callable[[list[Tensor]], Sequence[Tensor]]
 # How much of the budget a trial may spend. An engine sums in another order, so that values near the middle of two steps go
 # the other way: seen to move the largest error of a 6-layer Transformer by 15%, and once by 27%. Where an engine lands
 # outside all the same, the next smaller share is tried.
 SPENT = (0.8, 0.6, 0.4)
-# Choices beside the outcome itself, which engines are built of too: what its layers are in, by label.
-FLOAT_LAYERS, HALF_LAYERS = "float-layers", "half-layers"
 OTHER_LAYERS = {FLOAT_LAYERS: "fp32", HALF_LAYERS: "fp16"}
 FRONTIER = 6  # points of the frontier between nothing lowered and everything
-
-
-@dataclass
-class Decision:
-    """What became of one site. `smallest` is the smallest format that the precision has for its kind, or None where it has
-    none, and `loss` what the site alone costs in the smallest that can hold it, as a share of the budget."""
-
-    name: str
-    kind: str
-    format: str
-    smallest: str | None
-    bytes: int
-    lowered_bytes: int
-    loss: float | None = None
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
-class Point:
-    """One point of the frontier: bytes of all sites, their work for a row as a share of float32's, and the quality."""
-
-    bytes: int
-    work: float
-    quality: dict[str, float]
-    inside: bool
-    chosen: bool = False
-
-
-@dataclass(frozen=True)
-class Step:
-    """A trial on the way to the outcome: sites in the formats `tried`, beside those taken before, measured on so many `rows`,
-    and the limit that they were `outside` of, or None where they were taken."""
-
-    tried: Mapping[str, str]
-    rows: int
-    outside: str | None
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Calibration data and the float32 answers to them."""
-
-    calibration: Calibration
-    truth: Truth
-
-    @torch.no_grad()
-    def measure(self, run: Run, limits: Sequence[Limit]) -> dict[str, float]:
-        return self.truth.measure([list(run(list(batch))) for batch in self.calibration.batches], limits)
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """As an artifact carries them."""
-        labels = self.calibration.labels
-        return {
-            f"{i}.{kind}.{j}": tensor
-            for i, (batch, answers) in enumerate(zip(self.calibration.batches, self.truth.answers, strict=True))
-            for kind, row in (("input", batch), ("output", answers), ("label", labels[i : i + 1] if labels else ()))
-            for j, tensor in enumerate(row)
-        }
-
-
-@dataclass
-class Lowered:
-    """The outcome: a format for each site that went down, why others did not, and the quality measured on `data`. `kept` is
-    the part of it that the artifact carries."""
-
-    precision: str
-    limits: tuple[Limit, ...]
-    data: Reference
-    kept: Reference
-    decisions: list[Decision] = field(default_factory=list)
-    frontier: list[Point] = field(default_factory=list)
-    path: list[Step] = field(default_factory=list)
-    quality: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    trials: int = 0
-
-    @property
-    def formats(self) -> dict[str, str]:
-        return {d.name: d.format for d in self.decisions if d.format != "fp32"}
-
-    @property
-    def choices(self) -> dict[str, dict[str, str]]:
-        """Formats to build for a CPU: these, and where layers are among them the others alone, since a CPU without
-        instructions for 8 bits may lose more by rounding a layer's input than it saves by reading its weight."""
-        others = {d.name: d.format for d in self.decisions if d.format != "fp32" and d.kind != LAYER}
-        return {"": self.formats} if others == self.formats else {"": self.formats, FLOAT_LAYERS: others}
-
-    def summary(self) -> str:
-        """`int8 27, bf16 1, fp32 2; max-error 0.014; 98.1 MB -> 24.6 MB`."""
-        counts = Counter(decision.format for decision in self.decisions)
-        formats = ", ".join(f"{form} {counts[form]}" for form in BITS if counts[form]) or "nothing to lower"
-        quality = ", ".join(f"{name} {value:.2g}" for name, value in self.quality.items())
-        before, after = sum(d.bytes for d in self.decisions), sum(d.lowered_bytes for d in self.decisions)
-        return f"{formats}; {quality}; {size(before)} -> {size(after)}"
-
-    def judge(self, run: Run) -> tuple[dict[str, float], str | None]:
-        """The quality of an engine on all calibration rows, and why it is outside of the budget, or None. It is inside on
-        the rows that are kept too: `grc check` measures on those."""
-        found = self.data.measure(run, self.limits)
-        return found, outside(self.limits, found) or outside(self.limits, self.kept.measure(run, self.limits))
-
-    def json(self) -> dict[str, Any]:
-        return {
-            "asked": self.precision,
-            "budget": [str(limit) for limit in self.limits],
-            "quality": self.quality,
-            "calibration": {
-                "origin": self.data.calibration.origin,
-                "rows": self.data.calibration.rows,
-                "kept": self.kept.calibration.rows,
-                "labels": self.data.calibration.labels is not None,
-                "sha256": self.data.calibration.digest,
-            },
-            "sites": [asdict(replace(decision, loss=finite(decision.loss))) for decision in self.decisions],
-            "frontier": [
-                {**asdict(point), "quality": {name: finite(value) for name, value in point.quality.items()}}
-                for point in self.frontier
-            ],
-            "path": [asdict(step) for step in self.path],
-            "trials": self.trials,
-            "notes": self.notes,
-        }
-
-
-def finite(value: float | None) -> float | None:
-    """None for what JSON has no number for: a share of a limit of nothing, the error of answers that hold NaN."""
-    return value if value is not None and math.isfinite(value) else None
-
-
-def outside(limits: Sequence[Limit], values: Mapping[str, float], spent: float = 1.0) -> str | None:
-    """`max-error 0.031, of max-error=0.02`: the limits that values break, or of which they spend more than this share."""
-    broken = [limit for limit in limits if not limit.lost(values[limit.name]) <= spent]
-    return ", ".join(f"{limit.name} {values[limit.name]:.2g}, of {limit}" for limit in broken) or None
+NOTHING = "nothing could be lowered within the budget"
 
 
 class Search:
@@ -184,7 +46,7 @@ class Search:
         self.weights = Rounded(graph)
         self.trials = 0
         self.path: list[Step] = []
-        self.losses: dict[str, float] = {}
+        self.losses: dict[tuple[str, str], float] = {}
         both = any(limit.metric == AUC for limit in limits)
         self.all = self.answered(calibration)
         self.some = self.answered(calibration.sample(ROWS, both))
@@ -204,12 +66,7 @@ class Search:
     def run(self, spent: float = SPENT[0]) -> Lowered:
         """The outcome of trials that may spend this share of the budget."""
         self.spent = spent
-        notes = list(self.all.calibration.notes)
-        outcome = Lowered(self.precision, self.limits, self.all, self.kept, notes=notes)
-        able = [site for site in self.sites if site.reason is None and self.options(site)]
-        losses = self.losses = self.losses or self.sensitivities(able)
-        # What computes an answer goes last: an error there is not averaged over anything.
-        order = sorted(able, key=lambda site: (site.head, losses[site.name] / max(site.work, 1)))
+        outcome, order = self.begun(), self.order()
         formats, reasons = self.lower(order)
         if self.device == "cuda":
             self.one_format_an_arena(formats, reasons)
@@ -217,20 +74,71 @@ class Search:
             self.step_back(formats, reasons, why)
             if self.device == "cuda":
                 self.one_format_an_arena(formats, reasons)
+        if order and not formats:
+            outcome.notes.append(NOTHING)
+        return self.decided(outcome, order, formats, reasons)
+
+    def unlowered(self, last: Lowered, why: str) -> Lowered:
+        """The outcome where trials were inside of the budget and no engine was, not even that of the `last` outcome."""
+        outcome, order = self.begun(), self.order()
+        outcome.notes.append(f"{NOTHING}: {'; '.join(line.strip() for line in why.splitlines())}")
+        reasons = {
+            d.name: d.reason or "" if d.format == "fp32" else f"{d.format}: no engine is inside the budget"
+            for d in last.decisions
+        }
+        return self.decided(outcome, order, {}, reasons)
+
+    def begun(self) -> Lowered:
+        notes = [*self.all.calibration.notes, *self.all.truth.unbounded(self.limits)]
+        return Lowered(self.precision, self.limits, self.all, self.kept, notes=notes)
+
+    def order(self) -> list[Site]:
+        """The sites that can go down, what costs least for what it saves first. What computes an answer goes last: an error
+        there is not averaged over anything."""
+        able = [site for site in self.sites if site.reason is None and self.options(site)]
+        saved = self.savings(able)
+        for i, site in enumerate(able):
+            self.progress(f"sensitivity {i + 1} of {len(able)}")
+            self.loss(site, self.options(site)[0])
+        return sorted(able, key=lambda site: (site.head, self.loss(site, self.options(site)[0]) / saved[site.name]))
+
+    def savings(self, sites: Sequence[Site]) -> dict[str, float]:
+        """What each site saves in its smallest format: bytes of a table, work of any other, as a share of what all of them
+        save."""
+        saved: dict[str, float] = {}
+        for kinds in ([site for site in sites if site.kind == TABLE], [site for site in sites if site.kind != TABLE]):
+            for site in kinds:
+                form = self.options(site)[0]
+                own = site.bytes - self.bytes(site, form) if site.kind == TABLE else site.work * (32 - BITS[form])
+                saved[site.name] = max(own, 1)
+            total = sum(saved[site.name] for site in kinds)
+            saved |= {site.name: saved[site.name] / total for site in kinds}
+        return saved
+
+    def loss(self, site: Site, form: str) -> float:
+        """What a site alone costs in a format, as a share of the budget."""
+        if (site.name, form) not in self.losses:
+            self.losses[site.name, form] = lost(self.limits, self.measure({site.name: form}))
+        return self.losses[site.name, form]
+
+    def decided(
+        self, outcome: Lowered, order: Sequence[Site], formats: Mapping[str, str], reasons: Mapping[str, str]
+    ) -> Lowered:
         if not formats:
             outcome.quality = self.all.truth.measure(self.all.truth.answers, self.limits)
         outcome.frontier = self.frontier(order, formats)
         for site in self.sites:
             form = formats.get(site.name, "fp32")
             smallest = next(iter(self.every(site)), None)
+            loss = next((self.losses.get((site.name, form)) for form in self.options(site)), None)
             reason = None
             if form != smallest:
-                reason = site.reason or reasons.get(site.name) or site.unscaled
+                reason = site.reason or reasons.get(site.name) or self.unable(site, smallest)
             if form == "fp32":
                 reason = reason or self.nothing(site)
-            lowered = site.lowered_bytes(form)
-            loss = losses.get(site.name)
-            outcome.decisions.append(Decision(site.name, site.kind, form, smallest, site.bytes, lowered, loss, reason))
+            outcome.decisions.append(
+                Decision(site.name, site.kind, form, smallest, site.bytes, self.bytes(site, form), loss, reason)
+            )
         outcome.trials, outcome.path = self.trials, list(self.path)
         return outcome
 
@@ -244,8 +152,7 @@ class Search:
                     decision.reason = f"{decision.format}: the engine chosen keeps layers in {form}"
                     decision.format = form
                 for site, decision in zip(self.sites, outcome.decisions, strict=True):
-                    decision.lowered_bytes = site.lowered_bytes(decision.format)
-                outcome.quality = self.measure(outcome.formats, self.all)
+                    decision.lowered_bytes = self.bytes(site, decision.format)
                 others = [point for point in outcome.frontier if not point.chosen]
                 chosen = replace(self.point(outcome.formats), chosen=True)
                 outcome.frontier = sorted([*others, chosen], key=lambda point: -point.bytes)
@@ -260,27 +167,37 @@ class Search:
         return FORMATS[site.kind][self.device].get(self.precision, ())
 
     def options(self, site: Site) -> tuple[str, ...]:
-        """And what of it can hold the site. A table that float16 can't scale has bfloat16 left, but on a GPU, where an arena
-        has one format."""
+        """And what of it can hold the site and makes it smaller. A table that float16 can't scale has bfloat16 left, but on
+        a GPU, where an arena has one format."""
         every = self.every(site)
-        if site.unscaled is None or not every:
+        if site.kind != TABLE or not every:
             return every
-        return ("bf16",) if self.device == "cpu" or every == ("bf16",) else ()
+        if site.unscaled is not None:
+            every = ("bf16",) if self.device == "cpu" or every == ("bf16",) else ()
+        alike = [site] if self.device == "cpu" else [one for one in self.sites if one.arena == site.arena]
+        kept = ["fp32"]
+        for form in reversed(every):
+            if sum(self.bytes(one, form) for one in alike) < sum(self.bytes(one, kept[0]) for one in alike):
+                kept.insert(0, form)
+        return tuple(kept[:-1])
+
+    def bytes(self, site: Site, form: str) -> int:
+        """What a site takes in a format. Rows of 16 bits are tensors on a GPU, and not filled up to whole words."""
+        tensor = self.device == "cuda" and form in FLOATS
+        return site.elements * BITS[form] // 8 if tensor else site.lowered_bytes(form)
+
+    def unable(self, site: Site, form: str | None) -> str | None:
+        """Why a site can't be in a format for which the precision has its kind, but for the budget."""
+        if site.unscaled is not None or site.kind != TABLE or form is None or form in self.options(site):
+            return site.unscaled
+        return f"{form} makes rows of {site.width} columns no smaller"
 
     def nothing(self, site: Site) -> str:
         return f"{self.precision} has no format for {site.kind}s on a {'CPU' if self.device == 'cpu' else 'GPU'}"
 
-    def sensitivities(self, sites: Sequence[Site]) -> dict[str, float]:
-        """What each site alone costs in its smallest format, as a share of the budget."""
-        losses = {}
-        for i, site in enumerate(sites):
-            self.progress(f"sensitivity {i + 1} of {len(sites)}")
-            losses[site.name] = lost(self.limits, self.measure({site.name: self.options(site)[0]}))
-        return losses
-
     def lower(self, order: Sequence[Site]) -> tuple[dict[str, str], dict[str, str]]:
         """Lower in order as far as the budget allows: in blocks, halved where one is too much, a site in its next format
-        where its smallest is too small."""
+        where its smallest is too small. Nothing that computes an answer is in a block with others."""
         formats: dict[str, str] = {}
         reasons: dict[str, str] = {}
 
@@ -299,10 +216,11 @@ class Search:
             else:
                 reasons.setdefault(block[0].name, f"{next(iter(wanted.values()))}: {why}")
 
-        for step in range(max((len(self.options(site)) for site in order), default=0)):
-            waiting = [site for site in order if site.name not in formats]
-            if waiting:
-                take(waiting, step)
+        for head in (False, True):
+            own = [site for site in order if site.head == head]
+            for step in range(max((len(self.options(site)) for site in own), default=0)):
+                if waiting := [site for site in own if site.name not in formats]:
+                    take(waiting, step)
         return formats, reasons
 
     def step_back(self, formats: dict[str, str], reasons: dict[str, str], why: str) -> None:
@@ -313,7 +231,8 @@ class Search:
             return own.index(formats[site.name]) if formats[site.name] in own else len(own)
 
         able = [site for site in self.sites if site.name in formats]
-        site = max(able, key=lambda site: (-steps(site), self.losses.get(site.name, 0.0)))
+        least = min(map(steps, able))
+        site = max((s for s in able if steps(s) == least), key=lambda site: self.loss(site, formats[site.name]))
         later = self.options(site)[steps(site) + 1 :]
         reasons[site.name] = f"{formats[site.name]} on all rows: {why}"
         if later:
@@ -349,21 +268,20 @@ class Search:
     def measure(self, formats: Mapping[str, str], data: Reference | None = None) -> dict[str, float]:
         """Of a trial on some rows, or on those of `data`."""
         self.trials += 1
-        trial = Trial(self.graph, self.sites, formats, self.weights)
+        trial = Trial(self.graph, self.sites, formats, self.weights, self.device)
         return (data or self.some).measure(trial.answers, self.limits)
 
     def frontier(self, order: Sequence[Site], formats: Mapping[str, str]) -> list[Point]:
         """Quality against bytes: nothing lowered, more and more of the order in its smallest formats, and the outcome."""
         points = []
-        for i in range(FRONTIER + 1):
-            part = order[: round(len(order) * i / FRONTIER)]
-            points.append(self.point({site.name: self.options(site)[0] for site in part}))
+        for count in sorted({round(len(order) * i / FRONTIER) for i in range(FRONTIER + 1)}):
+            points.append(self.point({site.name: self.options(site)[0] for site in order[:count]}))
         points = [point for point in points if point.bytes != self.point_bytes(formats)]
         points.append(replace(self.point(formats), chosen=True))
         return sorted(points, key=lambda point: -point.bytes)
 
     def point_bytes(self, formats: Mapping[str, str]) -> int:
-        return sum(site.lowered_bytes(formats.get(site.name, "fp32")) for site in self.sites)
+        return sum(self.bytes(site, formats.get(site.name, "fp32")) for site in self.sites)
 
     def point(self, formats: Mapping[str, str]) -> Point:
         values = self.measure(formats)

@@ -41,7 +41,7 @@ class Site:
     features: list[tuple[fx.Node, int]] = field(default_factory=list)  # of a table: look-up and feature
     arena: str = ""  # of a table: the constant it lies in, and where, in rows of a 2-D arena or in elements
     base: int = 0
-    head: bool = False  # what it computes is an output, but for an activation
+    head: bool = False  # what it computes is an output or goes into a sigmoid or softmax, but for arithmetic
     reason: str | None = None  # why it must stay in float32
     unscaled: str | None = None  # of a table: why no format can hold it that counts in float16
 
@@ -203,20 +203,22 @@ def refused(weight: torch.Tensor) -> str | None:
     return None
 
 
+SQUASHING = (aten.sigmoid, aten.softmax, aten.log_softmax)
 PASSING = (
-    operator.getitem, aten.sigmoid, aten.softmax, aten.reshape, aten.view, aten.squeeze, aten.unsqueeze, aten.flatten,
-    aten.tanh, aten.clamp, aten.log_softmax, aten.select, aten.slice,
+    operator.getitem, aten.reshape, aten.view, aten.squeeze, aten.unsqueeze, aten.flatten, aten.select, aten.slice,
+    aten.permute, aten.transpose, aten.cat, aten.stack, aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.neg,
+    aten.clamp, aten.relu, aten.tanh, aten.exp,
 )  # fmt: skip
 
 
 def feeds_output(node: fx.Node) -> bool:
-    """True where what a layer computes is an answer, or becomes one through an activation alone."""
-    return any(reader.op == "output" for reader in readers(node))
-
-
-def readers(node: fx.Node) -> Iterator[fx.Node]:
-    for user in node.users:
-        if is_op(user, *PASSING) and value(user) is not None:
-            yield from readers(user)
-        else:
-            yield user
+    """True where what a layer computes is an answer or goes into a sigmoid or a softmax, but for arithmetic on each number."""
+    reached, waiting = {node}, [node]
+    for at in waiting:
+        for user in at.users:
+            if user.op == "output" or is_op(user, *SQUASHING):
+                return True
+            if user not in reached and is_op(user, *PASSING):
+                reached.add(user)
+                waiting.append(user)
+    return False

@@ -14,6 +14,7 @@ from grc.kernels import CROSS, SCORE_TOPK
 from grc.kernels.lookup.pooling import NO_PADDING
 from grc.kernels.lookup.row_formats import FLOATS, rounded_rows
 from grc.kernels.quantised_linear import rounded, simulated
+from grc.kernels.quantised_linear.panels import HALVES
 from grc.precision.sites import ATTENTION, HALVED, LAYER, RANKING, UNIT, Site, layer_weight
 
 Tensors = list[torch.Tensor]
@@ -35,11 +36,19 @@ class Rounded:
 
 
 class Trial(fx.Interpreter):
-    """The graph's answers with `formats` by site. Rounding is the kernels' own; only the order of sums may differ."""
+    """The graph's answers with `formats` by site. Rounding is the kernels' own; only the order of sums may differ. On a GPU
+    what is lowered is answered in half precision, in which it may overflow."""
 
-    def __init__(self, graph: fx.GraphModule, sites: Sequence[Site], formats: Mapping[str, str], weights: Rounded):
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        sites: Sequence[Site],
+        formats: Mapping[str, str],
+        weights: Rounded,
+        device: str = "cpu",
+    ):
         super().__init__(graph, garbage_collect_values=True)
-        self.weights = weights
+        self.weights, self.gpu = weights, device == "cuda"
         self.layers = {
             node: (site.name, formats[site.name])
             for site in sites
@@ -74,10 +83,27 @@ class Trial(fx.Interpreter):
             table, ids = self.env[n.args[0]], self.env[n.args[1]]
             found, places = torch.unique(ids, return_inverse=True)
             refuse(found, 0, len(table))
-            return rounded_rows(table[found], self.tables[n][0])[places]
+            return self.written(rounded_rows(table[found], self.tables[n][0])[places], self.tables[n][0])
         if n in self.tables:
-            return n.target(*compacted(self.named(n), self.tables[n]).values())  # type: ignore[operator]
+            return self.look_up(n, self.tables[n])
         return super().run_node(n)
+
+    def written(self, result: torch.Tensor, form: str) -> torch.Tensor:
+        """A result as it is written: what counts in 8 or 4 bits is answered in float16 on a GPU."""
+        return result.to(HALVES.get(form, torch.float16)).float() if self.gpu else result
+
+    def taken(self, operand: torch.Tensor | None, form: str) -> torch.Tensor | None:
+        """An operand beside what is lowered: a GPU takes it in half precision, but with 8 or 4 bits."""
+        return operand if operand is None or form not in HALVES else self.written(operand, form)
+
+    def look_up(self, node: fx.Node, formats: Mapping[int, str]) -> Any:
+        form = next((form for form in formats.values() if form in HALVES), "int8")
+        given = compacted(self.named(node), formats)
+        given |= {name: self.taken(given[name], form) for name in ("weights", "dense", "linear") if name in given}
+        found = node.target(*given.values())  # type: ignore[operator]
+        if isinstance(found, torch.Tensor):
+            return self.written(found, form)
+        return tuple(self.written(part, form) for part in found)
 
     def named(self, node: fx.Node) -> dict[str, Any]:
         """The values of a call's arguments, by name."""
@@ -90,14 +116,16 @@ class Trial(fx.Interpreter):
         args, _ = self.fetch_args_kwargs_from_env(node)
         if node.target is SCORE_TOPK.overload:
             x, _, bias, k = args
-            return tuple(torch.topk(simulated(x, weight, bias, form), k))
+            return tuple(torch.topk(self.written(simulated(x, weight, self.taken(bias, form), form), form), k))
         if node.target is CROSS.overload:
             x0, y, _, bias, x = args
-            return x0 * simulated(y, weight, bias, form) + x
+            product = self.written(simulated(y, weight, self.taken(bias, form), form), form)
+            crossed = self.taken(x0, form) * product + self.taken(x, form)
+            return self.written(crossed, form) if form in HALVES else crossed
         assert is_op(node, aten.linear)
         bias = argument(node, "bias")
         given = self.env[bias] if isinstance(bias, fx.Node) else None
-        return simulated(args[0], weight, given, form)
+        return self.written(simulated(args[0], weight, self.taken(given, form), form), form)
 
 
 def compacted(given: Mapping[str, Any], formats: Mapping[int, str]) -> dict[str, Any]:
@@ -119,6 +147,7 @@ def compacted(given: Mapping[str, Any], formats: Mapping[int, str]) -> dict[str,
         refuse(found, f, rows[f])
         own[~wanted] = -1
         own[wanted] = places.to(own.dtype)
+        found = found if len(found) else found.new_zeros(min(rows[f], 1))  # an arena has a row, though none is read
         table = arena[base : base + rows[f]] if arena.dim() == 2 else arena[base : base + rows[f] * dim].view(-1, dim)
         read = table[found]
         made["arena"].append(rounded_rows(read, formats[f]) if f in formats and len(read) else read)

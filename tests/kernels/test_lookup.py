@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -61,3 +64,20 @@ def test_infinite_and_nan_rows_survive() -> None:
     got, want = cpp.call(LOOKUP, *values.values()), LOOKUP.reference(*values.values())
     assert torch.equal(got.nan_to_num(nan=7.0), want.nan_to_num(nan=7.0))
     assert got.isnan().any()
+
+
+LAST_ROW = """
+import torch
+from grc.kernels import LOOKUP, cpp
+
+for arena in (torch.zeros(0, 16), torch.ones(1, 16)):
+    id = -(arena.data_ptr() // 64) - 1
+    ids = torch.full((3, 2), id)
+    found = cpp.call(LOOKUP, arena, ids, None, None, [0, 0], [len(arena)] * 2, [16, 16], [1, 1], 0, [id, id], [])
+    assert torch.equal(found, torch.zeros(3, 32))
+"""
+
+
+def test_a_padding_id_whose_row_would_lie_at_the_last_address_there_is() -> None:
+    """Its lines are asked for ahead: counting up to the last of them would never end, nor heed a signal."""
+    subprocess.run([sys.executable, "-c", LAST_ROW], check=True, timeout=60)

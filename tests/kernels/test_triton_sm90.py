@@ -227,6 +227,8 @@ def test_scaled_linear_takes_the_tensor_cores(form: str, product: str, monkeypat
     text = ptx(scaled_linear, lambda: scaled_linear.scaled_linear(*given), monkeypatch)
     assert re.search(rf"wgmma\.mma_async\S*\.{product}", text)
     assert ".local" not in text, "registers spill into memory"
+    if form == "fp8":
+        assert re.search(r"add\S*\.f32", text), "all is summed in the tensor cores, in fewer bits than float32"
 
 
 @pytest.mark.usefixtures("hopper")

@@ -11,8 +11,9 @@ from grc.compiler import as_model, optimise, traced
 from grc.graph.capture import Source
 from grc.options import Options
 from grc.precision.calibration import Calibration, calibration_of
+from grc.precision.outcome import Lowered
 from grc.precision.quality import budget
-from grc.precision.search import Lowered, Search
+from grc.precision.search import Search
 from grc.precision.sites import find_sites
 from grc.progress import Silent
 

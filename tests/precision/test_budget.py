@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from grc.errors import GrcError
-from grc.precision.quality import Limit, Truth, auc, budget, ndcg, overlap
+from grc.precision.quality import Limit, Truth, auc, budget, integers_error, ndcg, overlap, worst
 
 
 def test_budgets_are_read_as_they_are_written() -> None:
@@ -98,3 +98,65 @@ def test_metrics_that_no_output_has_are_named() -> None:
     truth = Truth([[torch.zeros(3, 5)]], [torch.tensor([1, 0, 1])])
     with pytest.raises(GrcError, match="no output holds one score a row, which auc-drop is about"):
         truth.measure(truth.answers, budget(["auc-drop=0.1"]))
+
+
+def error(got: list, want: list, *limits: str) -> float:
+    """max-error of one output of whole numbers, in a budget."""
+    truth = Truth([[torch.tensor(want)]])
+    return truth.measure([[torch.tensor(got)]], budget(["max-error=0.02", *limits]))["max-error"]
+
+
+def test_ranked_ids_that_are_lost_or_change_places_are_errors() -> None:
+    assert error([[7, 8, 9]], [[7, 8, 9]]) == 0.0
+    assert error([[7, 8, 1]], [[7, 8, 9]]) == pytest.approx((0 + 0 + 1 / 3) / 3)
+    assert error([[8, 7, 9]], [[7, 8, 9]]) == pytest.approx(
+        (1 + 0 + 0) / 3
+    )  # all the same ids: a sort is an output too
+    assert error([[9, 7, 8]], [[7, 8, 9]]) == pytest.approx((1 + 1 / 2 + 0) / 3)
+    assert error([[1, 2, 3], [7, 8, 9]], [[4, 5, 6], [7, 8, 9]]) == 0.5
+    # where topk-overlap is about them it alone is, and it is not about fewer than K
+    assert error([[1, 2, 3]], [[7, 8, 9]], "topk-overlap@3=0.5") == 0.0
+    batch = [[torch.tensor([[1, 2, 3]]), torch.rand(1, 9)]]
+    assert integers_error(batch, [[torch.tensor([[7, 8, 9]]), batch[0][1]]], 9) == 1.0
+
+
+def test_ranked_ids_are_compared_as_the_definition_has_it() -> None:
+    make = torch.Generator().manual_seed(3)
+    a, t = (torch.stack([torch.randperm(30, generator=make)[:12] for _ in range(8)]) for _ in range(2))
+    want = [1 - len(set(a[b, :k].tolist()) & set(t[b, :k].tolist())) / k for b in range(8) for k in range(1, 13)]
+    assert integers_error([[a]], [[t]]) == pytest.approx(sum(want) / len(want))
+    assert integers_error([[t]], [[t]]) == 0.0
+
+
+def test_other_whole_numbers_are_errors_where_they_differ() -> None:
+    assert error([3, 1, 2, 2], [3, 1, 2, 0]) == 0.25
+    assert error([[0, 1, 0, 1]], [[1, 0, 1, 0]]) == 1.0
+    assert error([[True, False]], [[True, True]]) == 0.5
+
+
+def test_ndcg_finds_a_label_by_its_id_where_ids_are_beside_scores() -> None:
+    """The scores of a top-k fall in every row: by their columns alone nothing could be lost."""
+    values, labels = torch.tensor([[0.9, 0.5], [0.8, 0.1]]), [torch.tensor([70, 40])]
+    truth = Truth([[values, torch.tensor([[70, 3], [5, 40]])]], labels)
+    (limit,) = budget(["ndcg-drop@2=0.1"])
+    assert truth.one(limit, truth.answers) == 0.0
+    lost = truth.one(limit, [[values, torch.tensor([[3, 70], [5, 6]])]])
+    assert lost == pytest.approx((1 - 1 / math.log2(3) + 1 / math.log2(3)) / 2)
+    assert truth.unbounded([limit]) == []
+    told = "ndcg-drop@2=0.1 bounds nothing: no label is among the 2 best of its row"
+    assert Truth(truth.answers, [torch.tensor([1, 2])]).unbounded([limit]) == [told]
+    with pytest.raises(GrcError, match="has the label -1; ndcg-drop takes ids of items"):
+        Truth(truth.answers, [torch.tensor([-1, 2])]).one(limit, truth.answers)
+
+
+def test_no_metric_takes_nan_for_a_score() -> None:
+    truth = Truth([[torch.tensor([[0.9, 0.5], [0.8, 0.1]])]], [torch.tensor([0, 1])])
+    limits = budget(["ndcg-drop@1=0.1", "topk-overlap@1=0.5"])
+    found = truth.measure([[torch.full((2, 2), torch.nan)]], limits)
+    assert found == {"ndcg-drop@1": math.inf, "topk-overlap@1": 0.0}
+
+
+def test_the_worst_of_engines_is_taken_limit_by_limit() -> None:
+    limits = budget(["auc-drop=0.1", "topk-overlap@1=0.5"])
+    engines = [{"auc-drop": -0.2, "topk-overlap@1": 0.9}, {"auc-drop": -0.1, "topk-overlap@1": 1.0}]
+    assert worst(limits, engines) == {"auc-drop": -0.1, "topk-overlap@1": 0.9}

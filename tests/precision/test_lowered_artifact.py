@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from typer.testing import CliRunner
 
 import grc
 from grc.cli.app import app
-from grc.precision.search import Lowered, outside
+from grc.precision.outcome import Lowered, outside
 from grc.progress import Silent
 from grc.runtime.artifact import read_manifest, write_manifest
-from tests.precision.models import Ranker, ranker_inputs, searched
+from tests.precision.models import Fragile, Ranker, fragile_inputs, ranker_inputs, searched
 
 pytestmark = pytest.mark.engine
 
@@ -218,6 +219,60 @@ def test_an_engine_that_lands_outside_is_built_again_with_less_lowered(
     formats = {site["format"] for site in manifest["precision"]["sites"]}
     assert formats > {"int8"}
     assert manifest["budget_quality"]["inductor"]["max-error"] <= limit
+
+
+def test_the_quality_told_is_that_of_the_engines_that_answer(artifact: Path) -> None:
+    manifest = read_manifest(artifact)
+    (part,) = manifest["parts"]
+    assert manifest["precision"]["quality"] == manifest["budget_quality"][part["engine"]]
+
+
+def test_where_every_engine_lands_outside_the_artifact_is_of_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Lowered, "judge", lambda self, run: ({"max-error": 0.6}, "max-error 0.6, of max-error=0.5"))
+    torch.manual_seed(0)
+    options = grc.Options(
+        tmp_path / "none.grc", batches=(8,), precision="int8", budget=("max-error=0.5",), engine="inductor"
+    )
+    artifact = grc.compile(Ranker().eval(), ranker_inputs, options)
+    found = artifact.manifest["precision"]
+    assert {site["format"] for site in found["sites"]} == {"fp32"}
+    assert {site["reason"] for site in found["sites"]} == {"int8: no engine is inside the budget"}
+    assert found["notes"][-1].startswith("nothing could be lowered within the budget: engine inductor can't be used: ")
+    assert found["quality"] == {"max-error": 0.0}
+    assert {str(tensor.dtype) for tensor in grc.load(artifact.path).artifact.weights.values()} == {"torch.float32"}
+
+
+HARMFUL = """\
+import torch
+from tests.precision.models import Fragile, fragile_inputs as get_inputs
+
+
+def get_model():
+    torch.manual_seed(0)
+    return Fragile().eval()
+"""
+
+
+def test_a_head_that_8_bits_ruin_stays_in_float32_in_an_artifact(tmp_path: Path) -> None:
+    """A tiny one, of two inputs whose difference is a thousandth of them."""
+    file = tmp_path / "harmful.py"
+    file.write_text(HARMFUL)
+    options = grc.Options(tmp_path / "harmful.grc", batches=(8,), precision="int8", engine="inductor")
+    artifact = grc.compile(file, options=options)
+    sites = {site["name"]: site for site in artifact.manifest["precision"]["sites"]}
+    assert (sites["body.weight"]["format"], sites["head.weight"]["format"]) == ("int8", "fp32")
+    assert sites["head.weight"]["reason"].startswith("int8: max-error") and sites["head.weight"]["loss"] > 2
+    assert artifact.manifest["precision"]["quality"]["max-error"] <= 0.02
+    assert sites["head.weight"]["reason"] in html.unescape((artifact.path / "report.html").read_text())
+    code, out, _ = run("inspect", artifact.path)
+    (line,) = [line for line in out.splitlines() if line.split()[:2] == ["head.weight", "layer"]]
+    assert code == 0 and "fp32" in line and "int8: max-error" in line
+    inputs = fragile_inputs(32)
+    torch.manual_seed(0)
+    want = Fragile().eval()(*inputs)
+    assert 0 < (grc.load(artifact.path)(*inputs) - want).abs().max() <= 0.02 * want.abs().max()
 
 
 @pytest.mark.parametrize(

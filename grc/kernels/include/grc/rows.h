@@ -244,13 +244,14 @@ class Reader {
   }
 
   // The address of an id not yet checked may lie anywhere: a prefetch never faults, but pointer arithmetic may not
-  // leave its array, hence integers.
+  // leave its array, hence integers. Lines are counted down, since such a row may end beyond the last address there is.
   __attribute__((always_inline)) void fetch(int64_t f, int64_t b, const Bag& bag, int64_t k) const {
     const Table& table = bags_.tables[f];
     const uint64_t id = static_cast<uint64_t>(ids_[b * sample_ + (bag.first + k) * step_]);
     const uint64_t first = reinterpret_cast<uint64_t>(arena_) + (table.start + id * table.stride) * sizeof(T);
-    const uint64_t last = first + table.row_bytes(sizeof(T)) - 1;
-    for (uint64_t line = first & ~63ull; line <= last; line += 64) __builtin_prefetch(reinterpret_cast<void*>(line));
+    uint64_t line = first & ~63ull;
+    for (int64_t left = table.row_bytes(sizeof(T)) + (first & 63); left > 0; left -= 64, line += 64)
+      __builtin_prefetch(reinterpret_cast<void*>(line));
   }
 
   Lanes reduce(int64_t f, int64_t b, const Bag& bag, int64_t d, int64_t count, int64_t counted) const {
