@@ -58,6 +58,19 @@ class Retriever(nn.Module):
         return values, found
 
 
+class Target(nn.Module):
+    """How much each step of a history says about a candidate, and what the steps then are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unit = nn.Sequential(nn.Linear(24, 10), nn.PReLU(), nn.Linear(10, 6), nn.ReLU(), nn.Linear(6, 1))
+
+    def forward(self, history: Tensor, target: Tensor) -> Tensor:
+        query = target.unsqueeze(1).expand_as(history)
+        scores = self.unit(torch.cat([query, history, query * history], -1))
+        return (scores.transpose(1, 2) @ history).squeeze(1)
+
+
 class Bags(nn.Module):
     """Jagged bags over a table with a padding row, a table of offsets under a factorisation machine, a bare embedding."""
 
@@ -74,6 +87,11 @@ class Bags(nn.Module):
         first = self.linear(ids + self.offsets).sum((1, 2))
         deep = self.deep(rows.flatten(1)).squeeze(1) + self.history(ids).amax((1, 2))
         return self.bag(values, offsets).sum(1) + fm + first + deep
+
+
+def target_inputs(batch: int) -> tuple[Tensor, Tensor]:
+    make = torch.Generator().manual_seed(batch)
+    return torch.randn(batch, 6, 8, generator=make), torch.randn(batch, 8, generator=make)
 
 
 def bag_inputs(batch: int) -> tuple[Tensor, Tensor, Tensor]:
