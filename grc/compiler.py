@@ -24,7 +24,7 @@ from grc.lowering.cuda import Gpu, full_precision, gpu_engines, gpu_target, mixe
 from grc.lowering.engine import Built, Engine, Lowerable, Target
 from grc.lowering.export import written_out
 from grc.lowering.kernel_times import KernelTimes
-from grc.lowering.requests import requests_of, timed_batches
+from grc.lowering.requests import judged, requests_of, timed_batches
 from grc.lowering.stages import BuiltStage, Line
 from grc.lowering.timing import crowding
 from grc.lowering.traffic import interpolated, learn, read_traffic, told
@@ -242,7 +242,7 @@ def lower(
         fixed = [(b, source.inputs(b)) for b in fixed_batches(options, gpu.plan)]
         offered = gpu_engines(gpu, ours, unguarded, fixed)
         if lowered is not None and lowered.formats:
-            requests = replace(requests, judge=lowered.judge)
+            requests = judged(requests, source, options, lowered.judge)
             offered = [(engine, lowerable) for engine, lowerable in offered if engine.name.startswith("inductor")]
         relearn = Relearn(gpu, source, optimised, options, traffic) if traffic and gpu.plan.buckets else None
         model = gpu.model_runner(theirs, source.inputs)
@@ -254,7 +254,7 @@ def lower(
         return lowering
     requests = requests_of(source, optimised.proof, options)
     if lowered is not None and lowered.formats:
-        requests = replace(requests, judge=lowered.judge)
+        requests = judged(requests, source, options, lowered.judge)
         offered = engines_for(ours[""], None, lowered.choices, lowered.data.calibration.sample(ROWS).batches)
     else:
         offered = engines_for(ours[""], unguarded)

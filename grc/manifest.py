@@ -21,6 +21,7 @@ from grc.graph.show import show
 from grc.lowering.choose import Candidate, Choice, boundaries
 from grc.lowering.cuda import part_on_gpu
 from grc.lowering.engine import Target
+from grc.lowering.requests import golden_batches
 from grc.lowering.stages import BuiltStage
 from grc.lowering.store import Store
 from grc.options import Options
@@ -32,8 +33,6 @@ from grc.processing import bundle
 from grc.runtime.artifact import FORMAT
 from grc.runtime.version import VERSION
 from grc.runtime.weights import write_weights
-
-GOLDEN = 4  # requests, of different batches, that `grc check` replays
 
 
 def describe(
@@ -202,10 +201,8 @@ def parameter_names(module: nn.Module, structure: Any) -> list[str]:
 def write_golden(source: Source, largest: int, folder: Path) -> None:
     """Requests with the model's own answers: what every copy of the artifact must repeat. None is larger than the largest
     batch."""
-    wanted = {min(largest, max(source.min_batch, b)) for b in (1, 2, 5, 16)}
-    batches = sorted(wanted)[:GOLDEN] if source.dynamic else [1]
     tensors: dict[str, torch.Tensor] = {}
-    for index, batch in enumerate(batches):
+    for index, batch in enumerate(golden_batches(source, largest)):
         for i, tensor in enumerate(source.inputs(batch)):
             tensors[f"{index}.input.{i}"] = tensor
         for i, tensor in enumerate(source.eager(batch)):

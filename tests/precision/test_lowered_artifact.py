@@ -17,6 +17,7 @@ from grc.cli.app import app
 from grc.precision.outcome import Lowered, outside
 from grc.progress import Silent
 from grc.runtime.artifact import read_manifest, write_manifest
+from grc.runtime.golden import read_golden
 from tests.precision.models import Fragile, Ranker, fragile_inputs, ranker_inputs, searched
 
 pytestmark = pytest.mark.engine
@@ -302,3 +303,31 @@ def test_labels_that_are_asked_for_and_missing_are_named(tmp_path: Path) -> None
 def test_json_holds_the_precision(artifact: Path) -> None:
     _, out, _ = run("inspect", artifact, "--json")
     assert json.loads(out)["precision"]["asked"] == "int8"
+
+
+class BestItems(nn.Module):
+    """Answers ids alone: near ties swap places where bits are saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = nn.Linear(8, 50)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.topk(self.scores(x), 5).indices
+
+
+def test_golden_requests_whose_ids_swap_places_pass_the_check(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    options = grc.Options(
+        tmp_path / "ids.grc", engine="inductor", batches=(4,), precision="int8", budget=("max-error=1",)
+    )
+
+    def inputs(batch: int) -> tuple[torch.Tensor]:
+        return (torch.randn(batch, 8, generator=torch.Generator().manual_seed(batch)),)
+
+    artifact = grc.compile(BestItems().eval(), inputs, options)
+    program = grc.load(artifact.path)
+    differ = [golden for golden in read_golden(artifact) if not torch.equal(program(*golden.inputs), golden.outputs[0])]
+    assert differ, "no ids swap places"
+    code, out, _ = run("check", artifact.path)
+    assert code == 0, out
