@@ -44,5 +44,6 @@ def is_plain(graph: fx.GraphModule, operand: object) -> bool:
 def reason(node: fx.Node, tensor: torch.Tensor) -> str:
     if tensor.itemsize <= 2:
         return f"the model holds it in {str(tensor.dtype)[6:]}"
-    uses = dict.fromkeys(str(user.target).split(".")[1] for user in node.users if user.op == "call_function")
+    calls = [user.target for user in node.users if user.op == "call_function"]
+    uses = dict.fromkeys(getattr(call, "_opname", None) or call.__name__ for call in calls)  # type: ignore[union-attr]
     return f"no lower format for its use in {' and '.join(uses)}" if uses else "an output of the model"
