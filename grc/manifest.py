@@ -28,7 +28,6 @@ from grc.options import Options
 from grc.passes.manager import Record
 from grc.precision.others import find_others
 from grc.precision.outcome import Lowered
-from grc.precision.sites import LAYER, RANKING
 from grc.processing import bundle
 from grc.runtime.artifact import FORMAT
 from grc.runtime.version import VERSION
@@ -87,7 +86,7 @@ def describe(
         "ids": [asdict(entry) for entry in id_ranges(graph)],
         "segments": [asdict(entry) for entry in segments(source.graph)],
         "on_bad_id": options.on_bad_id,
-        "precision": None if lowered is None else precision_entry(lowered, graph, choice),
+        "precision": None if lowered is None else precision_entry(lowered, graph),
         "requires": required_operators(graph),
         "parts": parts,
         "choice": routing(choice),
@@ -104,15 +103,9 @@ def describe(
     }
 
 
-def precision_entry(lowered: Lowered, graph: fx.GraphModule, choice: Choice) -> dict[str, Any]:
+def precision_entry(lowered: Lowered, graph: fx.GraphModule) -> dict[str, Any]:
     """What became of each table and layer, and the other weights, which stay as they are."""
-    found = lowered.json()
-    others = [d.name for d in lowered.decisions if d.kind in (LAYER, RANKING) and d.format not in ("int8", "fp32")]
-    batches = ", ".join(str(b) for b, winner in choice.winners if winner.built.engine.startswith("onnxruntime"))
-    if batches and others:
-        told = f"at batch {batches} onnxruntime answers, whose quantiser has int8 alone: it keeps {', '.join(others)} in fp32"
-        found["notes"] = [*found["notes"], told]
-    return {**found, "others": [asdict(other) for other in find_others(graph)]}
+    return {**lowered.json(), "others": [asdict(other) for other in find_others(graph)]}
 
 
 def routing(choice: Choice) -> list[dict[str, int]]:

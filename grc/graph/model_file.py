@@ -131,11 +131,8 @@ def declared(module: Any, path: Path, name: str | None) -> Model:
             raise ModelFileError(
                 f"{what} in {path} is a {type(found).__name__}, no function", f"define {what} with def"
             )
-    try:
+    with raised_by(f"{name or 'get_model'}()", path):
         model = factory()
-    except RAISED as error:
-        line = user_line(error, path) or str(path)
-        raise ModelFileError(f"{line}: {name or 'get_model'}() raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ModelFileError(
             f"{name or 'get_model'}() in {path} returned a {type(model).__name__}",
@@ -226,21 +223,25 @@ def require_eval(model: nn.Module, path: Path | None) -> nn.Module:
     return model
 
 
+@contextmanager
+def raised_by(call: str, path: Path | None, hint: str | None = None) -> Iterator[None]:
+    """What a model's own function raises becomes a ModelFileError at its line."""
+    try:
+        yield
+    except RAISED as error:
+        line = (user_line(error, path) or str(path)) if path else call.partition("(")[0]
+        raise ModelFileError(f"{line}: {call} raised {type(error).__name__}: {error}", hint) from error
+
+
 def calling(
     model: nn.Module, get_inputs: Callable[[int], Any], path: Path | None
 ) -> Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]:
     """Turn what `get_inputs` returns into a call, with the user's line where it fails."""
 
     def inputs(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        try:
-            with seeded(batch):
-                value = get_inputs(batch)
-        except RAISED as error:
-            line = (user_line(error, path) or str(path)) if path else "get_inputs"
-            raise ModelFileError(
-                f"{line}: get_inputs({batch}) raised {type(error).__name__}: {error}",
-                "get_inputs(batch) must work for every batch size from 1 up",
-            ) from error
+        hint = "get_inputs(batch) must work for every batch size from 1 up"
+        with raised_by(f"get_inputs({batch})", path, hint), seeded(batch):
+            value = get_inputs(batch)
         return as_call(model, fresh(value))
 
     return inputs

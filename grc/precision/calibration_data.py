@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grc.errors import GrcError, InputError, ModelFileError, message_of
 from grc.graph.capture import Source, flat_tensors
-from grc.graph.model_file import RAISED, as_call, user_line
+from grc.graph.model_file import as_call, raised_by
 from grc.runtime.values import decode_columns, format_of, tensors_of
 
 BATCH = 64
@@ -53,16 +53,10 @@ def called(source: Source) -> list[Any]:
         raise ModelFileError(
             f"calibration{place} is a {type(function).__name__}, no function", "define calibration with def"
         )
-    try:
+    with raised_by(FUNCTION, path, "mend it, or pass --calibration FILE, which is used in its place"):
         found = function()
         if not isinstance(found, (str, Mapping, Tensor)) and hasattr(found, "__iter__"):
             return list(found)
-    except RAISED as error:
-        line = (user_line(error, path) or str(path)) if path else "the model"
-        raise ModelFileError(
-            f"{line}: {FUNCTION} raised {type(error).__name__}: {error}",
-            "mend it, or pass --calibration FILE, which is used in its place",
-        ) from error
     raise ModelFileError(
         f"{FUNCTION}{place} returned a {type(found).__name__}", "return a list of what get_inputs returns"
     )

@@ -14,7 +14,7 @@ from grc.precision.calibration import KEPT, LEAST, ROWS, Calibration, check_labe
 from grc.precision.formats import BITS, FORMATS
 from grc.precision.outcome import FLOAT_LAYERS, HALF_LAYERS, Decision, Lowered, Point, Reference, Step, outside
 from grc.precision.quality import AUC, Limit, Truth, inside, lost
-from grc.precision.sites import LAYER, TABLE, Site
+from grc.precision.sites import LAYER, RANKING, TABLE, Site
 from grc.precision.trial import Rounded, Trial
 
 Progress = Callable[[str], None]
@@ -144,18 +144,26 @@ class Search:
 
     def settle(self, outcome: Lowered, engines: Mapping[int, str]) -> None:
         """Let an outcome say what the engines that answer at each batch size make of it."""
-        for label, form in OTHER_LAYERS.items():
+        others = [
+            (label, form, [d for d in outcome.decisions if d.kind == LAYER and BITS[d.format] < BITS[form]])
+            for label, form in OTHER_LAYERS.items()
+        ]
+        layers = [d for d in outcome.decisions if d.kind in (LAYER, RANKING)]
+        # The quantiser of onnxruntime has int8 alone.
+        others.append(("onnxruntime", "fp32", [d for d in layers if d.format not in ("int8", "fp32")]))
+        for label, form, lowered in others:
             batches = [batch for batch, engine in engines.items() if label in engine]
-            lowered = [d for d in outcome.decisions if d.kind == LAYER and BITS[d.format] < BITS[form]]
+            if not lowered:
+                continue
             if len(batches) == len(engines):
                 for decision in lowered:
                     decision.reason = f"{decision.format}: the engine chosen keeps layers in {form}"
                     decision.format = form
                 for site, decision in zip(self.sites, outcome.decisions, strict=True):
                     decision.lowered_bytes = self.bytes(site, decision.format)
-                others = [point for point in outcome.frontier if not point.chosen]
+                points = [point for point in outcome.frontier if not point.chosen]
                 chosen = replace(self.point(outcome.formats), chosen=True)
-                outcome.frontier = sorted([*others, chosen], key=lambda point: -point.bytes)
+                outcome.frontier = sorted([*points, chosen], key=lambda point: -point.bytes)
             elif batches:
                 sizes = ", ".join(map(str, batches))
                 outcome.notes.append(
