@@ -1,12 +1,13 @@
 """Measure the zoo on this GPU with `grc bench`: grc, torch.compile max-autotune, AOTInductor and eager, all at their best.
 
     python -m benchmarks.gpu --output rows.jsonl [--models dlrm,gr] [--precisions fp32,fp16] [--batches 1,128]
-                             [--against compile,aoti,eager] [--engine auto] [--seconds 240]
+                             [--against compile,aoti,eager] [--engine auto] [--seconds 240] [--keep FOLDER]
 
 Each model is built and measured in processes of its own: what crashes or takes too long costs no other its rows.
 `--seconds` is what one model may take in one precision; what did not fit is named at the end. Rows have the form of
 `grc bench`: device time by CUDA events, wall time from host input to host output, errors beside both. What the compiler
-itself measured, plain AOTInductor under the same graphs among it, goes to rows-builds.jsonl.
+itself measured, plain AOTInductor under the same graphs among it, goes to rows-builds.jsonl. `--keep` leaves each model's
+file and artifact in a folder, for gpu_profile and gpu_call.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from grc.bench.rows import read
 from grc.bench.table import text_table
 
 ROOT = Path(__file__).resolve().parent.parent
-BATCHES = {"gr": (1, 8, 32, 128)}
+BATCHES = {"gr": (1, 8, 32, 128), "gr-long": (1, 32)}
 USUAL = (1, 128, 2048, 16384)
-IDS = {"gr": "uniform"}  # it reads none
-SIZES = {"dlrm": "gpu"}
+NO_IDS = ("gr", "gr-long")
+SIZES = {"dlrm": "gpu", "gr-long": "long"}
 BUILD = ("model", "precision", "engine", "batch", "machine")  # one row of each is kept
 RECORDED = 0.4  # seconds of recorded calls of each engine at each batch: thousands of them
 
@@ -77,6 +78,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--engine", default="auto", metavar="NAME", help="the engine to compile with")
     parser.add_argument("--static", metavar="N,...", help="also build for each of these alone, max-autotuned")
     parser.add_argument("--seconds", type=float, default=240, help="for one model in one precision, builds included")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER")
     parser.add_argument("--build", nargs=2, metavar=("MODEL", "PATH"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -89,10 +91,12 @@ def measure(name: str, precision: str, options: argparse.Namespace) -> list[str]
     """Build one artifact and measure it at each batch size. Answers with what failed or did not fit."""
     end = time.monotonic() + options.seconds
     environment = {**os.environ, "GRC_ZOO_SIZE": SIZES.get(name, "full"), "PYTHONUNBUFFERED": "1"}
-    zoo = ROOT / "examples" / "zoo" / f"{name}.py"
+    zoo = ROOT / "examples" / "zoo" / f"{name.split('-')[0]}.py"
     late: list[str] = []
-    with tempfile.TemporaryDirectory() as folder:
-        model, artifact = Path(folder) / f"{name}.py", Path(folder) / f"{name}.grc"
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.keep or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        model, artifact = folder / f"{name}.py", folder / f"{name}.grc"
         model.write_text(HALF.format(name=name, path=str(zoo)) if precision == "fp16" else zoo.read_text())
 
         def run(what: str, *command: str) -> bool:
@@ -119,7 +123,8 @@ def measure(name: str, precision: str, options: argparse.Namespace) -> list[str]
         if run("build", sys.executable, "-m", "benchmarks.gpu", "--build", str(model), str(artifact), *given):
             bench = (sys.executable, "-m", "grc", "bench", str(model), "--device", "cuda", "--artifact", str(artifact))
             batches = ",".join(map(str, batches_of(name, options)))
-            rest = ("--against", options.against, "--seconds", str(RECORDED), "--ids", IDS.get(name, "uniform,zipf"))
+            ids = "uniform" if name in NO_IDS else "uniform,zipf"
+            rest = ("--against", options.against, "--seconds", str(RECORDED), "--ids", ids)
             run("measure", *bench, *rest, "--batches", batches, "--output", str(options.output))
     return late
 

@@ -166,6 +166,10 @@ FIGURES = {
         "op": "op", "dtype": "rows", "batch": "batch", "us": "us", "GBps": "GB/s", "of_copy": "of copy bandwidth",
         "torch_us": "plain torch, us", "error": "error",
     },
+    "gpu-profile": {
+        "model": "model", "batch": "batch", "engine": "engine", "launches": "kernels", "span": "first to last, us",
+        "busy": "any runs, us", "told": "where it goes, us",
+    },
     "gpu-stress": {
         "model": "model", "threads": "threads", "streams": "streams", "replays": "replays", "different": "differ",
         "failed": "failed", "loads": "loads", "load_median_s": "s a load", "device_growth_bytes": "bytes more after all",
@@ -183,7 +187,7 @@ def figures(file: Path, columns: dict[str, str]) -> str:
     parts = []
     for place in sorted(set(places)):
         own = [row for row, where in zip(rows, places, strict=True) if where == place]
-        own = beside_plain(own) if "engine" in own[0] else own
+        own = beside_plain(own) if "fastest" in columns else own
         number = {key for key in columns if all(isinstance(row[key], (int, float)) for row in own)}
         lines = [
             place,

@@ -35,7 +35,10 @@ from grc.lowering.timing import Turn, interleave, summarise
 from grc.report.summary import microseconds, size
 
 ROOT = Path(__file__).resolve().parent.parent
-BATCHES = {"cpu": {"gr": (1, 8, 64)}, "cuda": {"gr": (1, 8, 32, 128)}}
+BATCHES = {
+    "cpu": {"gr": (1, 8, 64)},
+    "cuda": {"gr": (1, 8, 32, 128), "din": (1, 128), "sasrec": (1, 128), "hstu": (1, 128)},
+}
 USUAL = {"cpu": (1, 64, 1024), "cuda": (1, 128, 2048)}
 PRECISIONS = {"cpu": "fp32,bf16,int8,int4", "cuda": "fp32,fp16,bf16,int8,fp8"}
 FORMATS = ("fp32", "fp16", "bf16", "int8", "fp8", "int4")

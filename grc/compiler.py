@@ -195,25 +195,27 @@ def lower_in_fewer_bits(
     shares = iter(SPENT)
     found = search.run(next(shares))
     while True:
-        graphs = graphs_of(found, search.sites, optimised.graph, options.device, folder / SCRATCH)
-        progress.end(found.summary())
-        try:
-            lowering = lower(source, plain, optimised, graphs, options, folder, progress, found)
-        except BudgetError as error:  # which nothing in float32 raises
-            progress.end(error.message)
-            progress.begin("precision")
-            del graphs  # before the files that they map
-            shutil.rmtree(folder / SCRATCH)
-            shutil.rmtree(folder / "parts")
-            refused = found
-            less = (outcome for outcome in map(search.run, shares) if outcome.formats != refused.formats)
-            found = next(less, None) or search.unlowered(refused, error.message)
-            continue
-        choice = lowering[0]
-        search.settle(found, {batch: candidate.built.engine for batch, candidate in choice.winners})
-        if qualities := [candidate.quality for candidate in choice.parts if candidate.quality]:
-            found.quality = worst(found.limits, qualities)
-        return found, lowering
+        for graphs, notes in graphs_of(found, search.sites, optimised.graph, options.device, folder / SCRATCH):
+            progress.end(found.summary())
+            try:
+                lowering = lower(source, plain, optimised, graphs, options, folder, progress, found)
+            except BudgetError as error:  # which nothing in float32 raises
+                fault = error.message
+                progress.end(fault)
+                progress.begin("precision")
+                shutil.rmtree(folder / "parts")
+                continue
+            choice = lowering[0]
+            found.notes += notes
+            search.settle(found, {batch: candidate.built.engine for batch, candidate in choice.winners})
+            if qualities := [candidate.quality for candidate in choice.parts if candidate.quality]:
+                found.quality = worst(found.limits, qualities)
+            return found, lowering
+        del graphs  # before the files that they map
+        shutil.rmtree(folder / SCRATCH)
+        refused = found
+        less = (outcome for outcome in map(search.run, shares) if outcome.formats != refused.formats)
+        found = next(less, None) or search.unlowered(refused, fault)
 
 
 def lower(

@@ -5,7 +5,7 @@ Layers are packed when an engine is built (grc/lowering/pack.py), since their la
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,24 +17,35 @@ from grc.graph.rewrite import Rewriter, copy_graph
 from grc.kernels import LOOKUP
 from grc.kernels.lookup.pooling import NO_PADDING, SUM
 from grc.kernels.lookup.row_formats import LINE, pack_table, packing, row_bytes
+from grc.precision.between import with_halves_between
 from grc.precision.gpu import halved_layers, narrowed, tables_of_bytes
 from grc.precision.outcome import HALF_LAYERS, Lowered
 from grc.precision.sites import LOOKUPS, TABLE, Site
 
+HALVES_BETWEEN = "what lies between layers of 16 bits is kept in 16 bits too"
+FLOATS_BETWEEN = "what lies between layers stays in float32: in 16 bits no engine is inside of the budget"
+
 
 def graphs_of(
     found: Lowered, sites: Sequence[Site], graph: fx.GraphModule, device: str, scratch: Path
-) -> dict[str, fx.GraphModule]:
-    """The graphs to build for an outcome, the best guess under ""; tables are converted into files below `scratch`."""
+) -> Iterator[tuple[dict[str, fx.GraphModule], list[str]]]:
+    """The graphs to build for an outcome, the best guess under "", and notes on them; then others, for where no engine of
+    those is inside of the budget. Tables are converted into files below `scratch`."""
     scratch.mkdir()
     if device == "cpu":
-        return {"": with_tables(graph, sites, found.formats, scratch)}
+        yield {"": with_tables(graph, sites, found.formats, scratch)}, []
+        return
     tabled = with_tables(graph, sites, tables_of_bytes(sites, found.formats), scratch)
     graphs = {"": narrowed(tabled, sites, found.formats)}
     halved = halved_layers(sites, found.formats)
     if halved != found.formats:  # what its 8-bit rows cost may be more than the products save
         graphs[HALF_LAYERS] = narrowed(tabled, sites, halved)
-    return graphs
+    narrower = {label: with_halves_between(one) for label, one in graphs.items()}
+    if not any(narrower.values()):
+        yield graphs, []
+        return
+    yield {label: one or graphs[label] for label, one in narrower.items()}, [HALVES_BETWEEN]
+    yield graphs, [FLOATS_BETWEEN]
 
 
 def with_tables(

@@ -46,7 +46,8 @@ def reference(
             bias = seen if bias is None else seen & bias
         else:
             bias = bias.masked_fill(~seen, -torch.inf)
-    if kind == SOFTMAX:
+    alike = bias is None or bias.dtype in (torch.bool, q.dtype)
+    if kind == SOFTMAX and alike:
         heads = functional.scaled_dot_product_attention(q, k, v, bias, scale=scale) * gain
     else:
         scores = torch.matmul(q * scale, k.transpose(2, 3))
@@ -57,7 +58,7 @@ def reference(
             weights = weights if factor is None else weights * factor
         else:
             weights = torch.softmax(scores, -1)
-        heads = torch.matmul(weights, v) * gain
+        heads = torch.matmul(weights.to(v.dtype), v) * gain
     return heads.transpose(1, 2).flatten(2).contiguous()
 
 

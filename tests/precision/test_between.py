@@ -1,0 +1,119 @@
+"""What lies between layers of 16 bits: kept in 16 bits where numbers keep their size, and nowhere else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from grc.graph.match import value
+from grc.precision.between import with_halves_between
+from grc.precision.gpu import narrowed
+from grc.precision.sites import find_sites
+from tests.precision.models import Ranker, captured, ranker_inputs
+
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Residual(nn.Module):
+    """Residual blocks over steps that a flag leaves out, with every operator that lets 16 bits through among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.gates, self.head = (
+            nn.Linear(*s) for s in ((24, 24), (24, 24), (24, 48), (48, 3))
+        )
+        self.norm, self.slope = nn.LayerNorm(24), nn.PReLU()
+        self.positions = nn.Parameter(torch.randn(6, 24))
+
+    def forward(self, steps: Tensor) -> Tensor:
+        x = self.first(steps) + self.positions
+        x = x * (steps.abs().sum(2, keepdim=True) > 0).to(torch.float32)
+        x = x + functional.silu(self.second(self.norm(x)))
+        up, gate = self.gates(x).split(24, dim=2)
+        x = torch.stack([self.slope(up), torch.tanh(gate) - gate], 2).flatten(2)
+        return self.head(functional.gelu(x).mean(1)) * 2
+
+
+def steps(batch: int) -> tuple[Tensor]:
+    make = torch.Generator().manual_seed(batch)
+    return (torch.randn(batch, 6, 24, generator=make) * (torch.rand(batch, 6, 1, generator=make) > 0.2),)
+
+
+def halves(model: nn.Module, inputs, precision: str = "fp16") -> tuple[fx.GraphModule, fx.GraphModule]:
+    """A graph with layers of 16 bits, and the same with 16 bits between them."""
+    torch.manual_seed(0)
+    _, graph = captured(model, inputs)
+    sites = find_sites(graph)
+    narrow = narrowed(graph, sites, {site.name: precision for site in sites})
+    between = with_halves_between(narrow)
+    assert between is not None
+    return narrow, between
+
+
+def wide(graph: fx.GraphModule) -> list[str]:
+    """The calls that answer in float32."""
+    calls = [node for node in graph.graph.nodes if node.op == "call_function"]
+    return [n.name for n in calls if isinstance(value(n), Tensor) and value(n).dtype is torch.float32]
+
+
+@pytest.mark.parametrize("precision", HALF)
+def test_nothing_between_layers_is_wide(precision: str) -> None:
+    narrow, between = halves(Residual(), steps, precision)
+    casts = [node for node in between.graph.nodes if node.target is torch.ops.aten.to.dtype]
+    # Of the request, of the flags that are made from it, and of the answer.
+    assert [node.args[1] for node in casts].count(torch.float32) == 2 and len(casts) == 4
+    assert len(wide(between)) < len(wide(narrow)) / 2
+    for batch in (1, 9):
+        (truth,), (found,) = answers(narrow, batch), answers(between, batch)
+        assert found.dtype is torch.float32
+        assert (found - truth).abs().max() <= (0.003 if precision == "fp16" else 0.03) * truth.abs().max()
+
+
+def answers(graph: fx.GraphModule, batch: int) -> list[Tensor]:
+    with torch.no_grad():
+        return list(graph(*steps(batch)))
+
+
+class Counts(nn.Module):
+    """Counts that float16 has no numbers for, before a layer and beside one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def forward(self, counts: Tensor) -> Tensor:
+        x = torch.relu(self.first(torch.log1p(counts * 2)))
+        return self.head(x).squeeze(1) + (counts + x).mean(1)
+
+
+def test_what_comes_from_the_request_stays_wide() -> None:
+    narrow, between = halves(Counts(), lambda batch: (torch.full((batch, 8), 1e6),))
+    with torch.no_grad():
+        truth, found = (graph(torch.full((3, 8), 1e6))[0] for graph in (narrow, between))
+    assert torch.isfinite(found).all() and torch.allclose(found, truth, rtol=1e-3)
+
+
+class Ids(nn.Module):
+    """A bucket of a layer's answer: rounded, it is another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.first(x).squeeze(1)
+        return torch.bucketize(y, torch.tensor([0.0, 0.5])), torch.exp(y)
+
+
+def test_operators_that_may_change_a_size_or_a_number_take_float32() -> None:
+    _, between = halves(Ids(), lambda batch: (torch.randn(batch, 8),))
+    assert {
+        value(n.args[0]).dtype for n in between.graph.nodes if "bucketize" in n.name or n.name.startswith("exp")
+    } == {torch.float32}
+
+
+def test_a_graph_without_anything_between_is_left_alone() -> None:
+    _, graph = captured(Ranker(), ranker_inputs)
+    assert with_halves_between(graph) is None
