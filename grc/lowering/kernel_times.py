@@ -85,7 +85,9 @@ class KernelTimes:
                 except RuntimeError as error:
                     if type(error).__name__ != "OutOfResources":  # Triton's, which may not be installed
                         raise
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
             torch.cuda.empty_cache()
         return Timed(node, dtype, batch, bags, moved, seconds) if seconds else None
 
@@ -116,6 +118,11 @@ class KernelTimes:
             for timed, tile in fastest(kind[batch] for batch in sorted(kind))
         ]
         return {"copy_gbps": None if self.copies is None else round(self.copies / 1e9, 1), "fused": rows}
+
+
+def ran_out_of_memory(error: BaseException | None) -> bool:
+    """Whether that is what an error comes from: a capture that it ends raises one of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or (error is not None and ran_out_of_memory(error.__context__))
 
 
 def fastest(calls: Iterable[Timed | None]) -> list[tuple[Timed, Tile]]:

@@ -126,9 +126,14 @@ def test_a_tile_that_does_not_fit_is_left_out(graph: fx.GraphModule, node: fx.No
     assert len(found.entry()["fused"]) == (0 if wanted is None else 1)
 
 
-def test_where_there_is_no_memory_nothing_is_timed(graph: fx.GraphModule, node: fx.Node) -> None:
+@pytest.mark.parametrize("captured", [False, True])
+def test_where_there_is_no_memory_nothing_is_timed(graph: fx.GraphModule, node: fx.Node, captured: bool) -> None:
     def timer(calls: Sequence[partial[Any]]) -> float:
-        raise torch.OutOfMemoryError("no memory")
+        try:
+            raise torch.OutOfMemoryError("no memory")
+        finally:
+            if captured:
+                raise RuntimeError("operation failed due to a previous error during capture")
 
     found = KernelTimes(CPU, timer)
     assert found.tiles(graph, node, MODULE, (1, 8)) is None
