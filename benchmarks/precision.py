@@ -19,6 +19,7 @@ import shlex
 import sys
 import tempfile
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +151,17 @@ def row(
         "machine": host.machine(device),
         "versions": host.versions(),
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", "-m", "benchmarks.precision", *sys.argv[1:]]),
+        "command": command(name, device),
     }
+
+
+def command(name: str, device: str) -> str:
+    """The command for a model's rows, without where artifacts and rows were kept."""
+    told = ["python", "-m", "benchmarks.precision", "--only", name, *(["--device", device] if device != "cpu" else [])]
+    given = dict(pairwise(sys.argv))
+    return shlex.join(
+        told + [part for flag in ("--threads", "--seconds") if flag in given for part in (flag, given[flag])]
+    )
 
 
 def shown(name: str, rows: list[dict[str, Any]]) -> None:
