@@ -15,7 +15,7 @@ from grc.precision.formats import BITS, FORMATS
 from grc.precision.outcome import FLOAT_LAYERS, HALF_LAYERS, Decision, Lowered, Point, Reference, Step, outside
 from grc.precision.quality import AUC, Limit, Truth, inside, lost
 from grc.precision.sites import LAYER, RANKING, TABLE, Site
-from grc.precision.trial import Rounded, Trial
+from grc.precision.trial import Trial
 
 Progress = Callable[[str], None]
 # How much of the budget a trial may spend. An engine sums in another order, so that values near the middle of two steps go
@@ -43,7 +43,6 @@ class Search:
         self.device = device
         self.graph, self.sites, self.limits, self.precision, self.progress = graph, sites, limits, precision, progress
         check_labels(calibration, limits)
-        self.weights = Rounded(graph)
         self.trials = 0
         self.path: list[Step] = []
         self.losses: dict[tuple[str, str], float] = {}
@@ -57,7 +56,7 @@ class Search:
     @torch.no_grad()
     def answered(self, calibration: Calibration) -> Reference:
         try:
-            answers = [list(self.graph.forward(*batch)) for batch in calibration.batches]
+            answers = [Trial(self.graph, self.sites, {}).answers(batch) for batch in calibration.batches]
         except (IndexError, RuntimeError) as error:  # an id outside of its table, say
             told = f"the model fails on the calibration data ({calibration.origin}): {message_of(error)}"
             raise GrcError(told, "give requests that the model answers") from error
@@ -276,7 +275,7 @@ class Search:
     def measure(self, formats: Mapping[str, str], data: Reference | None = None) -> dict[str, float]:
         """Of a trial on some rows, or on those of `data`."""
         self.trials += 1
-        trial = Trial(self.graph, self.sites, formats, self.weights, self.device)
+        trial = Trial(self.graph, self.sites, formats, self.device)
         return (data or self.some).measure(trial.answers, self.limits)
 
     def frontier(self, order: Sequence[Site], formats: Mapping[str, str]) -> list[Point]:
