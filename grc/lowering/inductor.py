@@ -49,7 +49,7 @@ class Inductor:
     def build(self, lowerable: Lowerable, target: Target, folder: Path) -> Built:
         graph = lowerable.graph
         if self.packed:
-            graph = with_checked_ids(pack_linears(graph, target.isa, self.formats))
+            graph = with_checked_ids(pack_linears(graph, target.isa, self.formats, folder))
         packed = Lowerable(in_plain_operators(graph), lowerable.inputs, lowerable.shapes)
         used = {n.target for n in packed.graph.graph.nodes if n.op == "call_function"}
         ops = [op for op in OPS if op.overload in used and op.cpu is not None]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
 from torch import fx
 
 from grc.graph.match import attribute, value
-from grc.graph.rewrite import Rewriter, copy_graph
+from grc.graph.rewrite import SMALL, Rewriter, copy_graph
 from grc.kernels import PACKED_LINEAR, PACKED_SCORE_TOPK, QUANTISED_LINEAR, SCORE_TOPK
 from grc.kernels.packed_linear import pack
 from grc.kernels.quantised_linear import quantise
@@ -18,13 +23,16 @@ from grc.lowering.epilogue import Linear, layer_of
 DTYPES = {"int8": torch.int8, "bf16": torch.bfloat16}
 
 
-def pack_linears(graph: fx.GraphModule, isa: str, formats: Mapping[str, str] = MappingProxyType({})) -> fx.GraphModule:
+def pack_linears(
+    graph: fx.GraphModule, isa: str, formats: Mapping[str, str] = MappingProxyType({}), folder: Path | None = None
+) -> fx.GraphModule:
     """A copy of the graph in which fp32 linear layers of constant weights, cross layers and item tables are packed.
 
-    `formats` names the weights that go in fewer bits: "int8" or "bf16".
+    `formats` names the weights that go in fewer bits: "int8" or "bf16". With a folder, large ones are written into files
+    there and mapped, so that packing takes no memory that can't be given back.
     """
     packed = copy_graph(graph)
-    edit = Packer(packed, isa, formats)
+    edit = Packer(packed, isa, formats, folder)
     for node in list(packed.graph.nodes):
         found = layer_of(node)
         if found is not None:
@@ -35,12 +43,23 @@ def pack_linears(graph: fx.GraphModule, isa: str, formats: Mapping[str, str] = M
     return packed
 
 
+def mapped(folder: Path, sizes: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """As torch.empty: a large tensor lies in a file in the folder, which has no name any more and goes with the tensor."""
+    count = math.prod(sizes)
+    if count * dtype.itemsize <= SMALL:
+        return torch.empty(sizes, dtype=dtype)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)  # a full disk is an error now, and later a signal
+        return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(sizes)
+
+
 class Packer(Rewriter):
     """A Rewriter that packs each weight once, however many layers share it."""
 
-    def __init__(self, module: fx.GraphModule, isa: str, formats: Mapping[str, str]):
+    def __init__(self, module: fx.GraphModule, isa: str, formats: Mapping[str, str], folder: Path | None):
         super().__init__(module)
         self.isa, self.formats = isa, formats
+        self.empty = torch.empty if folder is None else partial(mapped, folder)
         self.packed: dict[str, tuple[fx.Node | None, ...]] = {}
 
     def operands(self, weight: fx.Node, tensor: torch.Tensor) -> tuple[fx.Node | None, ...]:
@@ -49,9 +68,9 @@ class Packer(Rewriter):
         if path not in self.packed:
             dtype = DTYPES.get(self.formats.get(path, ""))
             if dtype is None:
-                self.packed[path] = (self.parameter(f"{weight.name}_packed", pack(tensor.detach(), self.isa)),)
+                self.packed[path] = (self.parameter(f"{weight.name}_packed", pack(tensor, self.isa, self.empty)),)
             else:
-                made = quantise(tensor.detach(), dtype, self.isa)
+                made = quantise(tensor, dtype, self.isa, self.empty)
                 scale = None if made.scale is None else self.parameter(f"{weight.name}_scale", made.scale)
                 self.packed[path] = (self.parameter(f"{weight.name}_packed", made.packed), scale)
         return self.packed[path]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -15,16 +15,31 @@ from grc.precision.formats import BITS, FORMATS
 from grc.precision.outcome import FLOAT_LAYERS, HALF_LAYERS, Decision, Lowered, Point, Reference, Step, outside
 from grc.precision.quality import AUC, Limit, Truth, inside, lost
 from grc.precision.sites import LAYER, RANKING, TABLE, Site
-from grc.precision.trial import Rounded, Trial
+from grc.precision.trial import Trial
 
 Progress = Callable[[str], None]
+Move = tuple[Site, str]  # a site and the format that it goes down to
 # How much of the budget a trial may spend. An engine sums in another order, so that values near the middle of two steps go
 # the other way: seen to move the largest error of a 6-layer Transformer by 15%, and once by 27%. Where an engine lands
 # outside all the same, the next smaller share is tried.
 SPENT = (0.8, 0.6, 0.4)
 OTHER_LAYERS = {FLOAT_LAYERS: "fp32", HALF_LAYERS: "fp16"}
+TABLES = (TABLE, RANKING)  # lowered for their bytes
+LEAST_SHARE = 1e-12  # of what all sites save, where one saves nothing
 FRONTIER = 6  # points of the frontier between nothing lowered and everything
 NOTHING = "nothing could be lowered within the budget"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How far it went with formats of `bits` or more: those that each site could take, the moves in order, the formats that
+    sites took, and why not smaller ones."""
+
+    bits: int
+    choices: dict[str, Sequence[str]]
+    moves: Sequence[Move]
+    formats: Mapping[str, str]
+    reasons: dict[str, str]
 
 
 class Search:
@@ -43,13 +58,16 @@ class Search:
         self.device = device
         self.graph, self.sites, self.limits, self.precision, self.progress = graph, sites, limits, precision, progress
         check_labels(calibration, limits)
-        self.weights = Rounded(graph)
         self.trials = 0
         self.path: list[Step] = []
         self.losses: dict[tuple[str, str], float] = {}
+        self.measured: dict[tuple[int, frozenset[tuple[str, str]]], dict[str, float]] = {}
+        self.able = [site for site in sites if site.reason is None and self.options(site)]
+        self.choices: dict[str, Sequence[str]] = {site.name: self.options(site) for site in self.able}
         both = any(limit.metric == AUC for limit in limits)
         self.all = self.answered(calibration)
-        self.some = self.answered(calibration.sample(ROWS, both))
+        some = calibration.sample(ROWS, both)
+        self.some = self.all if some is calibration else self.answered(some)
         rows, count = self.some.calibration.rows, sum(tensor.nbytes for tensor in self.some.tensors.values())
         fit = int(KEPT * sum(site.bytes for site in sites) * rows / max(count, 1))
         self.kept = self.answered(self.some.calibration.sample(max(fit - fit % LEAST, LEAST), both))
@@ -57,63 +75,107 @@ class Search:
     @torch.no_grad()
     def answered(self, calibration: Calibration) -> Reference:
         try:
-            answers = [list(self.graph.forward(*batch)) for batch in calibration.batches]
+            answers = [Trial(self.graph, self.sites, {}).answers(batch) for batch in calibration.batches]
         except (IndexError, RuntimeError) as error:  # an id outside of its table, say
             told = f"the model fails on the calibration data ({calibration.origin}): {message_of(error)}"
             raise GrcError(told, "give requests that the model answers") from error
         return Reference(calibration, Truth(answers, calibration.labels))
 
     def run(self, spent: float = SPENT[0]) -> Lowered:
-        """The outcome of trials that may spend this share of the budget."""
+        """The outcome of trials that may spend this share of the budget. Small formats of some sites may cost so much that
+        others, which would save more, stay large: then nothing below so many bits may give the smaller outcome."""
         self.spent = spent
-        outcome, order = self.begun(), self.order()
-        formats, reasons = self.lower(order)
+        outcome = self.begun()
+        first = best = self.attempt(outcome)
+        for bits in sorted({BITS[form] for site in self.able for form in self.options(site)})[1:]:
+            if self.point_bytes(best.formats) <= self.least(bits):
+                break
+            found = self.attempt(outcome, bits, best)
+            best = min(best, found, key=lambda attempt: self.point_bytes(attempt.formats))
+        for site in self.able:
+            if BITS[smallest := self.options(site)[0]] < best.bits:
+                why = first.reasons.get(site.name, f"{smallest}: it leaves others too little of the budget")
+                best.reasons.setdefault(site.name, why)
+        if best.formats:
+            outcome.quality = self.measure(best.formats, self.all)
+        elif self.able:
+            outcome.notes.append(NOTHING)
+        return self.decided(outcome, best.moves, best.formats, best.reasons)
+
+    def attempt(self, outcome: Lowered, bits: int = 0, other: Attempt | None = None) -> Attempt:
+        """Lower as far as the budget allows, to no format of fewer bits, unless the `other` attempt had the same choices."""
+        reasons = self.choose(bits)
+        if other is not None and self.choices == other.choices:
+            return other
+        formats, moves = self.lower(reasons)
         if self.device == "cuda":
             self.one_format_an_arena(formats, reasons)
         while formats and (why := self.verified(formats, outcome)) is not None:
             self.step_back(formats, reasons, why)
             if self.device == "cuda":
                 self.one_format_an_arena(formats, reasons)
-        if order and not formats:
-            outcome.notes.append(NOTHING)
-        return self.decided(outcome, order, formats, reasons)
+        return Attempt(bits, self.choices, moves, formats, reasons)
+
+    def least(self, bits: int) -> int:
+        """The fewest bytes that formats of so many bits can come to."""
+        smallest = {site.name: [form for form in self.options(site) if BITS[form] >= bits][:1] for site in self.able}
+        return self.point_bytes({name: forms[0] for name, forms in smallest.items() if forms})
 
     def unlowered(self, last: Lowered, why: str) -> Lowered:
         """The outcome where trials were inside of the budget and no engine was, not even that of the `last` outcome."""
-        outcome, order = self.begun(), self.order()
+        outcome = self.begun()
         outcome.notes.append(f"{NOTHING}: {'; '.join(line.strip() for line in why.splitlines())}")
         reasons = {
             d.name: d.reason or "" if d.format == "fp32" else f"{d.format}: no engine is inside the budget"
             for d in last.decisions
         }
-        return self.decided(outcome, order, {}, reasons)
+        moves = self.moves([site for site in self.able if site.name in self.choices], 1)
+        return self.decided(outcome, moves, {}, reasons)
 
     def begun(self) -> Lowered:
         notes = [*self.all.calibration.notes, *self.all.truth.unbounded(self.limits)]
         return Lowered(self.precision, self.limits, self.all, self.kept, notes=notes)
 
-    def order(self) -> list[Site]:
-        """The sites that can go down, what costs least for what it saves first. What computes an answer goes last: an error
-        there is not averaged over anything."""
-        able = [site for site in self.sites if site.reason is None and self.options(site)]
-        saved = self.savings(able)
-        for i, site in enumerate(able):
-            self.progress(f"sensitivity {i + 1} of {len(able)}")
-            self.loss(site, self.options(site)[0])
-        return sorted(able, key=lambda site: (site.head, self.loss(site, self.options(site)[0]) / saved[site.name]))
+    def choose(self, bits: int = 0) -> dict[str, str]:
+        """The choices of every site, of so many bits or more, and why some have fewer: a format that alone is outside of the
+        budget is none, and must not keep a site waiting while others spend it."""
+        reasons: dict[str, str] = {}
+        self.choices = {}
+        for i, site in enumerate(self.able):
+            self.progress(f"sensitivity {i + 1} of {len(self.able)}")
+            forms = [form for form in self.options(site) if BITS[form] >= bits]
+            while forms and (why := outside(self.limits, self.measure({site.name: forms[0]}), self.spent)):
+                reasons.setdefault(site.name, f"{forms.pop(0)}: {why}")
+            if forms:
+                self.choices[site.name] = forms
+        return reasons
 
-    def savings(self, sites: Sequence[Site]) -> dict[str, float]:
-        """What each site saves in its smallest format: bytes of a table, work of any other, as a share of what all of them
-        save."""
-        saved: dict[str, float] = {}
-        for kinds in ([site for site in sites if site.kind == TABLE], [site for site in sites if site.kind != TABLE]):
-            for site in kinds:
-                form = self.options(site)[0]
-                own = site.bytes - self.bytes(site, form) if site.kind == TABLE else site.work * (32 - BITS[form])
-                saved[site.name] = max(own, 1)
-            total = sum(saved[site.name] for site in kinds)
-            saved |= {site.name: saved[site.name] / total for site in kinds}
+    def moves(self, sites: Sequence[Site], count: int | None = None) -> list[Move]:
+        """The steps down that sites make, to their smallest `count` formats or to all, what costs least for what it saves
+        first: of each site the corners of the convex hull of what is lost over what is saved."""
+        saved, found = self.savings(sites), []
+        for site in sites:
+            left, lost, share = self.choices[site.name][:count], 0.0, 0.0
+            while left:
+                more = {form: max(saved[site.name, form] - share, LEAST_SHARE) for form in left}
+                cost = {form: (self.loss(site, form) - lost) / more[form] for form in left}
+                form = min(left, key=lambda form: cost[form])  # of equal ones the smallest
+                found.append((cost[form], site, form))
+                left, lost, share = left[: left.index(form)], self.loss(site, form), saved[site.name, form]
+        return [(site, form) for _, site, form in sorted(found, key=lambda entry: entry[0])]
+
+    def savings(self, sites: Sequence[Site]) -> dict[tuple[str, str], float]:
+        """What each site saves in each format: bytes of a table and of ranked items, work of any other, as a share of what all
+        of them save in their smallest."""
+        saved: dict[tuple[str, str], float] = {}
+        for kinds in ([s for s in sites if s.kind in TABLES], [s for s in sites if s.kind not in TABLES]):
+            own = {(site.name, form): self.saving(site, form) for site in kinds for form in self.choices[site.name]}
+            total = sum(own[site.name, self.choices[site.name][0]] for site in kinds)
+            saved |= {key: value / max(total, 1) for key, value in own.items()}
         return saved
+
+    def saving(self, site: Site, form: str) -> int:
+        return site.bytes - self.bytes(site, form) if site.kind in TABLES else max(site.work, 1) * (32 - BITS[form])
 
     def loss(self, site: Site, form: str) -> float:
         """What a site alone costs in a format, as a share of the budget."""
@@ -122,15 +184,16 @@ class Search:
         return self.losses[site.name, form]
 
     def decided(
-        self, outcome: Lowered, order: Sequence[Site], formats: Mapping[str, str], reasons: Mapping[str, str]
+        self, outcome: Lowered, moves: Sequence[Move], formats: Mapping[str, str], reasons: Mapping[str, str]
     ) -> Lowered:
         if not formats:
             outcome.quality = self.all.truth.measure(self.all.truth.answers, self.limits)
-        outcome.frontier = self.frontier(order, formats)
+        outcome.frontier = self.frontier(moves, formats)
+        able = {site.name for site in self.able}
         for site in self.sites:
             form = formats.get(site.name, "fp32")
             smallest = next(iter(self.every(site)), None)
-            loss = next((self.losses.get((site.name, form)) for form in self.options(site)), None)
+            loss = self.loss(site, self.options(site)[0]) if site.name in able else None
             reason = None
             if form != smallest:
                 reason = site.reason or reasons.get(site.name) or self.unable(site, smallest)
@@ -203,45 +266,53 @@ class Search:
     def nothing(self, site: Site) -> str:
         return f"{self.precision} has no format for {site.kind}s on a {'CPU' if self.device == 'cpu' else 'GPU'}"
 
-    def lower(self, order: Sequence[Site]) -> tuple[dict[str, str], dict[str, str]]:
-        """Lower in order as far as the budget allows: in blocks, halved where one is too much, a site in its next format
-        where its smallest is too small. Nothing that computes an answer is in a block with others."""
+    def lower(self, reasons: dict[str, str]) -> tuple[dict[str, str], list[Move]]:
+        """Lower as far as the budget allows: everything to its smallest format, or else move by move, in blocks that are
+        halved where one is too much; a site whose move is too much makes no other. A layer that computes an answer goes last
+        and in no block with others: an error there is not averaged over anything. The moves are told too."""
         formats: dict[str, str] = {}
-        reasons: dict[str, str] = {}
+        made: list[Move] = []
+        stopped: set[str] = set()
 
-        def take(block: Sequence[Site], step: int) -> None:
-            wanted = {site.name: self.options(site)[step] for site in block if step < len(self.options(site))}
-            if not wanted:
-                return
-            self.progress(f"{len(formats)} of {len(order)} lowered")
+        def outside_with(block: Sequence[Move]) -> str | None:
+            self.progress(f"{len(formats)} of {len(self.choices)} lowered")
+            wanted = {site.name: form for site, form in block}
             why = outside(self.limits, self.measure({**formats, **wanted}), self.spent)
             self.path.append(Step(wanted, self.some.calibration.rows, why))
             if why is None:
                 formats.update(wanted)
-            elif len(block) > 1:
-                take(block[: len(block) // 2], step)
-                take(block[len(block) // 2 :], step)
-            else:
-                reasons.setdefault(block[0].name, f"{next(iter(wanted.values()))}: {why}")
+            return why
+
+        def take(block: Sequence[Move], why: str | None = None) -> None:
+            block = [(site, form) for site, form in block if site.name not in stopped]
+            why = why or (outside_with(block) if block else None)
+            if why is not None and len(block) > 1:
+                take(block[: len(block) // 2])
+                take(block[len(block) // 2 :])
+            elif why is not None:
+                reasons.setdefault(block[0][0].name, f"{block[0][1]}: {why}")
+                stopped.add(block[0][0].name)
 
         for head in (False, True):
-            own = [site for site in order if site.head == head]
-            for step in range(max((len(self.options(site)) for site in own), default=0)):
-                if waiting := [site for site in own if site.name not in formats]:
-                    take(waiting, step)
-        return formats, reasons
+            own = [s for s in self.able if s.name in self.choices and (s.head and s.kind not in TABLES) == head]
+            moves = self.moves(own, 1)
+            if own and (why := outside_with(moves)) is not None:
+                moves = self.moves(own)
+                take(moves, why)
+            made += moves
+        return formats, made
 
     def step_back(self, formats: dict[str, str], reasons: dict[str, str], why: str) -> None:
         """Give a site its next format, or none where it has no other: the costliest of those that stepped back least."""
 
         def steps(site: Site) -> int:
-            own = self.options(site)
+            own = self.choices[site.name]
             return own.index(formats[site.name]) if formats[site.name] in own else len(own)
 
         able = [site for site in self.sites if site.name in formats]
         least = min(map(steps, able))
         site = max((s for s in able if steps(s) == least), key=lambda site: self.loss(site, formats[site.name]))
-        later = self.options(site)[steps(site) + 1 :]
+        later = self.choices[site.name][steps(site) + 1 :]
         reasons[site.name] = f"{formats[site.name]} on all rows: {why}"
         if later:
             formats[site.name] = later[0]
@@ -274,16 +345,20 @@ class Search:
         return why
 
     def measure(self, formats: Mapping[str, str], data: Reference | None = None) -> dict[str, float]:
-        """Of a trial on some rows, or on those of `data`."""
-        self.trials += 1
-        trial = Trial(self.graph, self.sites, formats, self.weights, self.device)
-        return (data or self.some).measure(trial.answers, self.limits)
+        """Of a trial on some rows, or on those of `data`; none is made twice."""
+        data = data or self.some
+        key = id(data.calibration), frozenset(formats.items())
+        if key not in self.measured:
+            self.trials += 1
+            trial = Trial(self.graph, self.sites, formats, self.device)
+            self.measured[key] = data.measure(trial.answers, self.limits)
+        return self.measured[key]
 
-    def frontier(self, order: Sequence[Site], formats: Mapping[str, str]) -> list[Point]:
-        """Quality against bytes: nothing lowered, more and more of the order in its smallest formats, and the outcome."""
+    def frontier(self, moves: Sequence[Move], formats: Mapping[str, str]) -> list[Point]:
+        """Quality against bytes: nothing lowered, more and more of the moves, and the outcome."""
         points = []
-        for count in sorted({round(len(order) * i / FRONTIER) for i in range(FRONTIER + 1)}):
-            points.append(self.point({site.name: self.options(site)[0] for site in order[:count]}))
+        for count in sorted({round(len(moves) * i / FRONTIER) for i in range(FRONTIER + 1)}):
+            points.append(self.point({site.name: form for site, form in moves[:count]}))
         points = [point for point in points if point.bytes != self.point_bytes(formats)]
         points.append(replace(self.point(formats), chosen=True))
         return sorted(points, key=lambda point: -point.bytes)

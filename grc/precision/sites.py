@@ -19,7 +19,7 @@ from grc.graph.match import aten, attribute, call_arguments, is_op, value
 from grc.kernels import ACTIVATION_UNIT, BAG_DOT, BAG_FM, CROSS, LOOKUP, SCORE_TOPK
 from grc.kernels import ATTENTION as ATTENTION_OP
 from grc.kernels.lookup.row_formats import HALF_MAX, row_bytes
-from grc.kernels.quantised_linear import MAX_DEPTH
+from grc.kernels.quantised_linear import MAX_DEPTH, finite
 from grc.precision.formats import BITS
 
 LAYER, RANKING, TABLE, ATTENTION, UNIT = "layer", "ranking", "table", "attention", "activation unit"
@@ -196,7 +196,7 @@ def operand(node: fx.Node) -> fx.Node:
 
 
 def refused(weight: torch.Tensor) -> str | None:
-    if not bool(torch.isfinite(weight).all()):
+    if not finite(weight):
         return "its weight holds NaN or infinity"
     if weight.shape[1] > MAX_DEPTH:
         return f"{weight.shape[1]} inputs are too many for exact sums of int8"

@@ -2,55 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from grc.errors import InputError
-from grc.graph.match import argument, aten, attribute, call_arguments, is_op
+from grc.graph.match import argument, aten, call_arguments, is_op
 from grc.kernels import CROSS, SCORE_TOPK
 from grc.kernels.lookup.pooling import NO_PADDING
 from grc.kernels.lookup.row_formats import FLOATS, rounded_rows
-from grc.kernels.quantised_linear import rounded, simulated
+from grc.kernels.quantised_linear import simulated
 from grc.kernels.quantised_linear.panels import HALVES
-from grc.precision.sites import ATTENTION, HALVED, LAYER, RANKING, UNIT, Site, layer_weight
+from grc.precision.sites import ATTENTION, HALVED, LAYER, RANKING, UNIT, Site
 
 Tensors = list[torch.Tensor]
 
 
-class Rounded:
-    """Weights as each format holds them, made once for all trials."""
-
-    def __init__(self, graph: fx.GraphModule):
-        self.graph = graph
-        self.made: dict[tuple[str, str], torch.Tensor] = {}
-
-    def weight(self, path: str, node: fx.Node, form: str) -> torch.Tensor:
-        if (path, form) not in self.made:
-            tensor = attribute(self.graph, layer_weight(node))
-            assert tensor is not None
-            self.made[path, form] = rounded(tensor.detach(), form)
-        return self.made[path, form]
-
-
 class Trial(fx.Interpreter):
     """The graph's answers with `formats` by site. Rounding is the kernels' own; only the order of sums may differ. On a GPU
-    what is lowered is answered in half precision, in which it may overflow."""
+    what is lowered is answered in half precision, in which it may overflow. Scores of ranked items never exist all at once.
+    """
 
-    def __init__(
-        self,
-        graph: fx.GraphModule,
-        sites: Sequence[Site],
-        formats: Mapping[str, str],
-        weights: Rounded,
-        device: str = "cpu",
-    ):
+    def __init__(self, graph: fx.GraphModule, sites: Sequence[Site], formats: Mapping[str, str], device: str = "cpu"):
         super().__init__(graph, garbage_collect_values=True)
-        self.weights, self.gpu = weights, device == "cuda"
+        self.extra_traceback = False  # an error is told as the graph itself raises it
+        self.gpu = device == "cuda"
         self.layers = {
-            node: (site.name, formats[site.name])
+            node: formats[site.name]
             for site in sites
             if site.kind in (LAYER, RANKING) and site.name in formats
             for node in site.nodes
@@ -70,9 +50,8 @@ class Trial(fx.Interpreter):
         return list(self.run(*inputs))
 
     def run_node(self, n: fx.Node) -> Any:
-        if n in self.layers:
-            path, form = self.layers[n]
-            return self.layer(n, self.weights.weight(path, n, form), form)
+        if n in self.layers or n.target is SCORE_TOPK.overload:
+            return self.layer(n, self.layers.get(n, "fp32"))
         if n in self.halved:
             args = list(self.fetch_args_kwargs_from_env(n)[0])
             for place in HALVED[n.target]:  # type: ignore[index]
@@ -112,20 +91,53 @@ class Trial(fx.Interpreter):
             for name, value in call_arguments(node).items()
         }
 
-    def layer(self, node: fx.Node, weight: torch.Tensor, form: str) -> Any:
+    def layer(self, node: fx.Node, form: str) -> Any:
         args, _ = self.fetch_args_kwargs_from_env(node)
         if node.target is SCORE_TOPK.overload:
-            x, _, bias, k = args
-            return tuple(torch.topk(self.written(simulated(x, weight, self.taken(bias, form), form), form), k))
+            x, weight, bias, k = args
+            return best(self.products(x, weight, bias, form), k)
         if node.target is CROSS.overload:
-            x0, y, _, bias, x = args
-            product = self.written(simulated(y, weight, self.taken(bias, form), form), form)
+            x0, y, weight, bias, x = args
+            product = joined(self.products(y, weight, bias, form), y, weight)
             crossed = self.taken(x0, form) * product + self.taken(x, form)
             return self.written(crossed, form) if form in HALVES else crossed
         assert is_op(node, aten.linear)
         bias = argument(node, "bias")
         given = self.env[bias] if isinstance(bias, fx.Node) else None
-        return self.written(simulated(args[0], weight, self.taken(given, form), form), form)
+        return joined(self.products(args[0], args[1], given, form), args[0], args[1])
+
+    def products(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, form: str
+    ) -> Iterator[torch.Tensor]:
+        """A layer's results as they are written, for some of its columns after the others."""
+        if form == "fp32":
+            return simulated(x, weight, bias, form)
+        return (self.written(y, form) for y in simulated(x, weight, self.taken(bias, form), form))
+
+
+def joined(parts: Iterable[torch.Tensor], x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A layer's results [..., N] from those for some columns after the others. Kept until then, the parts would lie between
+    the blocks of the weight, and leave the heap in pieces of the weight's size."""
+    result, end = x.new_empty(*x.shape[:-1], weight.shape[0]), 0
+    for part in parts:
+        start, end = end, end + part.shape[-1]
+        result[..., start:end] = part
+    return result
+
+
+def best(parts: Iterable[torch.Tensor], k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of all scores and their items, from scores [..., n] of some items after the others."""
+    values, items, end = torch.empty(0), torch.empty(0, dtype=torch.int64), 0
+    for scores in parts:
+        found = torch.topk(scores, min(k, scores.shape[-1]))
+        if end:
+            values, items = torch.cat([values, found.values], -1), torch.cat([items, found.indices + end], -1)
+            values, places = torch.topk(values, min(k, values.shape[-1]))
+            items = items.gather(-1, places)
+        else:
+            values, items = found
+        end += scores.shape[-1]
+    return values, items
 
 
 def compacted(given: Mapping[str, Any], formats: Mapping[int, str]) -> dict[str, Any]:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from grc.compiler import optimise, traced
 from grc.errors import GrcError
+from grc.graph.model_file import load_model
+from grc.options import Options
 from grc.precision.calibration import Calibration, calibration_of
 from grc.precision.formats import check_precision
 from grc.precision.quality import budget
 from grc.precision.search import Search
 from grc.precision.sites import find_sites
+from grc.progress import Silent
 from grc.report.summary import precision as told
 from tests.precision.models import (
     Fragile,
@@ -26,6 +31,7 @@ from tests.precision.models import (
     target_inputs,
 )
 
+ZOO = Path(__file__).resolve().parents[2] / "examples" / "zoo"
 RANKER_SITES = ["deep.weight", "head.weight", "users.weight", "items.weight"]
 
 
@@ -99,9 +105,63 @@ def test_tables_go_by_bytes_and_layers_by_work() -> None:
     sites = {site.name: site for site in search.sites}
     sites[users].work = 1000 * sites[items].work
     saved = search.savings(search.sites)
-    assert saved[items] / saved[users] == pytest.approx(500 / 300)
-    assert saved[items] + saved[users] == pytest.approx(1)
-    assert saved["deep.weight"] / saved["head.weight"] == pytest.approx(40)
+    assert saved[items, "int8"] / saved[users, "int8"] == pytest.approx(500 / 300)
+    assert saved[items, "int8"] + saved[users, "int8"] == pytest.approx(1)
+    assert saved["deep.weight", "int8"] / saved["head.weight", "int8"] == pytest.approx(40)
+    assert saved["deep.weight", "bf16"] / saved["deep.weight", "int8"] == pytest.approx(16 / 24)
+
+
+def test_moves_are_the_corners_of_a_convex_hull() -> None:
+    """A format that loses as much as a smaller one is passed over."""
+    search, users, items = tables_of(Ranker(), ranker_inputs, "int4")
+    search.losses = {(users, "fp16"): 0.1, (users, "int8"): 0.2, (users, "int4"): 0.9}
+    search.losses |= {(items, "fp16"): 0.3, (items, "int8"): 0.3, (items, "int4"): 0.4}
+    own = [site for site in search.sites if site.kind == "table"]
+    moves = [(site.name, form) for site, form in search.moves(own)]
+    assert [form for name, form in moves if name == users] == ["fp16", "int8", "int4"]
+    assert [form for name, form in moves if name == items] == ["int8", "int4"]
+    assert moves[0] == (users, "fp16") and moves[-1] == (users, "int4")
+    assert [(site.name, form) for site, form in search.moves(own, 1)] == [(items, "int4"), (users, "int4")]
+
+
+def test_a_format_that_alone_is_too_much_is_not_tried_beside_others() -> None:
+    source, graph = captured(Ranker(), ranker_inputs)
+    search = Search(graph, find_sites(graph), calibration_of(source, None), budget(["max-error=0.004"]), "int4", print)
+    found = search.run()
+    hopeless = {(d.name, d.smallest) for d in found.decisions if d.loss > 0.8}
+    assert {name for name, form in hopeless if form == "int4"} == {"users.weight", "items.weight"}
+    assert not hopeless & {tried for step in found.path for tried in step.tried.items()}
+    assert all((d.reason or "").startswith("int4: max-error") for d in found.decisions if d.smallest == "int4")
+
+
+def test_where_small_formats_crowd_others_out_larger_ones_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """int4 of the small table is cheap for what it saves, and leaves nothing for the large one."""
+    search, users, items = tables_of(Ranker(), ranker_inputs, "int4")
+    cost = {(users, "int4"): 0.7, (users, "int8"): 0.1, (users, "fp16"): 0.05}
+    cost |= {(items, "int4"): 9.0, (items, "int8"): 0.4, (items, "fp16"): 0.35}
+    monkeypatch.setattr(search, "able", [site for site in search.sites if site.kind == "table"])
+    monkeypatch.setattr(search, "moves", lambda sites, count=None: [(s, search.choices[s.name][0]) for s in sites])
+    lost = lambda formats: sum(cost[key] for key in formats.items())  # noqa: E731
+    monkeypatch.setattr(search, "measure", lambda formats, data=None: {"max-error": 0.5 * lost(formats)})
+    found = {d.name: d for d in search.run().decisions if d.kind == "table"}
+    assert {name: d.format for name, d in found.items()} == {users: "int8", items: "int8"}
+    assert found[users].reason == "int4: it leaves others too little of the budget"
+    assert found[items].reason is not None and found[items].reason.startswith("int4: max-error")
+
+
+@pytest.mark.parametrize("name", ["dcnv2", "din", "gr", "hstu", "sasrec"])
+def test_a_wider_permission_never_gives_a_larger_outcome(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRC_ZOO_SIZE", "small")
+    source = traced(load_model(ZOO / f"{name}.py"), Silent())
+    graph = optimise(source, Options(), Silent()).graph
+    data = calibration_of(source, None)
+    for limit in (0.03, 0.01, 0.004):
+        taken = []
+        for precision in ("int4", "int8", "bf16"):
+            limits = budget([f"max-error={limit}"])
+            found = Search(graph, find_sites(graph), data, limits, precision, lambda text: None).run()
+            taken.append(sum(decision.lowered_bytes for decision in found.decisions))
+        assert taken == sorted(taken), limit
 
 
 def tables_of(model: nn.Module, inputs, precision: str, device: str = "cpu") -> tuple:

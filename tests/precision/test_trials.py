@@ -12,6 +12,7 @@ from grc.graph.capture import Source
 from grc.graph.spec import verify
 from grc.kernels import cpp
 from grc.kernels.lookup.row_formats import ROW_FORMATS
+from grc.kernels.quantised_linear import panels
 from grc.lowering.pack import pack_linears
 from grc.precision.apply import graphs_of, with_tables
 from grc.precision.calibration import calibration_of
@@ -20,7 +21,7 @@ from grc.precision.gpu import halved_layers, narrowed, tables_of_bytes
 from grc.precision.quality import budget
 from grc.precision.search import Search
 from grc.precision.sites import find_sites
-from grc.precision.trial import Rounded, Trial
+from grc.precision.trial import Trial
 from tests.precision.models import (
     Bags,
     Ranker,
@@ -43,7 +44,7 @@ def test_trials_of_layers_answer_as_the_packed_graph_does(form: str) -> None:
     packed = pack_linears(graph, cpp.target_isa(), formats)
     for batch in (1, 37):
         inputs = source.inputs(batch)
-        trial = Trial(graph, sites, formats, Rounded(graph)).answers(inputs)
+        trial = Trial(graph, sites, formats).answers(inputs)
         assert torch.allclose(trial[0], packed(*inputs)[0], atol=1e-5)
 
 
@@ -57,7 +58,7 @@ def test_trials_of_tables_answer_as_the_graph_of_bytes_does(shift: int, tmp_path
     assert "uint8" in str({n.meta["val"].dtype for n in lowered.graph.nodes if n.op == "get_attr"})
     for batch in (1, 37):
         inputs = source.inputs(batch)
-        trial = Trial(graph, sites, formats, Rounded(graph)).answers(inputs)
+        trial = Trial(graph, sites, formats).answers(inputs)
         assert torch.allclose(trial[0], lowered(*inputs)[0], atol=1e-5)
 
 
@@ -69,7 +70,7 @@ def agree(
     lowered = with_tables(graph, sites, formats, folder)
     for batch in batches:
         inputs = source.inputs(batch)
-        trial = Trial(graph, sites, formats, Rounded(graph)).answers(inputs)
+        trial = Trial(graph, sites, formats).answers(inputs)
         assert torch.allclose(trial[0], lowered(*inputs)[0], atol=1e-5)
         assert not torch.equal(trial[0], graph(*inputs)[0])
 
@@ -172,10 +173,23 @@ def test_trials_of_items_answer_as_the_packed_graph_does(form: str) -> None:
     packed = pack_linears(graph, cpp.target_isa(), {"items.weight": form})
     for batch in (1, 37):
         inputs = source.inputs(batch)
-        values, found = Trial(graph, sites, {"items.weight": form}, Rounded(graph)).answers(inputs)
+        values, found = Trial(graph, sites, {"items.weight": form}).answers(inputs)
         ours, items = packed(*inputs)
         assert torch.allclose(values, ours, atol=1e-5) and (found == items).double().mean() > 0.95
         assert not torch.allclose(values, graph(*inputs)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_items_are_ranked_in_blocks_as_in_one(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, graph = captured(Retriever(), retriever_inputs)
+    sites, inputs = find_sites(graph), source.inputs(37)
+    for form in ("fp32", "int8", "bf16"):
+        trial = Trial(graph, sites, {"items.weight": form} if form != "fp32" else {}, device)
+        monkeypatch.setattr(panels, "BLOCK", 1 << 18)
+        values, found = trial.answers(inputs)
+        monkeypatch.setattr(panels, "BLOCK", 3 * 24)  # of 3 items, fewer than are ranked
+        ours, items = trial.answers(inputs)
+        assert torch.allclose(ours, values, atol=1e-6) and (items == found).double().mean() > 0.95
 
 
 def test_a_gpu_ranks_items_in_half_precision() -> None:
@@ -204,7 +218,7 @@ def test_the_graph_that_a_gpu_is_given_answers_as_the_trial_does(precision: str,
     verify(narrow)
     for batch in (3, 20):
         given = source.inputs(batch)
-        trial = Trial(graph, sites, formats, Rounded(graph), "cuda").answers(given)
+        trial = Trial(graph, sites, formats, "cuda").answers(given)
         assert torch.allclose(trial[0], narrow(*given)[0], atol=ROUNDED[precision])
         assert not torch.equal(narrow(*given)[0], graph(*given)[0])
 
@@ -281,7 +295,7 @@ def test_calibration_names_an_id_that_its_table_lacks() -> None:
     batch = source.inputs(5)
     batch[1][2, 0] = 300
     with pytest.raises(Exception, match="id 300 of feature 0"):
-        Trial(graph, find_sites(graph), {"users.weight": "int8"}, Rounded(graph)).answers(batch)
+        Trial(graph, find_sites(graph), {"users.weight": "int8"}).answers(batch)
 
 
 def test_a_trial_of_a_look_up_that_reads_no_row(tmp_path) -> None:
@@ -290,5 +304,5 @@ def test_a_trial_of_a_look_up_that_reads_no_row(tmp_path) -> None:
     values, offsets, ids = source.inputs(5)
     given = [torch.full_like(values, 3), offsets, ids]  # padding
     formats = {"bag.weight": "int8"}
-    (trial,) = Trial(graph, sites, formats, Rounded(graph)).answers(given)
+    (trial,) = Trial(graph, sites, formats).answers(given)
     assert torch.equal(trial, with_tables(graph, sites, formats, tmp_path)(*given)[0])

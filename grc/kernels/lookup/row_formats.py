@@ -19,7 +19,7 @@ FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LEVELS = {"int8": 255, "int4": 15}
 HALF_MAX = torch.finfo(torch.float16).max
 LINE = 64  # bytes: every table begins on a cache line
-CHUNK = 1 << 14  # rows quantised at a time, so that converting a table holds no second one
+CHUNK = 1 << 18  # numbers quantised at a time, so that converting a table holds no second one
 
 
 def row_bytes(form: str, dim: int) -> int:
@@ -94,8 +94,9 @@ def pack_table(table: Tensor, form: str, out: Tensor) -> None:
     Raises LoweringError for rows that the format can't hold.
     """
     target = out.view(table.shape[0], -1)
-    for begin in range(0, table.shape[0], CHUNK):
-        piece = table[begin : begin + CHUNK].detach().float()
+    rows = max(CHUNK // max(table.shape[1], 1), 1)
+    for begin in range(0, table.shape[0], rows):
+        piece = table[begin : begin + rows].detach().float()
         target[begin : begin + len(piece)] = packed_rows(piece, form)
 
 

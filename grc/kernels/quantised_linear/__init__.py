@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,9 +12,19 @@ from torch.nn import functional
 from grc.kernels.fusion import Cost, FusedOp
 from grc.kernels.packed_linear import finished
 from grc.kernels.quantised_linear.cases import CASES
-from grc.kernels.quantised_linear.panels import HALVES, MAX_DEPTH, Quantised, quantise, rounded, scaled8, unpack
+from grc.kernels.quantised_linear.panels import (
+    HALVES,
+    MAX_DEPTH,
+    Quantised,
+    blocks,
+    finite,
+    quantise,
+    rounded,
+    scaled8,
+    unpack,
+)
 
-__all__ = ["MAX_DEPTH", "QUANTISED_LINEAR", "Quantised", "quantise", "rounded", "simulated"]
+__all__ = ["MAX_DEPTH", "QUANTISED_LINEAR", "Quantised", "finite", "quantise", "rounded", "simulated"]
 
 
 def reference(
@@ -67,17 +78,27 @@ def stepped(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return steps, torch.where(known, size, torch.where(torch.isfinite(size), 0.0, torch.nan)), zero
 
 
-def simulated(x: Tensor, weight: Tensor, bias: Tensor | None, form: str) -> Tensor:
-    """What a layer in this format gives for a weight [N, K] that `rounded` brought to its values, without packing it."""
+def simulated(x: Tensor, weight: Tensor, bias: Tensor | None, form: str) -> Iterator[Tensor]:
+    """What a layer gives whose float32 weight [N, K] is kept in this format, [..., n] for some columns after the others.
+
+    Nothing is packed, and the weight is rounded for those columns alone: in the cache that takes less time than the
+    product, so that no rounded copy needs to be held.
+    """
+    size = None
     if form in HALVES:
-        return functional.linear(x.to(HALVES[form]).float(), weight, bias)
-    if form == "fp8":
+        x = x.to(HALVES[form]).float()
+    elif form == "fp8":
         steps, size = scaled8(x)
-        y = functional.linear(steps.float(), weight) * size
-    else:
-        whole, size = centred(x)
-        y = functional.linear(whole, weight) * size
-    return y if bias is None else y + bias
+        x = steps.float()
+    elif form != "fp32":
+        x, size = centred(x)
+    for rows in blocks(weight):
+        own = weight[rows] if form == "fp32" else rounded(weight[rows], form)
+        if size is None:
+            yield functional.linear(x, own, None if bias is None else bias[rows])
+        else:
+            y = functional.linear(x, own).mul_(size)
+            yield y if bias is None else y.add_(bias[rows])
 
 
 def cost(x: Tensor, packed: Tensor, *rest: object) -> Cost:
