@@ -83,18 +83,18 @@ class Search:
 
     def run(self, spent: float = SPENT[0]) -> Lowered:
         """The outcome of trials that may spend this share of the budget. Small formats of some sites may cost so much that
-        others, which would save more, stay large: then nothing below so many bits may give the smaller outcome."""
+        others, which would save more, stay large, or keep a table from being stored once for two readers: then nothing
+        below so many bits may give the smaller outcome."""
         self.spent = spent
         outcome = self.begun()
         first = best = self.attempt(outcome)
         for bits in sorted({BITS[form] for site in self.able for form in self.options(site)})[1:]:
-            if self.point_bytes(best.formats) <= self.least(bits):
-                break
-            found = self.attempt(outcome, bits, best)
-            best = min(best, found, key=lambda attempt: self.point_bytes(attempt.formats))
+            if self.least(bits) < self.point_bytes(best.formats):
+                found = self.attempt(outcome, bits, best)
+                best = min(best, found, key=lambda attempt: self.point_bytes(attempt.formats))
         for site in self.able:
             if BITS[smallest := self.options(site)[0]] < best.bits:
-                why = first.reasons.get(site.name, f"{smallest}: it leaves others too little of the budget")
+                why = first.reasons.get(site.name, f"{smallest}: all are smaller together without it")
                 best.reasons.setdefault(site.name, why)
         if best.formats:
             outcome.quality = self.measure(best.formats, self.all)
@@ -364,7 +364,16 @@ class Search:
         return sorted(points, key=lambda point: -point.bytes)
 
     def point_bytes(self, formats: Mapping[str, str]) -> int:
-        return sum(self.bytes(site, formats.get(site.name, "fp32")) for site in self.sites)
+        """What all sites take. A table that is multiplied with too, in the same numbers, is stored once on a GPU; a CPU has
+        it in panels beside."""
+        stored = [(site, formats.get(site.name, "fp32")) for site in self.sites]
+        multiplied = {site.name: form for site, form in stored if site.kind != TABLE}
+        once = [
+            (site, form)
+            for site, form in stored
+            if site.kind == TABLE and self.device == "cuda" and form in FLOATS and multiplied.get(site.arena) == form
+        ]
+        return sum(self.bytes(*one) for one in stored) - sum(self.bytes(*one) for one in once)
 
     def point(self, formats: Mapping[str, str]) -> Point:
         values = self.measure(formats)

@@ -123,8 +123,13 @@ def captured(model: nn.Module, inputs: Any) -> tuple[Source, Any]:
 
 
 def searched(
-    model: nn.Module, inputs: Any, precision: str, *limits: str, calibration: Calibration | None = None
+    model: nn.Module,
+    inputs: Any,
+    precision: str,
+    *limits: str,
+    calibration: Calibration | None = None,
+    device: str = "cpu",
 ) -> Lowered:
     source, graph = captured(model, inputs)
     data = calibration or calibration_of(source, None)
-    return Search(graph, find_sites(graph), data, budget(limits), precision, lambda text: None).run()
+    return Search(graph, find_sites(graph), data, budget(limits), precision, lambda text: None, device).run()

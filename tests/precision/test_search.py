@@ -23,10 +23,12 @@ from grc.report.summary import precision as told
 from tests.precision.models import (
     Fragile,
     Ranker,
+    Retriever,
     Target,
     captured,
     fragile_inputs,
     ranker_inputs,
+    retriever_inputs,
     searched,
     target_inputs,
 )
@@ -145,7 +147,7 @@ def test_where_small_formats_crowd_others_out_larger_ones_are_taken(monkeypatch:
     monkeypatch.setattr(search, "measure", lambda formats, data=None: {"max-error": 0.5 * lost(formats)})
     found = {d.name: d for d in search.run().decisions if d.kind == "table"}
     assert {name: d.format for name, d in found.items()} == {users: "int8", items: "int8"}
-    assert found[users].reason == "int4: it leaves others too little of the budget"
+    assert found[users].reason == "int4: all are smaller together without it"
     assert found[items].reason is not None and found[items].reason.startswith("int4: max-error")
 
 
@@ -372,6 +374,16 @@ def test_on_a_gpu_the_tables_of_an_arena_take_the_widest_of_their_formats() -> N
     search.one_format_an_arena(mixed, reasons)
     assert mixed == {users: "fp16", items: "fp16"}
     assert {d.format for d in search.run().decisions} == {"fp16"}
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_items_that_are_looked_up_and_ranked_are_stored_once_on_a_gpu(precision: str) -> None:
+    """In 8 bits beside their float16 they would take more than in float16 for both."""
+    found = searched(Retriever(), retriever_inputs, precision, "max-error=0.5", device="cuda")
+    formats = {decision.kind: decision.format for decision in found.decisions}
+    assert (formats["table"], formats["ranking"]) == ("fp16", "fp16")
+    (table,) = [decision for decision in found.decisions if decision.kind == "table"]
+    assert table.reason == f"{precision}: all are smaller together without it"
 
 
 def test_a_gpu_without_fp8_is_named() -> None:
