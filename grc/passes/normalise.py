@@ -203,8 +203,11 @@ def view_of_constant(edit: Rewriter, node: fx.Node) -> fx.Node | None:
 
 
 def canonical_reshape(edit: Rewriter, node: fx.Node) -> fx.Node | None:
-    """view, flatten, squeeze, unsqueeze and chains of them: one reshape, with -1 for the only symbolic size."""
-    if not is_op(
+    """view, flatten, squeeze, unsqueeze and chains of them: one reshape, with -1 for the only symbolic size.
+
+    No view stays, which could not read what a dropped copy had made contiguous.
+    """
+    if node.target is aten.view.dtype or not is_op(
         node, aten.view, aten._unsafe_view, aten.reshape, aten.flatten, aten.squeeze, aten.unsqueeze, aten.unflatten
     ):
         return None
@@ -215,6 +218,8 @@ def canonical_reshape(edit: Rewriter, node: fx.Node) -> fx.Node | None:
     if same_shape(node, source):
         return source
     sizes = inferred_sizes(shape(node))
+    if sizes is None and is_op(node, aten.view, aten._unsafe_view):
+        return edit.call(aten.reshape.default, *node.args)
     if sizes is None or (is_op(node, aten.reshape) and list(node.args[1]) == sizes and source is node.args[0]):  # type: ignore[arg-type]
         return None
     if is_op(node, aten.unsqueeze, aten.squeeze) and len(shape(node)) == 0:
