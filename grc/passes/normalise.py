@@ -30,6 +30,7 @@ from grc.passes.products import (
     square,
     weighted_sum,
 )
+from grc.passes.repeats import repeat_of_one, repeat_of_rows
 
 ROUNDS = 8  # a rule may open the way for another; the zoo's models need at most four
 FOLD_BYTES = 1 << 20  # constants up to this size are folded; weights stay as they are
@@ -227,17 +228,6 @@ def canonical_reshape(edit: Rewriter, node: fx.Node) -> fx.Node | None:
     return edit.call(aten.reshape.default, source, sizes)
 
 
-def repeat_of_one(edit: Rewriter, node: fx.Node) -> fx.Node | None:
-    """repeat_interleave along a dimension of one number: an expand."""
-    if not is_op(node, aten.repeat_interleave) or not isinstance(node.args[1], int) or argument(node, "dim") is None:
-        return None
-    dim = argument(node, "dim") % value(node).dim()
-    if not same_size(shape(node.args[0])[dim], 1):  # type: ignore[arg-type]
-        return None
-    sizes = [shape(node)[dim] if i == dim else -1 for i in range(value(node).dim())]
-    return edit.call(aten.expand.default, node.args[0], sizes)
-
-
 def one_cast(edit: Rewriter, node: fx.Node) -> fx.Node | None:
     """A cast to another dtype that changes nothing else has one form."""
     if not is_op(node, aten._to_copy) or set(node.kwargs) != {"dtype"} or node.kwargs["dtype"] is None:
@@ -353,6 +343,7 @@ RULES: tuple[Rule, ...] = (
     view_of_constant,
     canonical_reshape,
     repeat_of_one,
+    repeat_of_rows,
     one_cast,
     pairs_of_loop,
     pairs_of_cats,
