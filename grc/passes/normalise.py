@@ -28,9 +28,9 @@ from grc.passes.products import (
     one_product,
     one_transpose,
     square,
-    weighted_sum,
 )
 from grc.passes.repeats import repeat_of_one, repeat_of_rows
+from grc.passes.weighted_sums import weighted_sum
 
 ROUNDS = 8  # a rule may open the way for another; the zoo's models need at most four
 FOLD_BYTES = 1 << 20  # constants up to this size are folded; weights stay as they are

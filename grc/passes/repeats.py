@@ -28,7 +28,7 @@ def repeat_of_one(edit: Rewriter, node: fx.Node) -> fx.Node | None:
 
 
 def repeat_of_rows(edit: Rewriter, node: fx.Node) -> fx.Node | None:
-    """Each row of `[B, D]` several times, by repeat_interleave or as a repeat that is cut into rows: an expand of `[B, 1, D]`."""
+    """Each row of `[B, D]` several times, by repeat_interleave or a repeat that is cut into rows: an expand of `[B, 1, D]`."""
     if is_op(node, aten.repeat_interleave) and argument(node, "dim") in (0, -2):
         source, count = node.args[:2]
     elif is_op(node, aten.reshape) and is_op(node.args[0], aten.repeat):
