@@ -123,6 +123,11 @@ def capture(model: Model) -> Source:
     samples = {batch: flat_tensors(model.inputs(batch)) for batch in SAMPLES}
     structure = samples[2][1]
     names = input_names(model, structure)
+    if not names:
+        raise ModelFileError(
+            f"{model.file or model.name}: get_inputs(2) holds no tensor, and a request could bring nothing",
+            "give the model tensors: what makes ids of strings and numbers goes into preprocess(request)",
+        )
     check_dense(model, names, samples[2][0])
     sizes = find_sizes({b: leaves for b, (leaves, _) in samples.items()}, names)
     smallest = smallest_batch(model)

@@ -14,6 +14,7 @@ from grc.graph.match import argument, aten, attribute, constant_list, is_op, sam
 SUM, MEAN, MAX = 0, 1, 2
 NO_PADDING = -(2**63)
 INTEGERS = (torch.int32, torch.int64)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # of which a kernel reads rows
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def rows_of(flat: fx.Node, length: int) -> fx.Node:
 
 def is_table(module: fx.GraphModule, node: Any) -> bool:
     tensor = attribute(module, node)
-    return tensor is not None and tensor.dim() == 2 and tensor.is_contiguous() and tensor.is_floating_point()
+    return tensor is not None and tensor.dim() == 2 and tensor.is_contiguous() and tensor.dtype in FLOATS
 
 
 def constant_bases(module: fx.GraphModule, ids: fx.Node, count: int) -> tuple[fx.Node, tuple[int, ...]]:

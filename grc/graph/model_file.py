@@ -205,13 +205,24 @@ def load_program(path: Path) -> Model:
     return Model(path.stem, program.module(check_guards=False), resized, file=path, program=program)
 
 
+QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+
+
 def require_eval(model: nn.Module, path: Path | None) -> nn.Module:
-    """The model, if it can be exported at all. Raises ModelFileError for TorchScript and for one in training mode."""
+    """The model, if it can be exported at all. Raises ModelFileError for TorchScript, for layers that torch.ao quantised, and
+    for one in training mode."""
     scripted = [name for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
     if scripted:
         raise ModelFileError(
             f"{path or type(model).__name__}: {scripted[0] or 'the model'} is TorchScript, which torch.export does not take",
             "return the nn.Module that it was made from; load_state_dict(scripted.state_dict()) brings the weights over",
+        )
+    quantised = [name for name, m in model.named_modules() if type(m).__module__.startswith(QUANTISED)]
+    if quantised:
+        raise ModelFileError(
+            f"{path or type(model).__name__}: {quantised[0] or 'the model'} is quantised by torch.ao, whose packed weights "
+            "torch.export does not take",
+            "return the model as it was before, and give grc compile --precision int8",
         )
     training = [name or type(model).__name__ for name, m in model.named_modules() if m.training]
     if training:

@@ -19,8 +19,13 @@ from grc.graph.sizes import Size, collection, named_dims
 Request = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+# What torch.export can name no parameter, buffer or layer of a model: the graph that it makes has these for itself.
+RESERVED = {*dir(fx.GraphModule(nn.Module(), fx.Graph()))} - {*dir(nn.Module())}
+
+
 class ByPosition(nn.Module):
-    """A model called with its flat tensors: torch.export maps no dynamic sizes onto `**kwargs`."""
+    """A model called with its flat tensors: torch.export maps no dynamic sizes onto `**kwargs`. Its own names lie one level
+    deeper, where they may be those of a graph."""
 
     def __init__(self, model: nn.Module, call: Any):
         super().__init__()
@@ -52,7 +57,8 @@ def export(model: Model, request: Request, sizes: list[tuple[Size, ...]], mode: 
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     module = model.module
-    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module.forward).parameters.values()) and kwargs:
+    collected = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module.forward).parameters.values()) and kwargs
+    if collected or not RESERVED.isdisjoint(module._parameters | module._buffers | module._modules):
         module, args, kwargs = ByPosition(module, (args, kwargs)), tuple(leaves), {}
     strict = mode == "strict"
     with torch.no_grad(), quiet_export(), model_lines(), without_fast_path(), followed_data():

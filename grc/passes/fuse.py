@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from grc.graph.lookups import is_table
-from grc.graph.match import Miss, aten, is_op, shape, source_text, static, where
+from grc.graph.match import Miss, aten, attribute, is_op, shape, source_text, static, where
 from grc.graph.rewrite import Rewriter
 from grc.passes.manager import Change, Pass
 
@@ -18,6 +18,7 @@ from grc.passes.manager import Change, Pass
 GATHERED = (
     "no look-up stands beside it in a cat and nothing pools its rows: what reads them gathers them, which is as fast"
 )
+WIDE = "its table is {}: kernels read rows of float32, float16 and bfloat16"
 COMPUTED = "its table is computed: only a parameter or buffer [rows, width] has rows to read"
 
 
@@ -64,5 +65,11 @@ def left_alone(graph: fx.GraphModule) -> Iterable[Change]:
     for node in graph.graph.nodes:
         if not is_op(node, aten.embedding, aten.embedding_bag) or all(static(size) for size in shape(node.args[1])):
             continue
-        reason = GATHERED if is_table(graph, node.args[0]) else COMPUTED
-        yield Change("look-up", where(node), source_text(node), missed=reason)
+        yield Change("look-up", where(node), source_text(node), missed=why_alone(graph, node))
+
+
+def why_alone(graph: fx.GraphModule, node: fx.Node) -> str:
+    table = attribute(graph, node.args[0])
+    if table is None or table.dim() != 2:
+        return COMPUTED
+    return GATHERED if is_table(graph, node.args[0]) else WIDE.format(str(table.dtype).removeprefix("torch."))

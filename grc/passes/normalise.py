@@ -28,8 +28,9 @@ from grc.passes.products import (
     one_product,
     one_transpose,
     square,
-    weighted_sum,
 )
+from grc.passes.repeats import repeat_of_one, repeat_of_rows
+from grc.passes.weighted_sums import weighted_sum
 
 ROUNDS = 8  # a rule may open the way for another; the zoo's models need at most four
 FOLD_BYTES = 1 << 20  # constants up to this size are folded; weights stay as they are
@@ -203,8 +204,11 @@ def view_of_constant(edit: Rewriter, node: fx.Node) -> fx.Node | None:
 
 
 def canonical_reshape(edit: Rewriter, node: fx.Node) -> fx.Node | None:
-    """view, flatten, squeeze, unsqueeze and chains of them: one reshape, with -1 for the only symbolic size."""
-    if not is_op(
+    """view, flatten, squeeze, unsqueeze and chains of them: one reshape, with -1 for the only symbolic size.
+
+    No view stays, which could not read what a dropped copy had made contiguous.
+    """
+    if node.target is aten.view.dtype or not is_op(
         node, aten.view, aten._unsafe_view, aten.reshape, aten.flatten, aten.squeeze, aten.unsqueeze, aten.unflatten
     ):
         return None
@@ -215,22 +219,13 @@ def canonical_reshape(edit: Rewriter, node: fx.Node) -> fx.Node | None:
     if same_shape(node, source):
         return source
     sizes = inferred_sizes(shape(node))
+    if sizes is None and is_op(node, aten.view, aten._unsafe_view):
+        return edit.call(aten.reshape.default, *node.args)
     if sizes is None or (is_op(node, aten.reshape) and list(node.args[1]) == sizes and source is node.args[0]):  # type: ignore[arg-type]
         return None
     if is_op(node, aten.unsqueeze, aten.squeeze) and len(shape(node)) == 0:
         return None
     return edit.call(aten.reshape.default, source, sizes)
-
-
-def repeat_of_one(edit: Rewriter, node: fx.Node) -> fx.Node | None:
-    """repeat_interleave along a dimension of one number: an expand."""
-    if not is_op(node, aten.repeat_interleave) or not isinstance(node.args[1], int) or argument(node, "dim") is None:
-        return None
-    dim = argument(node, "dim") % value(node).dim()
-    if not same_size(shape(node.args[0])[dim], 1):  # type: ignore[arg-type]
-        return None
-    sizes = [shape(node)[dim] if i == dim else -1 for i in range(value(node).dim())]
-    return edit.call(aten.expand.default, node.args[0], sizes)
 
 
 def one_cast(edit: Rewriter, node: fx.Node) -> fx.Node | None:
@@ -348,6 +343,7 @@ RULES: tuple[Rule, ...] = (
     view_of_constant,
     canonical_reshape,
     repeat_of_one,
+    repeat_of_rows,
     one_cast,
     pairs_of_loop,
     pairs_of_cats,

@@ -16,11 +16,13 @@ from grc.passes.merge_linears import MergeLinears
 from grc.passes.merge_tables import MergeTables
 from grc.passes.needed_rows import NeededRows
 from grc.passes.normalise import Normalise, Simplify
+from grc.passes.repeated_rows import RepeatedRows
 from grc.passes.split_concat_linear import SplitConcatLinear
 
 NAMES = (
     "jagged",
     "normalise",
+    "repeated-rows",
     "merge-tables",
     "simplify",
     "split-concat-linear",
@@ -43,6 +45,7 @@ def pipeline(options: Options, fusions: Sequence[Any]) -> list[Pass]:
     passes: dict[str, Pass] = {
         "jagged": Jagged(),
         "normalise": Normalise(),
+        "repeated-rows": RepeatedRows(),
         "merge-tables": MergeTables(),
         "simplify": Simplify(),
         "split-concat-linear": SplitConcatLinear(),

@@ -12,7 +12,6 @@ from grc.graph.match import (
     argument,
     aten,
     attribute,
-    call_arguments,
     is_op,
     only_user,
     same_shape,
@@ -178,41 +177,14 @@ def multiply_add(edit: Rewriter, node: fx.Node) -> fx.Node | None:
     return edit.call(aten.add.Tensor, x, edit.call(aten.mul.Tensor, a, b))
 
 
-def weighted_sum(edit: Rewriter, node: fx.Node) -> fx.Node | None:
-    """sum(w * E, 1) over looked-up rows `[B, S, D]`, with a weight `[B, S, 1]` for each: `[B, 1, S] @ [B, S, D]`.
-
-    Inductor on a CPU would gather the numbers of such a sum one by one.
-    """
-    if not is_op(node, aten.sum) or argument(node, "dtype") is not None or "dim" not in call_arguments(node):
-        return None
-    product: Any = node.args[0]
-    if not is_op(product, aten.mul) or value(product).dim() != 3 or only_user(product) is None:
-        return None
-    if [d % 3 for d in argument(node, "dim") or ()] != [1]:
-        return None
-    for rows, weights in (product.args, product.args[::-1]):
-        while is_op(weights, aten.expand):
-            weights = weights.args[0]
-        if not is_op(rows, aten.embedding) or not same_shape(rows, product) or not isinstance(weights, fx.Node):
-            continue
-        (batch, steps, width), each = shape(rows), shape(weights)
-        if len(each) != 3 or each[2] != 1 or not (same_size(each[0], batch) and same_size(each[1], steps)):
-            continue
-        if value(weights).dtype is not value(rows).dtype or not isinstance(width, int):
-            continue
-        fixed = isinstance(steps, int)
-        turned = edit.reshape(weights, -1, 1, steps) if fixed else edit.call(aten.transpose.int, weights, 1, 2)
-        total = edit.call(aten.bmm.default, turned, rows)
-        return total if argument(node, "keepdim") else edit.reshape(total, -1, width)
-    return None
-
-
 def einsum_product(edit: Rewriter, equation: str, operands: list[fx.Node]) -> fx.Node | None:
     """Two-operand einsums over one batch letter: `bnd,bmd->bnm` and its transposes become bmm."""
     if len(operands) != 2 or "->" not in equation or "." in equation:
         return None
     left, right = equation.partition("->")[0].split(",")
     out = equation.partition("->")[2]
+    if {len(left), len(right)} == {2, 3}:
+        return einsum_rows(edit, *((operands, left, right) if len(left) == 2 else (operands[::-1], right, left)), out)
     if not (len(left) == len(right) == len(out) == 3) or len(set(left)) != 3 or len(set(right)) != 3:
         return None
     batch = [c for c in left if c in right and c in out]
@@ -225,6 +197,21 @@ def einsum_product(edit: Rewriter, equation: str, operands: list[fx.Node]) -> fx
     second = permuted(edit, operands[1], right, b + k + m)
     product = edit.call(aten.bmm.default, first, second)
     return permuted(edit, product, b + n + m, out)
+
+
+def einsum_rows(edit: Rewriter, operands: list[fx.Node], weights: str, rows: str, out: str) -> fx.Node | None:
+    """`bs,bsd->bd`, a weighted sum of rows: `[B, 1, S] @ [B, S, D]`."""
+    if len(set(rows)) != 3 or weights != rows[:2] or out != rows[0] + rows[2]:
+        return None
+    steps, width = shape(operands[1])[1:]
+    if not isinstance(steps, int) or not isinstance(width, int) or not same_shape_of_steps(*operands):
+        return None
+    return edit.reshape(edit.call(aten.bmm.default, edit.reshape(operands[0], -1, 1, steps), operands[1]), -1, width)
+
+
+def same_shape_of_steps(weights: fx.Node, rows: fx.Node) -> bool:
+    """Whether nothing is broadcast, as einsum may."""
+    return all(same_size(a, b) for a, b in zip(shape(weights), shape(rows)[:2], strict=True))
 
 
 def einsum_layer(edit: Rewriter, equation: str, operands: list[fx.Node]) -> fx.Node | None:

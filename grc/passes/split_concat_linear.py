@@ -74,7 +74,7 @@ def steps(node: Any) -> Any:
 def split(edit: Rewriter, node: fx.Node, cat: Any) -> str | None:
     """Rewrite one linear layer over a concatenation; what that saves, or None where every part is there once."""
     parts = list(cat.args[0])
-    if not any(is_op(part, aten.add, aten.sub, aten.neg, aten.expand) for part in parts):
+    if not any(is_op(part, aten.add, aten.sub, aten.neg, aten.expand) or flat_repeat(part) for part in parts):
         return None
     if argument(cat, "dim") % value(cat).dim() != value(cat).dim() - 1:
         return None
@@ -84,7 +84,9 @@ def split(edit: Rewriter, node: fx.Node, cat: Any) -> str | None:
     if not weight.is_floating_point():
         raise Miss(f"the weight is {str(weight.dtype).removeprefix('torch.')}")
     every, shared = Sum(), Sum()
-    column = 0
+    column, flat = 0, [repeat.args[1][1] for repeat in map(flat_repeat, parts) if repeat is not None]  # type: ignore[index]
+    if any(count != flat[0] for count in flat):
+        raise Miss("rows are repeated a different number of times")
     for part in parts:
         width = shape(part)[-1]
         if not isinstance(width, int):
@@ -102,7 +104,9 @@ def split(edit: Rewriter, node: fx.Node, cat: Any) -> str | None:
     bias = argument(node, "bias")
     new = product(edit, every, weight.dtype, None if shared.values else bias)
     if shared.values:
+        new = edit.reshape(new, -1, flat[0], len(weight)) if flat else new
         new = edit.call(aten.add.Tensor, new, product(edit, shared, weight.dtype, bias))
+        new = edit.reshape(new, -1, len(weight)) if flat else new
     edit.replace(node, new if cat is node.args[0] else edit.reshape(new, -1, len(weight)))
     return f"{column - every.width} of {column} columns"
 
@@ -130,6 +134,9 @@ def terms(node: fx.Node) -> list[tuple[fx.Node, int]]:
 
 def one_row(node: fx.Node, like: fx.Node) -> fx.Node | None:
     """The [..., 1, D] that is repeated over the rows of `like`, or None."""
+    if value(like).dim() == 2:
+        repeat = flat_repeat(node)
+        return None if repeat is None else repeat.args[0]  # type: ignore[return-value]
     source: Any = node
     while is_op(source, aten.expand):
         source = source.args[0]
@@ -138,3 +145,11 @@ def one_row(node: fx.Node, like: fx.Node) -> fx.Node | None:
     rest = [i for i in range(value(like).dim() - 1) if i != value(like).dim() - 2]
     same = all(str(shape(source)[i]) == str(shape(like)[i]) for i in rest)
     return source if same and shape(source)[-2] == 1 else None
+
+
+def flat_repeat(node: fx.Node) -> fx.Node | None:
+    """The expand of [B, 1, D] to [B, S, D] behind [B * S, D], as a user's row is repeated for each candidate."""
+    source: Any = steps(node)
+    if source is node or not is_op(source, aten.expand) or value(source).dim() != 3:
+        return None
+    return source if one_row(source, source) is not None else None

@@ -14,7 +14,7 @@ from grc.errors import ArtifactError
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e4m3fn: "F8_E4M3", torch.complex64: "C64",
 }  # fmt: skip
 LINE = 64  # bytes: every tensor whose size is a multiple of a cache line begins on one
 CHUNK = 1 << 26  # bytes written at a time, so that writing a table copies no table
@@ -47,7 +47,7 @@ def write_weights(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def raw_chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
     """The bytes of a tensor's numbers in their order, a chunk at a time and without a copy of the whole where they lie so."""
-    flat = tensor.detach().cpu().resolve_neg().contiguous().reshape(-1)
+    flat = tensor.detach().cpu().resolve_neg().resolve_conj().contiguous().reshape(-1)
     if flat.stride(0) != 1:  # as a single number cut from a row may have, which torch calls contiguous all the same
         flat = flat.clone(memory_format=torch.contiguous_format)
     for part in flat.view(torch.uint8).split(CHUNK):

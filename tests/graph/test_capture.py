@@ -476,3 +476,24 @@ class TestNumerics:
         model = Forward(lambda self, x: torch.relu(self.layer(x)), layer=nn.Linear(4, 4))
         first, second = (show(captured(model, lambda b: (rows(b, 4),)).graph) for _ in range(2))
         assert first == second
+
+
+@pytest.mark.parametrize("name", ["meta", "graph", "code"])
+@pytest.mark.parametrize("kind", ["buffer", "parameter", "layer"])
+def test_names_that_a_graph_has_for_itself(name: str, kind: str) -> None:
+    """An item's `meta`, a neighbour's `graph`: torch.export fails on them."""
+    table = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
+    made = {"buffer": table, "parameter": nn.Parameter(table), "layer": nn.Embedding.from_pretrained(table)}[kind]
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        found = getattr(self, name)
+        return found(x).sum(1) if kind == "layer" else found[x].sum(1)
+
+    model = Forward(forward)
+    if kind == "buffer":
+        model.register_buffer(name, made)
+    else:
+        setattr(model, name, made)
+    source = captured(model, lambda b: (ids(b, 4),))
+    assert torch.allclose(source.graph(*source.inputs(6))[0], source.eager(6)[0])
+    assert source.names == ["input0"]

@@ -178,6 +178,24 @@ def test_torchscript(made: Callable[[nn.Module], nn.Module]) -> None:
         from_module(Forward(lambda self, x: self.layer(x), layer=made(nn.Linear(4, 4).eval())).eval(), lambda b: ())
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("inside", [True, False], ids=["a layer", "the model"])
+def test_layers_that_torch_quantised(inside: bool) -> None:
+    layer = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)).eval(), dtype=torch.qint8)
+    model = Forward(lambda self, x: self.layer(x), layer=layer).eval() if inside else layer
+    with pytest.raises(ModelFileError, match="0 is quantised by") as caught:
+        from_module(model, lambda b: (rows(b, 4),))
+    assert "--precision int8" in str(caught.value.hint)
+
+
+def test_inputs_without_a_tensor() -> None:
+    """They would be part of the program, which could answer that one request alone."""
+    model = Forward(lambda self, x: self.layer(torch.tensor([len(text) for text in x])), layer=nn.Embedding(9, 4))
+    with pytest.raises(ModelFileError, match="holds no tensor") as caught:
+        captured(model, lambda b: (["word"] * b,))
+    assert "preprocess" in str(caught.value.hint)
+
+
 @pytest.mark.parametrize("product", [torch.sparse.mm, torch.matmul], ids=["sparse.mm", "matmul"])
 def test_a_sparse_tensor_times_a_request(product: Callable[..., Tensor]) -> None:
     with pytest.raises(CaptureError, match="a sparse tensor is multiplied with what a request brings") as caught:

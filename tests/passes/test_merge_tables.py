@@ -262,6 +262,7 @@ MASKED = {
     "weights by rows": lambda self, x, w: torch.sum(w[:, :, None] * self.e(x), dim=1, keepdim=True).squeeze(1).relu(),
     "product": lambda self, x, w: torch.bmm(w.unsqueeze(1), self.e(x)).squeeze(1).relu(),
     "einsum": lambda self, x, w: torch.einsum("bkl,bld->bkd", w.unsqueeze(1), self.e(x)).squeeze(1).relu(),
+    "einsum of steps": lambda self, x, w: torch.einsum("bld,bl->bd", self.e(x), w).relu(),
     "repeated": lambda self, x, w: (self.e(x) * w.unsqueeze(2).repeat_interleave(4, 2)).sum(1).relu(),
     "expanded": lambda self, x, w: (self.e(x) * w.unsqueeze(2).expand(-1, -1, 4)).sum(1).relu(),
 }
@@ -277,6 +278,52 @@ def test_a_weighted_sum_of_rows_is_a_bag(pool):
         "CHECK: grc.lookup(%e_weight, %inputs_0, None, %inputs_1, [0], [10], [4], [3], 0\n"
         "CHECK: aten.relu\nCHECK-NOT: aten.bmm",
     )
+
+
+HIDDEN = {
+    "bools": lambda e, mask: e * mask.unsqueeze(-1),
+    "integers": lambda e, mask: mask.long().unsqueeze(-1) * e,
+    "filled": lambda e, mask: e.masked_fill(~mask.unsqueeze(-1), 0.0),
+    "filled where": lambda e, mask: torch.where(mask.unsqueeze(-1), e, 0.0),
+    "zeros where": lambda e, mask: torch.where(mask[..., None], e, torch.zeros_like(e)),
+    "full where": lambda e, mask: torch.where(mask[..., None].expand_as(e), e, torch.full_like(e, 0)),
+}
+
+
+@pytest.mark.parametrize("hidden", HIDDEN.values(), ids=HIDDEN)
+def test_a_mask_is_a_weight(hidden):
+    def pool(self, x):
+        return hidden(self.e(x), x != 0).sum(1).relu()
+
+    graph, changes = merged(pool, ids(5, 3), e=nn.Embedding(10, 4))
+    assert made(changes, "look-up and pooling") == 1
+    check(graph, "CHECK: grc.lookup(%e_weight, %inputs_0, None, %{{\\w+}}, [0]\nCHECK: aten.relu\nCHECK-NOT: aten.bmm")
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda self, x: self.e(x).masked_fill((x == 0).unsqueeze(-1), 1.0).sum(1),
+        lambda self, x: torch.where((x == 0).unsqueeze(-1), 0.0, torch.where(x[..., None] > 3, self.e(x), 2.0)).sum(1),
+        lambda self, x: self.broken(x).masked_fill((x == 0).unsqueeze(-1), 0.0).sum(1),
+    ],
+    ids=["other than zeros", "two conditions", "a row that is no number"],
+)
+def test_a_mask_that_is_no_weight(pool):
+    broken = nn.Embedding.from_pretrained(torch.eye(10).index_fill(0, torch.tensor([0]), float("nan")))
+    _, changes = merged(pool, ids(5, 3), e=nn.Embedding(10, 4), broken=broken)
+    assert made(changes, "look-up and pooling") == 0
+
+
+def test_tables_of_another_width_of_numbers_stay_beside_those_that_merge():
+    """A kernel reads no float64, and the others' merge does not fall with it."""
+    graph, changes = merged(
+        lambda self, x: torch.cat([self.a(x[:, 0]), self.b(x[:, 1]), self.c(x).sum(1).float()], 1), ids(5, 3),
+        a=nn.Embedding(10, 4), b=nn.Embedding(10, 4), c=nn.Embedding(10, 4, dtype=torch.float64),
+    )  # fmt: skip
+    assert made(changes, "2 look-ups of 2 tables -> 1") == 1 and made(changes, "look-up and pooling") == 0
+    missed = [c.missed for c in Fuse(()).run(graph) if c.missed]
+    assert missed == ["its table is float64: kernels read rows of float32, float16 and bfloat16"]
 
 
 def test_a_weighted_sum_of_rows_that_are_read_elsewhere_is_a_product():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.export import Dim
 from torch.nn import functional
 
+from grc.graph.flat import flat_graph
 from grc.passes.normalise import Normalise
 from tests.graph.filecheck import check
-from tests.passes.small import graph_of, ids, rows, run
+from tests.passes.small import Small, graph_of, ids, rows, run
 
 
 def normalised(function, *inputs, **modules):
@@ -155,6 +157,25 @@ def test_shapes_are_one_reshape():
         lambda self, x: x.view(-1, 2, 6).flatten(1).unsqueeze(1).squeeze(1).reshape(-1, 3, 4), rows(4, 12)
     )
     check(graph, "CHECK: aten.reshape(%inputs_0, [-1, 3, 4])\nCHECK-NOT: aten.")
+
+
+def test_of_two_sizes_that_vary_a_view_is_a_reshape_too():
+    """Torch's attention makes its mask of the padding so: the view reads what a copy made contiguous."""
+
+    def heads(_, mask):
+        return mask[:, None, None].expand(-1, 2, -1, -1).clone().view(-1, 1, mask.size(1)).exp()
+
+    inputs = (rows(4, 5),)
+    shapes = {"inputs": ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)}
+    graph = flat_graph(torch.export.export(Small(heads), inputs, dynamic_shapes=shapes, strict=False))
+    run(graph, [Normalise()], inputs)
+    check(graph, "CHECK: aten.expand(\nCHECK-NOT: view(\nCHECK: aten.reshape(%expand")
+
+
+@pytest.mark.parametrize("made", [rows, ids], ids=["of floats", "of ids"])
+def test_bits_as_another_type_are_no_reshape(made):
+    graph = normalised(lambda self, x: x.view(torch.int32) % 97, made(4, 6))
+    check(graph, "CHECK: aten.view(%inputs_0, torch.int32)")
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,8 @@ def test_numbers_with_any_strides_are_written_in_their_order(tmp_path: Path) -> 
         "turned": table.t(),
         "none": table[:0],
         "scalar": table[1, 1],
+        "complex": torch.complex(table, -table),
+        "conjugated": torch.complex(table, -table).conj(),
         "negated": torch.imag(torch.tensor([1 + 2j]).conj()),
     }
     write_weights(tmp_path / "w.safetensors", tensors)

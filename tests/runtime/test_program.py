@@ -245,3 +245,27 @@ def test_numbers_among_the_inputs_are_told_as_they_were_compiled(tmp_path: Path)
     for request, holds in (((x, 5), "x, k=5"), ((x,), "x")):
         with pytest.raises(InputError, match=f"^best takes x, k=3; the request holds {holds}$"):
             program(*request)
+
+
+class Rotary(nn.Module):
+    """Positions as turns of the complex plane, which is how rotary embeddings are published."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = nn.Embedding(50, 8)
+        self.register_buffer("turns", torch.polar(torch.ones(6, 4), torch.rand(6, 4)))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = torch.view_as_complex(self.steps(ids).unflatten(-1, (4, 2))) * self.turns
+        return torch.view_as_real(rows).flatten(-2).sum(1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("engine", ["eager", pytest.param("inductor", marks=pytest.mark.engine)])
+def test_complex_weights_are_stored(engine: str, tmp_path: Path) -> None:
+    def inputs(batch: int) -> tuple[torch.Tensor]:
+        return (torch.randint(50, (batch, 6), generator=torch.Generator().manual_seed(batch)),)
+
+    model, output = Rotary().eval(), tmp_path / "rotary.grc"
+    grc.compile(model, inputs, grc.Options(output=output, engine=engine, batches=(1, 8)))
+    torch.testing.assert_close(grc.load(output)(*inputs(5)), model(*inputs(5)))

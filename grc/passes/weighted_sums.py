@@ -1,0 +1,85 @@
+"""Rules for sums of looked-up rows with a weight for each, as masked means are written: a product, which pools them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx
+
+from grc.graph.match import (
+    argument,
+    aten,
+    attribute,
+    call_arguments,
+    is_op,
+    only_user,
+    same_shape,
+    same_size,
+    shape,
+    value,
+)
+from grc.graph.rewrite import Rewriter
+
+FEW = 1 << 12  # numbers of a constant that is looked through for others than zeros
+FILLING = {aten.full: "fill_value", aten.full_like: "fill_value", aten.scalar_tensor: "s"}
+
+
+def weighted_sum(edit: Rewriter, node: fx.Node) -> fx.Node | None:
+    """sum(w * E, 1) over looked-up rows `[B, S, D]`, with a weight `[B, S, 1]` for each: `[B, 1, S] @ [B, S, D]`.
+
+    Inductor on a CPU would gather the numbers of such a sum one by one. A mask is a weight too: as a factor, and where what it
+    hides is filled with zeros.
+    """
+    if not is_op(node, aten.sum) or argument(node, "dtype") is not None or "dim" not in call_arguments(node):
+        return None
+    product: Any = node.args[0]
+    if not isinstance(value(product), Tensor) or value(product).dim() != 3 or only_user(product) is None:
+        return None
+    if [d % 3 for d in argument(node, "dim") or ()] != [1]:
+        return None
+    for rows, weights, hides in factors(edit, product):
+        while is_op(weights, aten.expand):
+            weights = weights.args[0]
+        if not is_op(rows, aten.embedding) or not same_shape(rows, product) or not isinstance(weights, fx.Node):
+            continue
+        (batch, steps, width), each = shape(rows), shape(weights)
+        if len(each) != 3 or each[2] != 1 or not (same_size(each[0], batch) and same_size(each[1], steps)):
+            continue
+        dtype = value(rows).dtype
+        if not isinstance(width, int) or value(product).dtype is not dtype:
+            continue
+        if value(weights).dtype.is_floating_point and value(weights).dtype is not dtype:
+            continue
+        weights = edit.call(aten.logical_not.default, weights) if hides else weights
+        weights = weights if value(weights).dtype is dtype else edit.call(aten.to.dtype, weights, dtype)
+        fixed = isinstance(steps, int)
+        turned = edit.reshape(weights, -1, 1, steps) if fixed else edit.call(aten.transpose.int, weights, 1, 2)
+        total = edit.call(aten.bmm.default, turned, rows)
+        return total if argument(node, "keepdim") else edit.reshape(total, -1, width)
+    return None
+
+
+def factors(edit: Rewriter, node: fx.Node) -> list[tuple[Any, Any, bool]]:
+    """A product as rows and their weights, whichever they are, and whether the weights say which rows it leaves out."""
+    if is_op(node, aten.mul):
+        return [(node.args[0], node.args[1], False), (node.args[1], node.args[0], False)]
+    if is_op(node, aten.masked_fill) and is_zero(edit, node.args[2]):
+        rows, weights, hides = node.args[0], node.args[1], True
+    elif is_op(node, aten.where) and len(node.args) == 3 and is_zero(edit, node.args[2]):
+        weights, rows, hides = node.args[0], node.args[1], False
+    else:
+        return []
+    table = attribute(edit.module, rows.args[0]) if is_op(rows, aten.embedding) else None  # type: ignore[union-attr]
+    finite = table is not None and bool(table.isfinite().all())  # as a product, a row that is hidden must be zero
+    return [(rows, weights, hides)] if finite else []
+
+
+def is_zero(edit: Rewriter, filling: Any) -> bool:
+    if not isinstance(filling, fx.Node):
+        return filling == 0
+    if is_op(filling, aten.zeros_like, aten.zeros):
+        return True
+    if is_op(filling, *FILLING):
+        return argument(filling, FILLING[filling.target.overloadpacket]) == 0  # type: ignore[union-attr]
+    tensor = attribute(edit.module, filling)
+    return tensor is not None and tensor.numel() <= FEW and not bool(tensor.any())
