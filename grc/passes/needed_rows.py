@@ -29,7 +29,7 @@ class NeededRows(Pass):
     def run(self, graph: fx.GraphModule) -> list[Change]:
         sink = Sink(Rewriter(graph))
         for node in list(graph.graph.nodes):
-            if is_op(node, aten.select) and argument(node, "dim") == STEPS and selects_step(node):
+            if is_op(node, aten.select, aten.slice) and argument(node, "dim") == STEPS and selects_step(node):
                 sink.begin(node)
         sink.settle()
         changes = [
@@ -44,7 +44,13 @@ class NeededRows(Pass):
 
 def selects_step(node: fx.Node) -> bool:
     dims = shape(node.args[0])  # type: ignore[arg-type]
-    return len(dims) >= 3 and static(dims[STEPS]) and dims[STEPS] > 1 and isinstance(argument(node, "index"), int)
+    one = is_op(node, aten.select) or shape(node)[STEPS] == 1
+    return len(dims) >= 3 and static(dims[STEPS]) and dims[STEPS] > 1 and one and isinstance(step_of(node), int)
+
+
+def step_of(node: fx.Node) -> Any:
+    """The step that a select or a slice of one reads."""
+    return argument(node, "index") if is_op(node, aten.select) else argument(node, "start") or 0
 
 
 @dataclass
@@ -58,13 +64,14 @@ class Sink:
     moved: int = 0
 
     def begin(self, node: fx.Node) -> None:
-        """Write `select(x, 1, i)` as a slice of one step and a reshape."""
+        """Write `select(x, 1, i)` as a slice of one step and a reshape; the slice of one is told by its place alone."""
         source: Any = node.args[0]
         steps = int(shape(source)[STEPS])
-        index = argument(node, "index") % steps
+        index = step_of(node) % steps
         with self.edit.at(node):
-            row = self.take(source, STEPS, index)
-            flat = self.edit.call(aten.squeeze.dim, row, STEPS)
+            flat = self.take(source, STEPS, index)
+            if is_op(node, aten.select):
+                flat = self.edit.call(aten.squeeze.dim, flat, STEPS)
         self.edit.replace(node, flat)
         self.edit.graph.erase_node(node)
         self.moved = 0

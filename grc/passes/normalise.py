@@ -270,6 +270,20 @@ def gather_to_embedding(edit: Rewriter, node: fx.Node) -> fx.Node | None:
     return edit.call(aten.embedding.default, table, ids)
 
 
+def step_in_a_list(edit: Rewriter, node: fx.Node) -> fx.Node | None:
+    """x[:, [-1]], by which the dimension of the steps is kept: a slice of one."""
+    if not is_op(node, aten.index):
+        return None
+    read = [(dim, index) for dim, index in enumerate(node.args[1]) if index is not None]  # type: ignore[arg-type]
+    if len(read) != 1 or value(read[0][1]).dtype not in (torch.int32, torch.int64) or value(read[0][1]).dim() != 1:
+        return None
+    dim, index = read[0]
+    steps, size = constant_list(edit.module, index), shape(node.args[0])[dim]  # type: ignore[arg-type]
+    if steps is None or len(steps) != 1 or not static(size) or not -size <= steps[0] < size:
+        return None
+    return edit.call(aten.slice.Tensor, node.args[0], dim, steps[0] % size, steps[0] % size + 1)
+
+
 def limited_rows(edit: Rewriter, node: fx.Node) -> fx.Node | None:
     """Rows of a table brought to at most `max_norm` where they are looked up: a table brought there once.
 
@@ -367,6 +381,7 @@ RULES: tuple[Rule, ...] = (
     drop_zero,
     one_hot_product,
     gather_to_embedding,
+    step_in_a_list,
     rows_in_order,
     limited_rows,
 )
