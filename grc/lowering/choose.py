@@ -28,6 +28,7 @@ from grc.runtime.pages import keep_freed_memory
 from grc.runtime.plan import Plan
 
 SECONDS = 0.4  # spent on each engine at each batch size, in interleaved rounds
+TIE = 0.95  # of another's time: what takes more of it is not faster
 
 
 @dataclass
@@ -214,19 +215,41 @@ def call_fresh(run: Run, inputs: Sequence[torch.Tensor], index: int) -> Any:
 
 
 def choose(candidates: list[Candidate], rejected: dict[str, str], eager_times: dict[int, float]) -> Choice:
-    """The fastest part at each measured batch; a later engine must win by 5% to take a batch from the one before it."""
-    batches = sorted(eager_times)
+    """The fastest part at each measured batch, but for ties, which go to earlier engines and to few parts."""
     winners: list[tuple[int, Candidate]] = []
-    for batch in batches:
+    least: dict[int, float] = {}
+    for batch in sorted(eager_times):
         able = [candidate for candidate in candidates if batch in candidate.times]
         if not able:
             raise LoweringError(f"no engine takes batch {batch}", "leave --engine at auto")
         best = able[0]
         for candidate in able[1:]:
-            if candidate.median(batch) < 0.95 * best.median(batch):
+            if candidate.median(batch) < TIE * best.median(batch):
                 best = candidate
         winners.append((batch, best))
-    return Choice(candidates, rejected, eager_times, winners)
+        least[batch] = min(candidate.median(batch) for candidate in able)
+    return Choice(candidates, rejected, eager_times, few_parts(winners, least))
+
+
+def few_parts(winners: list[tuple[int, Candidate]], least: Mapping[int, float]) -> list[tuple[int, Candidate]]:
+    """Winners of as few parts as can be, each of which may have weights of its own: one goes where at all of its batches
+    another is as fast as the `least` time there, but for a tie. Those of few batches go first."""
+    parts: list[Candidate] = []
+    for _, winner in winners:
+        if winner not in parts:
+            parts.append(winner)
+    for part in sorted(parts, key=lambda part: sum(winner is part for _, winner in winners)):
+        others = [other for other in parts if other is not part]
+        instead: dict[int, Candidate] = {}
+        own = [batch for batch, winner in winners if winner is part]
+        for batch in own:
+            able = [other for other in others if batch in other.times and TIE * other.median(batch) <= least[batch]]
+            if able:
+                instead[batch] = min(able, key=lambda other: other.median(batch))
+        if len(instead) == len(own):
+            winners = [(batch, instead.get(batch, winner)) for batch, winner in winners]
+            parts = others
+    return winners
 
 
 def boundaries(winners: Sequence[tuple[int, Candidate]], buckets: bool = False) -> list[int]:

@@ -1,4 +1,4 @@
-"""What is said when no engine takes a graph."""
+"""Which engines win, and what is said when none takes a graph."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from torch import fx
 
 from grc.errors import BudgetError, LoweringError
-from grc.lowering.choose import Requests, build_all
+from grc.lowering.choose import Candidate, Requests, build_all, choose
 from grc.lowering.engine import Built, Lowerable, Target
 
 TARGET = Target("cpu", "default", 1)
@@ -63,3 +63,24 @@ def test_an_unknown_engine_is_told_beside_those_that_exist(tmp_path: Path) -> No
     with pytest.raises(LoweringError, match="there is no engine fourth") as caught:
         built(ENGINES, "fourth", tmp_path)
     assert str(caught.value.hint).endswith("first, second, third")
+
+
+@pytest.mark.parametrize(
+    ("times", "winners"),
+    [
+        ({"a": (100, 100), "b": (96, 96)}, "aa"),  # a tie
+        ({"a": (100, 100), "b": (94, 94)}, "bb"),
+        ({"a": (100, 100), "b": (50, 96)}, "bb"),  # two parts for a tie
+        ({"a": (100, 100), "b": (50, 104)}, "bb"),
+        ({"a": (100, 100), "b": (50, 106)}, "ba"),
+        ({"a": (100, 106), "b": (50, 104), "c": (80, 98)}, "bc"),  # as fast as what won, and not as the fastest
+        ({"a": (100, 100, 100), "b": (50, 96, 200), "c": (80, 101, 80)}, "bbc"),
+        ({"a": (100, 100, 100), "b": (50, 106, 200), "c": (80, 104, 80)}, "bcc"),
+    ],
+)
+def test_ties_go_to_earlier_engines_and_to_few_parts(times: dict[str, tuple[float, ...]], winners: str) -> None:
+    found = [Candidate(Built(name, name, {}), lambda inputs: [], 0.0) for name in times]
+    for candidate in found:
+        candidate.times = {1 << i: [seconds] for i, seconds in enumerate(times[candidate.built.engine])}
+    choice = choose(found, {}, dict.fromkeys(found[0].times, 1000.0))
+    assert "".join(candidate.built.engine for _, candidate in choice.winners) == winners
