@@ -45,6 +45,31 @@ class Fragile(nn.Module):
         return self.head(torch.cat([1000.0 + total, 1000.0 + x[:, :1]], 1)).squeeze(1)
 
 
+class Doubled(nn.Module):
+    """Two layers of numbers up to some size, added and normalised."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 1)
+        self.norm = nn.LayerNorm(16)
+        with torch.no_grad():
+            for layer in (self.first, self.second):
+                layer.bias.copy_(torch.linspace(-size, size, 16))
+                layer.weight.mul_(size / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.first(x) + self.second(x))).squeeze(1)
+
+
+def doubled(size: float) -> Doubled:
+    torch.manual_seed(0)
+    return Doubled(size).eval()
+
+
+def doubled_inputs(batch: int) -> tuple[Tensor]:
+    return (torch.rand(batch, 8, generator=torch.Generator().manual_seed(batch)),)
+
+
 class Retriever(nn.Module):
     """The best five of all items for a history of items: one table is looked up and scored."""
 

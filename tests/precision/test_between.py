@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from grc import compiler
+from grc.errors import BudgetError
 from grc.graph.match import value
+from grc.lowering.choose import Candidate, Choice
+from grc.lowering.engine import Built
+from grc.options import Options
+from grc.precision.apply import FLOATS_BETWEEN, HALVES_BETWEEN, graphs_of
 from grc.precision.between import with_halves_between
+from grc.precision.calibration import calibration_of
 from grc.precision.gpu import narrowed
+from grc.precision.quality import budget
+from grc.precision.search import Search
 from grc.precision.sites import find_sites
-from tests.precision.models import Ranker, captured, ranker_inputs
+from grc.progress import Silent
+from tests.precision.models import Ranker, captured, doubled, doubled_inputs, ranker_inputs
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -117,3 +129,41 @@ def test_operators_that_may_change_a_size_or_a_number_take_float32() -> None:
 def test_a_graph_without_anything_between_is_left_alone() -> None:
     _, graph = captured(Ranker(), ranker_inputs)
     assert with_halves_between(graph) is None
+
+
+@pytest.mark.parametrize("size", [1.0, 40000.0])
+def test_a_sum_that_overflows_leaves_the_floats_for_a_second_try(size: float, tmp_path: Path) -> None:
+    """No layer writes what float16 has no number for; their sum is one, which no trial of layers sees."""
+    source, graph = captured(doubled(size), doubled_inputs)
+    search = Search(
+        graph, find_sites(graph), calibration_of(source, None), budget(()), "fp16", lambda text: None, "cuda"
+    )
+    found = search.run()
+    assert {decision.format for decision in found.decisions} == {"fp16"}
+    (inputs,) = doubled_inputs(30)
+    tries = list(graphs_of(found, search.sites, graph, "cuda", tmp_path / "scratch"))
+    assert [notes for _, notes in tries] == [[HALVES_BETWEEN], [FLOATS_BETWEEN]]
+    finite = [bool(torch.isfinite(graphs[""](inputs)[0]).all()) for graphs, _ in tries]
+    assert finite == [size == 1.0, True]
+
+
+def test_where_no_engine_is_inside_of_the_budget_floats_are_built(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tried: list[fx.GraphModule] = []
+
+    def lower(source, plain, optimised, graphs, options, folder, progress, found):
+        (folder / "parts").mkdir()
+        tried.append(graphs[""])
+        if len(tried) == 1:
+            raise BudgetError("no engine can be used", "allow more")
+        candidate = Candidate(Built("inductor", "inductor.pt2", {}), list, 0.0)
+        return Choice([candidate], {}, {}, [(8, candidate)]), None, {}
+
+    monkeypatch.setattr(compiler, "lower", lower)
+    source = compiler.traced(compiler.as_model(doubled(1.0), doubled_inputs), Silent())
+    options = Options(tmp_path / "low.grc", "cuda", precision="fp16")
+    optimised = compiler.optimise(source, options, Silent())
+    found, _ = compiler.lower_in_fewer_bits(source, source.graph, optimised, options, tmp_path, Silent())
+    assert [len(wide(graph)) for graph in tried] == sorted({len(wide(graph)) for graph in tried})
+    assert FLOATS_BETWEEN in found.notes and HALVES_BETWEEN not in found.notes
