@@ -163,8 +163,8 @@ class RemoteTurn(Turn):
         self.worker, self.index = worker, index
         self.fault: str | None = None
 
-    def wants(self, seconds: float) -> bool:
-        return self.fault is None and super().wants(seconds)
+    def wants(self, seconds: float, most: float) -> bool:
+        return self.fault is None and super().wants(seconds, most)
 
     def burst(self, pool: int, burst: float, lead_in: float, settle: float) -> None:
         try:

@@ -28,6 +28,7 @@ from grc.runtime.pages import keep_freed_memory
 from grc.runtime.plan import Plan
 
 SECONDS = 0.4  # spent on each engine at each batch size, in interleaved rounds
+MOST = 2.0  # from so many seconds on, two calls tell as much as five
 TIE = 0.95  # of another's time: what takes more of it is not faster
 
 
@@ -204,7 +205,7 @@ def measure(
                 turns.append(Turn(partial(call_fresh, timed, inputs)))
                 candidate.times[batch] = turns[-1].seconds
         own = Turn(lambda index, batch=batch: eager(batch))  # type: ignore[misc]
-        interleave([*turns, own], 1, SECONDS)
+        interleave([*turns, own], 1, SECONDS, most=MOST)
         eager_times[batch] = statistics.median(own.seconds)
     return eager_times
 

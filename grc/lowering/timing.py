@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import statistics
 import time
@@ -70,9 +71,10 @@ class Turn:
     def spent(self) -> float:
         return sum(self.seconds) + sum(self.device_seconds)
 
-    def wants(self, seconds: float) -> bool:
-        """Whether there are fewer than `seconds` of recorded calls, or fewer than five calls."""
-        return len(self.seconds) < FEWEST or self.spent() < seconds
+    def wants(self, seconds: float, most: float) -> bool:
+        """Whether there are fewer than `seconds` of recorded calls, or fewer than five calls and than `most` seconds of them."""
+        spent = self.spent()
+        return spent < seconds or (len(self.seconds) < FEWEST and spent < most)
 
     def burst(self, pool: int, burst: float, lead_in: float, settle: float) -> None:
         time.sleep(settle)
@@ -106,8 +108,10 @@ def interleave(
     burst: float = BURST,
     lead_in: float = LEAD_IN,
     settle: float = SETTLE,
+    most: float = math.inf,
 ) -> None:
-    """Give every engine `seconds` of recorded calls, and five calls at least, burst by burst in turns.
+    """Give every engine `seconds` of recorded calls, and five calls at least, or two where those take `most` seconds and
+    more, burst by burst in turns.
 
     Each starts at another place in the pool of requests: none finds the rows that the one before it has just read.
     """
@@ -121,7 +125,7 @@ def interleave(
         while waiting:
             for turn in waiting:
                 turn.burst(pool, burst, lead_in, settle)
-            waiting = [turn for turn in waiting if turn.wants(seconds)]
+            waiting = [turn for turn in waiting if turn.wants(seconds, most)]
     finally:
         if enabled:
             gc.enable()

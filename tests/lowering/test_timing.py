@@ -57,6 +57,13 @@ def test_engines_take_turns_and_start_apart():
     assert (begins["b"] - begins["a"]) % 8 == 4
 
 
+@pytest.mark.parametrize(("each", "calls"), [(0.1, 5), (0.3, 5), (0.9, 4), (4.0, 2)])
+def test_slow_calls_are_two_and_quick_ones_five(each: float, calls: int):
+    turn = Turn(lambda index: each)
+    interleave([turn], 2, 0.4, burst=0.0, lead_in=0.0, settle=0.0, most=2.0)
+    assert len(turn.seconds) == calls + calls % 2  # two in a burst
+
+
 def test_calls_of_the_lead_in_are_not_recorded():
     calls: list[int] = []
     turn = Turn(calls.append)
