@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from grc.errors import PassError, SpecError
+from grc.errors import PassError, SpecError, first_line
 from grc.graph.match import Miss, source_text, where
 from grc.graph.oracle import largest_error, run_fp64, within
 from grc.graph.rewrite import Rewriter, copy_graph
@@ -106,7 +106,7 @@ class Proof:
             try:
                 error = largest_error(list(graph.forward(*inputs)), truth)  # a call would print what it raises
             except Exception as failure:
-                return float("inf"), f"the rewritten graph fails: {failure}"
+                return float("inf"), f"the rewritten graph fails: {first_line(failure)}"
             worst = max(worst, error)
             if not within(error, baseline):
                 return worst, f"error {error:.1e} against fp64, the model's own is {baseline:.1e}"
@@ -144,7 +144,7 @@ def run_passes(
         try:
             changes = step.run(trial)
         except Exception as failure:  # whatever a pass stumbles over in a model, the others still run
-            reason = f"failed: {type(failure).__name__}: {failure}"
+            reason = f"failed: {first_line(failure)}"
         record = Record(step.name, changes, time.perf_counter() - start)
         records.append(record)
         if record.made or reason:
