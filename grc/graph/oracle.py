@@ -1,7 +1,7 @@
 """The fp64 oracle: run any module or graph with every floating-point operation in double precision.
 
 Tables are never widened: a look-up gathers in the table's own precision and widens what it gathered, so that proving a
-model of 100 GB of tables needs no 200 GB.
+model of 100 GB of tables needs no 200 GB. Large weights, as of items that are ranked, are widened a block at a time.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ VIEWS = {
     aten.view, aten._unsafe_view, aten.reshape, aten.permute, aten.transpose, aten.t, aten.expand, aten.unsqueeze,
     aten.squeeze, aten.detach, aten.alias, aten.as_strided, aten.split, aten.split_with_sizes, aten.unbind, aten.lift_fresh,
 }  # fmt: skip
+PRODUCTS = {aten.mm, aten.addmm}
+COMPOSED = {aten.matmul, aten.linear}  # of products
+BLOCK = 16 << 20  # bytes of a right factor that are widened at once
 BAGS = {aten._embedding_bag, aten._embedding_bag_forward_only, aten.embedding_bag}
 
 
@@ -37,6 +40,8 @@ class Fp64(TorchDispatchMode):
             return func(*args, **kwargs)
         if packet in BAGS:
             args = narrow_bag(args)
+        if packet in PRODUCTS and is_large(args[-1]):
+            return product(func, args, kwargs)
         args, kwargs = tree_map(widen, args), tree_map(widen, kwargs)
         if packet in FACTORIES and kwargs.get("dtype") is None and torch.get_default_dtype() is not torch.float64:
             result = func(*args, **kwargs)
@@ -67,8 +72,9 @@ class Alike(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        called = isinstance(func, torch._ops.OpOverload) and func.overloadpacket not in VIEWS | GATHERS | BAGS
-        if called or func in COMPARING:
+        packet = func.overloadpacket if isinstance(func, torch._ops.OpOverload) else None
+        called = packet is not None and packet not in VIEWS | GATHERS | BAGS
+        if (called or func in COMPARING) and not (packet in PRODUCTS | COMPOSED and any(map(is_large, args))):
             found = [v.dtype for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
             if torch.float64 in found:
                 args, kwargs = tree_map(widen, args), tree_map(widen, kwargs)
@@ -96,6 +102,23 @@ def narrow_bag(args: Sequence[Any]) -> tuple[Any, ...]:
         rest[6] = len(rows) - 1
         where = torch.where(rows[where] == rows[-1], len(rows) - 1, where)
     return (weight.index_select(0, rows), where.to(indices.dtype), *rest)
+
+
+def is_large(value: Any) -> bool:
+    narrow = isinstance(value, torch.Tensor) and value.dtype is not torch.float64
+    return narrow and value.nbytes > BLOCK
+
+
+def product(func: Any, args: Sequence[Any], kwargs: Any) -> torch.Tensor:
+    """A matrix product, some columns of its right factor, and of what is added to it, after the others."""
+    *given, right = args
+    columns = right.shape[1]
+    step = max(1, BLOCK // (right.shape[0] * right.element_size()))
+    blocks = []
+    for start in range(0, columns, step):
+        added = [x[..., start : start + step] if x.shape[-1] == columns else x for x in given[:-1]]
+        blocks.append(func(*map(widen, (*added, given[-1], right[:, start : start + step])), **kwargs))
+    return torch.cat(blocks, 1)
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ class Turn:
         return sum(self.seconds) + sum(self.device_seconds)
 
     def wants(self, seconds: float, most: float) -> bool:
-        """Whether there are fewer than `seconds` of recorded calls, or fewer than five calls and than `most` seconds of them."""
+        """Whether there are fewer than `seconds` of recorded calls, or fewer than five and than `most` seconds of them."""
         spent = self.spent()
         return spent < seconds or (len(self.seconds) < FEWEST and spent < most)
 
