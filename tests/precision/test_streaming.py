@@ -71,7 +71,7 @@ search = Search(graph, sites, calibration_of(source, None), budget(["max-error=1
 found = search.run()
 assert set(found.formats.values()) == {sys.argv[2]}, found.formats
 scratch = Path(sys.argv[3]) / "scratch"
-graphs = graphs_of(found, sites, graph, "cpu", scratch)
+graphs, _ = next(graphs_of(found, sites, graph, "cpu", scratch))
 packed = pack_linears(graphs[""], cpp.target_isa(), found.formats, Path(sys.argv[3]))
 print((peak - start) / max(site.bytes for site in sites))
 """
