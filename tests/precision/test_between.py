@@ -192,7 +192,7 @@ def test_a_sum_that_overflows_leaves_the_floats_for_a_second_try(size: float, tm
     found = search.run()
     assert {decision.format for decision in found.decisions} == {"fp16"}
     (inputs,) = doubled_inputs(30)
-    tries = list(graphs_of(found, search.sites, graph, "cuda", tmp_path / "scratch"))
+    tries = list(graphs_of(found, search.sites, graph, "cuda", tmp_path))
     assert [notes for _, notes in tries] == [[HALVES_BETWEEN], [FLOATS_BETWEEN]]
     finite = [bool(torch.isfinite(graphs[""](inputs)[0]).all()) for graphs, _ in tries]
     assert finite == [size == 1.0, True]
