@@ -107,7 +107,6 @@ def compile(
         manifest = describe(
             source, optimised.graph, optimised.records, choice, target, options, folder, lowered, stages
         )
-        shutil.rmtree(folder / SCRATCH, ignore_errors=True)
         told.end(size(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())))
         manifest["stages"] = told.stages
         write_report(manifest, folder)
@@ -133,7 +132,6 @@ def traced(model: Model, progress: Progress) -> Source:
     return source
 
 
-SCRATCH = "scratch"  # below an unfinished artifact: what is converted before it is stored
 CANONICAL = ("jagged", "normalise", "merge-tables", "simplify")  # passes that leave every layer its own
 QUIET = ("normalise", "simplify")  # too many changes to list, none of them a fusion
 
@@ -195,7 +193,7 @@ def lower_in_fewer_bits(
     shares = iter(SPENT)
     found = search.run(next(shares))
     while True:
-        for graphs, notes in graphs_of(found, search.sites, optimised.graph, options.device, folder / SCRATCH):
+        for graphs, notes in graphs_of(found, search.sites, optimised.graph, options.device, folder):
             progress.end(found.summary())
             try:
                 lowering = lower(source, plain, optimised, graphs, options, folder, progress, found)
@@ -211,8 +209,7 @@ def lower_in_fewer_bits(
             if qualities := [candidate.quality for candidate in choice.parts if candidate.quality]:
                 found.quality = worst(found.limits, qualities)
             return found, lowering
-        del graphs  # before the files that they map
-        shutil.rmtree(folder / SCRATCH)
+        del graphs  # and the files that they map
         refused = found
         less = (outcome for outcome in map(search.run, shares) if outcome.formats != refused.formats)
         found = next(less, None) or search.unlowered(refused, fault)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
-from collections.abc import Callable, Iterator
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -172,3 +176,13 @@ def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     result = graph.output(output)
     result.meta = dict(original.meta)
     return fx.GraphModule(module, graph)
+
+
+def mapped(folder: Path, sizes: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """As torch.zeros: a large tensor lies in a file in the folder, which has no name any more and goes with the tensor."""
+    count = math.prod(sizes)
+    if count * dtype.itemsize <= SMALL:
+        return torch.zeros(sizes, dtype=dtype)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)  # a full disk is an error now, and later a signal
+        return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(sizes)

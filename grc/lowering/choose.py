@@ -22,6 +22,7 @@ from grc.lowering.inductor import Inductor
 from grc.lowering.onnx_int8 import OnnxRuntimeInt8, OnnxRuntimeStatic
 from grc.lowering.onnxruntime import OnnxRuntime
 from grc.lowering.timing import Turn, interleave
+from grc.runtime.artifact import FULL
 from grc.runtime.closeness import QUALITY as QUALITY
 from grc.runtime.engines import Run, load_part
 from grc.runtime.pages import keep_freed_memory
@@ -145,6 +146,8 @@ def build_all(
             except GrcError as error:
                 reason = error.message
             except Exception as error:  # an engine raises its own kind, and must not take the others with it
+                if isinstance(error, OSError) and error.errno in FULL:
+                    raise
                 reason = first_line(error)
         if reason is None:
             candidates.append(candidate)

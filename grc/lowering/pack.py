@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import os
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +11,7 @@ import torch
 from torch import fx
 
 from grc.graph.match import attribute, value
-from grc.graph.rewrite import SMALL, Rewriter, copy_graph
+from grc.graph.rewrite import Rewriter, copy_graph, mapped
 from grc.kernels import PACKED_LINEAR, PACKED_SCORE_TOPK, QUANTISED_LINEAR, SCORE_TOPK
 from grc.kernels.packed_linear import pack
 from grc.kernels.quantised_linear import quantise
@@ -41,16 +38,6 @@ def pack_linears(
             pack_score_topk(edit, node)
     edit.finish()
     return packed
-
-
-def mapped(folder: Path, sizes: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """As torch.empty: a large tensor lies in a file in the folder, which has no name any more and goes with the tensor."""
-    count = math.prod(sizes)
-    if count * dtype.itemsize <= SMALL:
-        return torch.empty(sizes, dtype=dtype)
-    with tempfile.NamedTemporaryFile(dir=folder) as file:
-        os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)  # a full disk is an error now, and later a signal
-        return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(sizes)
 
 
 class Packer(Rewriter):

@@ -49,8 +49,11 @@ def selects_step(node: fx.Node) -> bool:
 
 
 def step_of(node: fx.Node) -> Any:
-    """The step that a select or a slice of one reads."""
-    return argument(node, "index") if is_op(node, aten.select) else argument(node, "start") or 0
+    """The step that a select or a slice of one reads; a slice may begin before the first."""
+    if is_op(node, aten.select):
+        return argument(node, "index")
+    start = argument(node, "start") or 0
+    return max(start, -shape(node.args[0])[STEPS]) if isinstance(start, int) else start  # type: ignore[arg-type]
 
 
 @dataclass

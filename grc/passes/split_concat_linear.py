@@ -84,9 +84,7 @@ def split(edit: Rewriter, node: fx.Node, cat: Any) -> str | None:
     if not weight.is_floating_point():
         raise Miss(f"the weight is {str(weight.dtype).removeprefix('torch.')}")
     every, shared = Sum(), Sum()
-    column, flat = 0, [repeat.args[1][1] for repeat in map(flat_repeat, parts) if repeat is not None]  # type: ignore[index]
-    if any(count != flat[0] for count in flat):
-        raise Miss("rows are repeated a different number of times")
+    column, counts = 0, []
     for part in parts:
         width = shape(part)[-1]
         if not isinstance(width, int):
@@ -97,16 +95,20 @@ def split(edit: Rewriter, node: fx.Node, cat: Any) -> str | None:
             rows = one_row(term, cat)
             if rows is None and shape(term)[:-1] != shape(part)[:-1]:
                 raise Miss(f"a part of shape {list(map(str, shape(term)))} is broadcast")
+            if rows is not None and (repeat := flat_repeat(term)) is not None:
+                counts.append(repeat.args[1][1])  # type: ignore[index]
             (every if rows is None else shared).add(term if rows is None else rows, sign * block)
+    if any(count != counts[0] for count in counts):
+        raise Miss("rows are repeated a different number of times")
     every.flatten()
     if not every.values or every.width >= column:
         return None
     bias = argument(node, "bias")
     new = product(edit, every, weight.dtype, None if shared.values else bias)
     if shared.values:
-        new = edit.reshape(new, -1, flat[0], len(weight)) if flat else new
+        new = edit.reshape(new, -1, counts[0], len(weight)) if counts else new
         new = edit.call(aten.add.Tensor, new, product(edit, shared, weight.dtype, bias))
-        new = edit.reshape(new, -1, len(weight)) if flat else new
+        new = edit.reshape(new, -1, len(weight)) if counts else new
     edit.replace(node, new if cat is node.args[0] else edit.reshape(new, -1, len(weight)))
     return f"{column - every.width} of {column} columns"
 
@@ -138,7 +140,7 @@ def one_row(node: fx.Node, like: fx.Node) -> fx.Node | None:
         repeat = flat_repeat(node)
         return None if repeat is None else repeat.args[0]  # type: ignore[return-value]
     source: Any = node
-    while is_op(source, aten.expand):
+    while is_op(source, aten.expand) and shape(source)[-1] == shape(source.args[0])[-1]:
         source = source.args[0]
     if value(like).dim() < 3 or value(source).dim() != value(like).dim() or shape(like)[-2] == 1:
         return None

@@ -19,6 +19,7 @@ from grc.graph.match import (
     value,
 )
 from grc.graph.rewrite import Rewriter
+from grc.kernels.quantised_linear import finite
 
 FEW = 1 << 12  # numbers of a constant that is looked through for others than zeros
 FILLING = {aten.full: "fill_value", aten.full_like: "fill_value", aten.scalar_tensor: "s"}
@@ -40,7 +41,9 @@ def weighted_sum(edit: Rewriter, node: fx.Node) -> fx.Node | None:
     for rows, weights, hides in factors(edit, product):
         while is_op(weights, aten.expand):
             weights = weights.args[0]
-        if not is_op(rows, aten.embedding) or not same_shape(rows, product) or not isinstance(weights, fx.Node):
+        if not is_op(rows, aten.embedding) or not same_shape(rows, product):
+            continue
+        if not isinstance(weights, fx.Node) or not isinstance(value(weights), Tensor):
             continue
         (batch, steps, width), each = shape(rows), shape(weights)
         if len(each) != 3 or each[2] != 1 or not (same_size(each[0], batch) and same_size(each[1], steps)):
@@ -70,8 +73,8 @@ def factors(edit: Rewriter, node: fx.Node) -> list[tuple[Any, Any, bool]]:
     else:
         return []
     table = attribute(edit.module, rows.args[0]) if is_op(rows, aten.embedding) else None  # type: ignore[union-attr]
-    finite = table is not None and bool(table.isfinite().all())  # as a product, a row that is hidden must be zero
-    return [(rows, weights, hides)] if finite else []
+    # as a product, a row that is hidden must be zero
+    return [(rows, weights, hides)] if table is not None and finite(table) else []
 
 
 def is_zero(edit: Rewriter, filling: Any) -> bool:

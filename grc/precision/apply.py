@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from grc.graph.match import aten, attribute, call_arguments, is_op, value
-from grc.graph.rewrite import Rewriter, copy_graph
+from grc.graph.rewrite import Rewriter, copy_graph, mapped
 from grc.kernels import LOOKUP
 from grc.kernels.lookup.pooling import NO_PADDING, SUM
 from grc.kernels.lookup.row_formats import LINE, pack_table, packing, row_bytes
@@ -27,15 +27,14 @@ FLOATS_BETWEEN = "what lies between layers stays in float32: in 16 bits no engin
 
 
 def graphs_of(
-    found: Lowered, sites: Sequence[Site], graph: fx.GraphModule, device: str, scratch: Path
+    found: Lowered, sites: Sequence[Site], graph: fx.GraphModule, device: str, folder: Path
 ) -> Iterator[tuple[dict[str, fx.GraphModule], list[str]]]:
     """The graphs to build for an outcome, the best guess under "", and notes on them; then others, for where no engine of
-    those is inside of the budget. Tables are converted into files below `scratch`."""
-    scratch.mkdir()
+    those is inside of the budget. Tables are converted into files in the folder."""
     if device == "cpu":
-        yield {"": with_tables(graph, sites, found.formats, scratch)}, []
+        yield {"": with_tables(graph, sites, found.formats, folder)}, []
         return
-    tabled = with_tables(graph, sites, tables_of_bytes(sites, found.formats), scratch)
+    tabled = with_tables(graph, sites, tables_of_bytes(sites, found.formats), folder)
     graphs = {"": narrowed(tabled, sites, found.formats)}
     halved = halved_layers(sites, found.formats)
     if halved != found.formats:  # what its 8-bit rows cost may be more than the products save
@@ -49,11 +48,11 @@ def graphs_of(
 
 
 def with_tables(
-    graph: fx.GraphModule, sites: Sequence[Site], formats: Mapping[str, str], scratch: Path
+    graph: fx.GraphModule, sites: Sequence[Site], formats: Mapping[str, str], folder: Path
 ) -> fx.GraphModule:
     """A copy of the graph whose look-ups read the tables in `formats`; the graph itself where no table is among them.
 
-    Arenas of bytes are written into files below `scratch` and mapped, so that converting a table takes no memory that
+    Arenas of bytes are written into files in the folder and mapped, so that converting a table takes no memory that
     can't be given back.
     """
     lowered = {site.arena for site in sites if site.kind == TABLE and site.name in formats}
@@ -61,9 +60,9 @@ def with_tables(
         return graph
     copy = copy_graph(graph)
     edit = Rewriter(copy)
-    for index, path in enumerate(sorted(lowered)):
+    for path in sorted(lowered):
         own = [site for site in sites if site.kind == TABLE and site.arena == path]
-        place = convert(edit, path, own, formats, scratch / f"arena{index}.bytes")
+        place = convert(edit, path, own, formats, folder)
         for node in [n for n in copy.graph.nodes if n.op == "call_function"]:
             rewrite(node, path, place, edit)
     edit.finish()
@@ -85,7 +84,7 @@ class Place:
         return form, start + rows * row_bytes(form, site.width)
 
 
-def convert(edit: Rewriter, path: str, sites: Sequence[Site], formats: Mapping[str, str], file: Path) -> Place:
+def convert(edit: Rewriter, path: str, sites: Sequence[Site], formats: Mapping[str, str], folder: Path) -> Place:
     """Write every table of one arena as bytes, one after the other on cache lines."""
     node = next(n for n in edit.graph.nodes if n.op == "get_attr" and str(n.target) == path)
     arena = attribute(edit.module, node)
@@ -95,7 +94,7 @@ def convert(edit: Rewriter, path: str, sites: Sequence[Site], formats: Mapping[s
         form = formats.get(site.name, "fp32")
         tables.append((site, form, end))
         end += -(-site.lowered_bytes(form) // LINE) * LINE
-    out = torch.from_file(str(file), shared=True, size=end, dtype=torch.uint8)
+    out = mapped(folder, [end], torch.uint8)
     for site, form, start in tables:
         pack_table(site.rows_of(arena), form, out[start : start + site.lowered_bytes(form)])
     return Place(edit.parameter(f"{node.name}_packed", out), arena.dim() == 1, tables)

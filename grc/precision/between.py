@@ -7,7 +7,8 @@ numbers of about the same size. What comes from an input is left alone: a count 
 from __future__ import annotations
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from grc.graph.match import aten, attribute, is_op, value
 from grc.graph.rewrite import copy_graph
@@ -42,7 +43,7 @@ def narrow(edit: Narrower, node: fx.Node, dtype: torch.dtype) -> None:
     """The same on operands of half precision, widened for its readers."""
 
     def half(arg: fx.Node) -> fx.Node:
-        return edit.half(arg, dtype) if value(arg).dtype is torch.float32 else arg
+        return edit.half(arg, dtype) if dtypes(arg) == {torch.float32} else arg
 
     with edit.at(node):
         args, kwargs = fx.map_arg((node.args, node.kwargs), half)
@@ -64,11 +65,19 @@ def half_of(node: object) -> fx.Node | None:
 
 
 def common_half(graph: fx.GraphModule, node: fx.Node) -> torch.dtype | None:
-    """The one dtype that the float32 operands of a node were widened from, but for constants and flags; else None."""
-    wide = [arg for arg in node.all_input_nodes if value(arg).dtype is torch.float32 and attribute(graph, arg) is None]
+    """The one dtype that the float32 operands of a node were widened from, but for constants and flags; else None, as where
+    other numbers go in or come out: beside a half, whole ones would be rounded to halves."""
+    if not dtypes(node, *node.all_input_nodes) <= {torch.float32, torch.bool}:
+        return None
+    wide = [arg for arg in node.all_input_nodes if torch.float32 in dtypes(arg) and attribute(graph, arg) is None]
     halves = [half_of(arg) for arg in wide if not is_flag(arg)]
     found = {value(half).dtype for half in halves if half is not None}
     return found.pop() if len(found) == 1 and None not in halves else None
+
+
+def dtypes(*nodes: fx.Node) -> set[torch.dtype]:
+    """Of all tensors among these values; a size has none."""
+    return {leaf.dtype for leaf in tree_leaves([value(node) for node in nodes]) if isinstance(leaf, Tensor)}
 
 
 def is_flag(node: fx.Node) -> bool:

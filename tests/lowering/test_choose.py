@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,11 @@ def test_every_engine_says_why_it_is_not_used(tmp_path: Path) -> None:
         "  third: ValueError: bad shape",
     ]
     assert caught.value.hint == "see grc doctor"
+
+
+def test_a_full_disk_is_no_reason_for_another_engine(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left"):
+        built([Refusing("first", None, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))), *ENGINES], None, tmp_path)
 
 
 def test_the_engine_that_was_asked_for_says_why(tmp_path: Path) -> None:

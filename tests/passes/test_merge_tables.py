@@ -315,6 +315,14 @@ def test_a_mask_that_is_no_weight(pool):
     assert made(changes, "look-up and pooling") == 0
 
 
+def test_a_size_that_varies_is_no_weight():
+    """Nor the end of the rules."""
+    graph = graph_of(
+        lambda self, x, w: (self.e(x) * w.size(0)).sum(1).relu(), ids(5, 3), rows(5, 3), e=nn.Embedding(10, 4)
+    )
+    assert made(run(graph, MERGED, (ids(4, 3), rows(4, 3))), "look-up and pooling") == 0
+
+
 def test_tables_of_another_width_of_numbers_stay_beside_those_that_merge():
     """A kernel reads no float64, and the others' merge does not fall with it."""
     graph, changes = merged(

@@ -35,8 +35,9 @@ def widths(cut: Callable[[Tensor], Tensor]) -> tuple[list[int], list[str]]:
         lambda y: y[:, [2]].exp(),
         lambda y: y.select(1, 3).exp() + y[:, 3:4].flatten(1),
         lambda y: y.narrow(1, 0, 1),
+        lambda y: y[:, -STEPS - 5 : 1 - STEPS],
     ],
-    ids=["select", "slice", "list", "a list of the third", "both", "first"],
+    ids=["select", "slice", "list", "a list of the third", "both", "first", "from before the first"],
 )
 def test_one_step_is_computed(cut: Callable[[Tensor], Tensor]) -> None:
     found, told = widths(cut)

@@ -108,6 +108,32 @@ def test_splits_steps_that_are_written_as_rows() -> None:
     assert (saved, missed) == (["16 of 32 columns"], []) and sorted(widths(graph)) == [8, 16]
 
 
-def test_repeated_targets_are_multiplied_for_every_step_but_once() -> None:
+def test_repeated_targets_are_multiplied_once() -> None:
     graph, saved, _ = split(deepctr, 4 * WIDTH)
-    assert saved and sum(widths(graph)) == 24
+    assert saved and sorted(widths(graph)) == [8, 16]
+
+
+def test_splits_differences_of_rows_that_are_repeated_flat() -> None:
+    def flat(history: Tensor, target: Tensor) -> Tensor:
+        t, h = target.repeat_interleave(STEPS, 0), history.reshape(-1, WIDTH)
+        return torch.cat([h, t - h, t * h], -1)
+
+    graph, saved, missed = split(flat, 3 * WIDTH)
+    assert (saved, missed) == (["8 of 24 columns"], []) and sorted(widths(graph)) == [8, 16]
+
+
+@pytest.mark.parametrize(
+    "repeated",
+    [
+        lambda one: one.expand(-1, STEPS, WIDTH),
+        lambda one: one.expand(-1, STEPS, -1).expand(-1, -1, WIDTH),
+        lambda one: one.expand(-1, STEPS, WIDTH).reshape(-1, WIDTH),
+    ],
+    ids=["at once", "steps first", "flat"],
+)
+def test_leaves_a_number_that_is_repeated_along_the_width(repeated: Callable[[Tensor], Tensor]) -> None:
+    def join(history: Tensor, target: Tensor) -> Tensor:
+        t = repeated(target[:, None, :1])
+        return torch.cat([t, history.view(*t.shape)], -1)
+
+    assert split(join, 2 * WIDTH)[1:] == ([], [])

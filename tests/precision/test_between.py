@@ -107,6 +107,57 @@ def test_what_comes_from_the_request_stays_wide() -> None:
     assert torch.isfinite(found).all() and torch.allclose(found, truth, rtol=1e-3)
 
 
+class Beside(nn.Module):
+    """A layer's answer with something beside it, and another layer."""
+
+    def __init__(self, join) -> None:
+        super().__init__()
+        self.first, self.head, self.join = nn.Linear(8, 8), nn.Linear(8, 4), join
+
+    def forward(self, x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.join(self.first(x), counts)
+        return y, self.head(torch.relu(self.first(x) * 2))
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda y, counts: y * counts,
+        lambda y, counts: torch.cat([y, counts], 1),
+        lambda y, counts: y + counts.double(),
+    ],
+    ids=["times whole numbers", "beside whole numbers", "plus float64"],
+)
+def test_numbers_that_are_not_of_a_layer_are_not_rounded(join) -> None:
+    """In 16 bits a million is infinite, and a float64 answer stays one."""
+    narrow, between = halves(Beside(join), lambda batch: (torch.rand(batch, 8), torch.full((batch, 8), 1_000_003)))
+    with torch.no_grad():
+        given = torch.rand(3, 8), torch.full((3, 8), 1_000_003)
+        truth, found = narrow(*given)[0], between(*given)[0]
+    assert torch.isfinite(found).all() and torch.equal(found, truth) and found.dtype is truth.dtype
+
+
+class Candidates(nn.Module):
+    """A user's row repeated for candidates that vary in number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user, self.item, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def forward(self, user: Tensor, items: Tensor) -> Tensor:
+        repeated = self.user(user).unsqueeze(1).expand(-1, items.shape[1], -1)
+        return self.head(torch.relu(repeated + self.item(items)) * items.shape[1])
+
+
+def test_sizes_that_vary_are_no_numbers_to_round() -> None:
+    narrow, between = halves(Candidates(), lambda batch: (torch.rand(batch, 8), torch.rand(batch, 3 + batch % 4, 8)))
+    given = torch.rand(5, 8), torch.rand(5, 9, 8)
+    with torch.no_grad():
+        (truth,), (found,) = narrow(*given), between(*given)
+    assert found.shape == truth.shape and (found - truth).abs().max() <= 0.003 * truth.abs().max()
+    assert len(wide(between)) < len(wide(narrow))
+
+
 class Ids(nn.Module):
     """A bucket of a layer's answer: rounded, it is another one."""
 
@@ -141,7 +192,7 @@ def test_a_sum_that_overflows_leaves_the_floats_for_a_second_try(size: float, tm
     found = search.run()
     assert {decision.format for decision in found.decisions} == {"fp16"}
     (inputs,) = doubled_inputs(30)
-    tries = list(graphs_of(found, search.sites, graph, "cuda", tmp_path / "scratch"))
+    tries = list(graphs_of(found, search.sites, graph, "cuda", tmp_path))
     assert [notes for _, notes in tries] == [[HALVES_BETWEEN], [FLOATS_BETWEEN]]
     finite = [bool(torch.isfinite(graphs[""](inputs)[0]).all()) for graphs, _ in tries]
     assert finite == [size == 1.0, True]

@@ -70,8 +70,7 @@ sites = find_sites(graph)
 search = Search(graph, sites, calibration_of(source, None), budget(["max-error=1"]), sys.argv[2], lambda text: None)
 found = search.run()
 assert set(found.formats.values()) == {sys.argv[2]}, found.formats
-scratch = Path(sys.argv[3]) / "scratch"
-graphs = graphs_of(found, sites, graph, "cpu", scratch)
+graphs, _ = next(graphs_of(found, sites, graph, "cpu", Path(sys.argv[3])))
 packed = pack_linears(graphs[""], cpp.target_isa(), found.formats, Path(sys.argv[3]))
 print((peak - start) / max(site.bytes for site in sites))
 """
@@ -91,7 +90,7 @@ def test_converting_takes_a_fifth_of_the_weights_at_most(model: str, precision: 
 def test_what_is_packed_into_files_is_what_is_packed_into_memory(
     form: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grc.lowering.pack.SMALL", 1000)
+    monkeypatch.setattr("grc.graph.rewrite.SMALL", 1000)
     source, graph = captured(Retriever(), retriever_inputs)
     formats = {site.name: form for site in find_sites(graph) if form is not None and site.kind != "table"}
     plain = dict(pack_linears(graph, cpp.target_isa(), formats).state_dict())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -253,9 +255,24 @@ def test_what_overflows_in_half_precision_stays_in_float32_on_a_gpu(precision: s
     wide = {"large.weight": "fp32", "bag.weight": "fp32"} if precision != "bf16" else dict.fromkeys(formats, "bf16")
     assert formats["head.weight"] != "fp32" and wide.items() <= formats.items()
     assert all("max-error inf" in (d.reason or "") for d in found.decisions if d.format == "fp32")
-    built = graphs_of(found, search.sites, graph, "cuda", tmp_path / "scratch")
+    built = graphs_of(found, search.sites, graph, "cuda", tmp_path)
     for narrow in [graph for graphs, _ in built for graph in graphs.values()]:
         assert torch.isfinite(narrow(*source.inputs(30))[0]).all()
+
+
+def test_a_full_disk_is_an_error_before_a_table_is_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing through a map to a full disk ends the process by a signal."""
+
+    def full(file: int, start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr("grc.graph.rewrite.SMALL", 1000)
+    _, graph = captured(Ranker(), ranker_inputs)
+    sites = find_sites(graph)
+    with pytest.raises(OSError, match="No space left"):
+        with_tables(graph, sites, smallest(sites, "int8"), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("precision", "dtypes"), [("fp16", {torch.float16}), ("bf16", {torch.bfloat16})])
