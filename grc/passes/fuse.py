@@ -18,6 +18,10 @@ from grc.passes.manager import Change, Pass
 GATHERED = (
     "no look-up stands beside it in a cat and nothing pools its rows: what reads them gathers them, which is as fast"
 )
+OFFSETS = (
+    "its rows are summed, but each column of ids has a part of the table to itself, and a bag has one part: what sums them "
+    "gathers them"
+)
 WIDE = "its table is {}: kernels read rows of float32, float16 and bfloat16"
 COMPUTED = "its table is computed: only a parameter or buffer [rows, width] has rows to read"
 
@@ -72,4 +76,7 @@ def why_alone(graph: fx.GraphModule, node: fx.Node) -> str:
     table = attribute(graph, node.args[0])
     if table is None or table.dim() != 2:
         return COMPUTED
-    return GATHERED if is_table(graph, node.args[0]) else WIDE.format(str(table.dtype).removeprefix("torch."))
+    if not is_table(graph, node.args[0]):
+        return WIDE.format(str(table.dtype).removeprefix("torch."))
+    summed = any(is_op(user, aten.sum, aten.mean) for user in node.users)
+    return OFFSETS if summed and is_op(node.args[1], aten.add) else GATHERED

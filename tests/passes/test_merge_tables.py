@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from grc.passes.fuse import GATHERED, Fuse
+from grc.passes.fuse import GATHERED, OFFSETS, Fuse
 from grc.passes.merge_tables import MergeTables
 from tests.graph.filecheck import check
 from tests.passes.small import MERGED, graph_of, ids, made, misses, rows, run
@@ -426,6 +426,12 @@ def test_rows_that_no_cat_and_no_sum_reads_stay_with_their_readers():
     )
     assert misses(changes, "look-up") == [GATHERED, GATHERED]
     check(graph, "CHECK-COUNT-2: aten.embedding(\nCHECK-NOT: grc.lookup")
+
+
+def test_a_sum_over_parts_of_a_table_says_why_it_is_no_bag():
+    offsets = torch.tensor([0, 4, 8])
+    _, changes = merged(lambda self, x: self.a(x + offsets).sum(1), ids(4, 3), a=nn.Embedding(40, 1))
+    assert misses(changes, "look-up") == [OFFSETS]
 
 
 def test_constant_ids_are_no_look_up():
