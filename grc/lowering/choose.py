@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -124,7 +125,7 @@ def build_all(
     load: Callable[[Built, Path], Run] = load_built,
 ) -> tuple[list[Candidate], dict[str, str]]:
     """Build and prove the engines. Raises LoweringError when the one that was asked for can't be built or is wrong, and
-    BudgetError when all that is wrong is the quality."""
+    BudgetError when all that is wrong is the quality, or numbers that fewer bits have no room for."""
     names = [engine.name for engine, _ in offered]
     if only is not None and only not in names:
         raise LoweringError(f"there is no engine {only}", f"choose auto or one of {', '.join(names)}")
@@ -142,7 +143,8 @@ def build_all(
                 built = engine.build(lowerable, target, folder)
                 candidate = Candidate(built, load(built, folder), time.perf_counter() - start)
                 reason = prove(candidate, requests)
-                over_budget |= reason is not None and bool(candidate.quality)
+                if reason is not None and requests.judge is not None:
+                    over_budget |= bool(candidate.quality) or candidate.error == math.inf
             except GrcError as error:
                 reason = error.message
             except Exception as error:  # an engine raises its own kind, and must not take the others with it
@@ -178,7 +180,7 @@ def prove(candidate: Candidate, requests: Requests) -> str | None:
         error = largest_error(list(answers), list(truth))
         candidate.error = max(candidate.error, error)
         if requests.judge is not None:
-            if error == float("inf"):
+            if error == math.inf:
                 return f"answers NaN or infinity at batch {batch}"
         elif not within(error, baseline, QUALITY):
             return f"error {error:.1e} at batch {batch}, the budget is {max(2 * baseline, QUALITY):.1e}"

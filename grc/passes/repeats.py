@@ -32,9 +32,10 @@ def repeat_of_rows(edit: Rewriter, node: fx.Node) -> fx.Node | None:
     if is_op(node, aten.repeat_interleave) and argument(node, "dim") in (0, -2):
         source, count = node.args[:2]
     elif is_op(node, aten.reshape) and is_op(node.args[0], aten.repeat):
-        source, (once, count) = node.args[0].args[0], two(node.args[0].args[1])  # type: ignore[union-attr]
-        if once != 1:
+        source, times = node.args[0].args  # type: ignore[union-attr]
+        if len(times) != 2 or times[0] != 1:  # type: ignore[arg-type]
             return None
+        count = times[1]  # type: ignore[index]
     else:
         return None
     if not counted(count) or value(source).dim() != 2 or value(node).dim() not in (2, 3):
@@ -52,7 +53,3 @@ def repeat_of_rows(edit: Rewriter, node: fx.Node) -> fx.Node | None:
 def counted(count: Any) -> bool:
     """Whether a number of times is one number: not a tensor of several."""
     return isinstance(count, int) or (isinstance(count, fx.Node) and not isinstance(value(count), Tensor))
-
-
-def two(times: Any) -> tuple[Any, Any]:
-    return (times[0], times[1]) if len(times) == 2 else (None, None)

@@ -38,7 +38,7 @@ def weighted_sum(edit: Rewriter, node: fx.Node) -> fx.Node | None:
         return None
     if [d % 3 for d in argument(node, "dim") or ()] != [1]:
         return None
-    for rows, weights, hides in factors(edit, product):
+    for rows, weights, shown in factors(edit, product):
         while is_op(weights, aten.expand):
             weights = weights.args[0]
         if not is_op(rows, aten.embedding) or not same_shape(rows, product):
@@ -53,7 +53,9 @@ def weighted_sum(edit: Rewriter, node: fx.Node) -> fx.Node | None:
             continue
         if value(weights).dtype.is_floating_point and value(weights).dtype is not dtype:
             continue
-        weights = edit.call(aten.logical_not.default, weights) if hides else weights
+        if shown is not None and not is_finite(edit, rows.args[0]):  # as a product, a row that is hidden must be zero
+            continue
+        weights = edit.call(aten.logical_not.default, weights) if shown is False else weights
         weights = weights if value(weights).dtype is dtype else edit.call(aten.to.dtype, weights, dtype)
         fixed = isinstance(steps, int)
         turned = edit.reshape(weights, -1, 1, steps) if fixed else edit.call(aten.transpose.int, weights, 1, 2)
@@ -62,19 +64,22 @@ def weighted_sum(edit: Rewriter, node: fx.Node) -> fx.Node | None:
     return None
 
 
-def factors(edit: Rewriter, node: fx.Node) -> list[tuple[Any, Any, bool]]:
-    """A product as rows and their weights, whichever they are, and whether the weights say which rows it leaves out."""
+def factors(edit: Rewriter, node: fx.Node) -> list[tuple[Any, Any, bool | None]]:
+    """A product as rows and their weights, whichever they are. Where the weights only say which rows are filled with zeros,
+    whether they are true of those that are shown."""
     if is_op(node, aten.mul):
-        return [(node.args[0], node.args[1], False), (node.args[1], node.args[0], False)]
+        return [(node.args[0], node.args[1], None), (node.args[1], node.args[0], None)]
     if is_op(node, aten.masked_fill) and is_zero(edit, node.args[2]):
-        rows, weights, hides = node.args[0], node.args[1], True
-    elif is_op(node, aten.where) and len(node.args) == 3 and is_zero(edit, node.args[2]):
-        weights, rows, hides = node.args[0], node.args[1], False
-    else:
-        return []
-    table = attribute(edit.module, rows.args[0]) if is_op(rows, aten.embedding) else None  # type: ignore[union-attr]
-    # as a product, a row that is hidden must be zero
-    return [(rows, weights, hides)] if table is not None and finite(table) else []
+        return [(node.args[0], node.args[1], False)]
+    if is_op(node, aten.where) and len(node.args) == 3:
+        mask, yes, no = node.args
+        return [(yes, mask, True)] if is_zero(edit, no) else [(no, mask, False)] if is_zero(edit, yes) else []
+    return []
+
+
+def is_finite(edit: Rewriter, table: Any) -> bool:
+    tensor = attribute(edit.module, table)
+    return tensor is not None and finite(tensor)
 
 
 def is_zero(edit: Rewriter, filling: Any) -> bool:

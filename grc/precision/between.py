@@ -66,13 +66,17 @@ def half_of(node: object) -> fx.Node | None:
 
 def common_half(graph: fx.GraphModule, node: fx.Node) -> torch.dtype | None:
     """The one dtype that the float32 operands of a node were widened from, but for constants and flags; else None, as where
-    other numbers go in or come out: beside a half, whole ones would be rounded to halves."""
+    other numbers go in or come out, which beside a half would be rounded to halves, or a constant is beyond it."""
     if not dtypes(node, *node.all_input_nodes) <= {torch.float32, torch.bool}:
         return None
-    wide = [arg for arg in node.all_input_nodes if torch.float32 in dtypes(arg) and attribute(graph, arg) is None]
-    halves = [half_of(arg) for arg in wide if not is_flag(arg)]
+    wide = [arg for arg in node.all_input_nodes if torch.float32 in dtypes(arg)]
+    constants = [tensor for arg in wide if (tensor := attribute(graph, arg)) is not None and tensor.numel()]
+    halves = [half_of(arg) for arg in wide if attribute(graph, arg) is None and not is_flag(arg)]
     found = {value(half).dtype for half in halves if half is not None}
-    return found.pop() if len(found) == 1 and None not in halves else None
+    if len(found) != 1 or None in halves:
+        return None
+    dtype = found.pop()
+    return dtype if all(tensor.abs().max() <= torch.finfo(dtype).max for tensor in constants) else None
 
 
 def dtypes(*nodes: fx.Node) -> set[torch.dtype]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from torch import fx
 
 from grc.errors import BudgetError, LoweringError
@@ -64,6 +68,36 @@ def test_the_engine_that_was_asked_for_says_why(tmp_path: Path) -> None:
     with pytest.raises(LoweringError, match=r"^engine second can't be used: it has no kernel for sort$") as caught:
         built(ENGINES, "second", tmp_path)
     assert not isinstance(caught.value, BudgetError) and "--engine auto" in str(caught.value.hint)
+
+
+class Answering(Refusing):
+    """An engine that is built, and answers one number."""
+
+    def build(self, lowerable: Lowerable, target: Target, folder: Path) -> Built:
+        return Built(self.name, self.name, {})
+
+
+@pytest.mark.parametrize(
+    ("answer", "judge", "error"),
+    [
+        (math.inf, lambda run: ({"max-error": 0.0}, None), BudgetError),
+        (1.0, lambda run: ({"max-error": 0.5}, "max-error 0.5"), BudgetError),
+        (math.inf, None, LoweringError),
+    ],
+    ids=["overflows in fewer bits", "outside of the budget", "overflows in float32"],
+)
+def test_what_fewer_bits_have_no_number_for_is_outside_of_the_budget(
+    answer: float, judge: Callable[..., Any] | None, error: type[Exception], tmp_path: Path
+) -> None:
+    """So that it is tried with more bits."""
+    requests = Requests([[torch.ones(1)]], [[torch.ones(1)]], [0.0], {}, judge)
+    graph = Lowerable(fx.GraphModule({}, fx.Graph()), (), ())
+    with pytest.raises(LoweringError) as caught:
+        build_all(
+            [(Answering("first", None), graph)], TARGET, tmp_path, requests, None, lambda _: None,
+            lambda built, folder: lambda inputs: [torch.full((1,), answer)],
+        )  # fmt: skip
+    assert type(caught.value) is error
 
 
 def test_an_unknown_engine_is_told_beside_those_that_exist(tmp_path: Path) -> None:

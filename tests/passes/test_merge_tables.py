@@ -285,6 +285,7 @@ HIDDEN = {
     "integers": lambda e, mask: mask.long().unsqueeze(-1) * e,
     "filled": lambda e, mask: e.masked_fill(~mask.unsqueeze(-1), 0.0),
     "filled where": lambda e, mask: torch.where(mask.unsqueeze(-1), e, 0.0),
+    "filled elsewhere": lambda e, mask: torch.where(~mask.unsqueeze(-1), 0.0, e),
     "zeros where": lambda e, mask: torch.where(mask[..., None], e, torch.zeros_like(e)),
     "full where": lambda e, mask: torch.where(mask[..., None].expand_as(e), e, torch.full_like(e, 0)),
 }

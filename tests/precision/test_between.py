@@ -125,8 +125,9 @@ class Beside(nn.Module):
         lambda y, counts: y * counts,
         lambda y, counts: torch.cat([y, counts], 1),
         lambda y, counts: y + counts.double(),
+        lambda y, counts: y + torch.tensor([1e6]),
     ],
-    ids=["times whole numbers", "beside whole numbers", "plus float64"],
+    ids=["times whole numbers", "beside whole numbers", "plus float64", "plus a large constant"],
 )
 def test_numbers_that_are_not_of_a_layer_are_not_rounded(join) -> None:
     """In 16 bits a million is infinite, and a float64 answer stays one."""
