@@ -114,3 +114,8 @@ def source_line(node: fx.Node) -> tuple[str, str]:
     place, found = chosen[-1]
     text = lines[place + 1].strip() if place + 1 < len(lines) else ""
     return f"{found['file'].rpartition('/')[2]}:{found['line']}", text
+
+
+def finite(tensor: torch.Tensor) -> bool:
+    """Whether a constant holds neither NaN nor infinity, found without anything of its size."""
+    return not tensor.numel() or all(bool(torch.isfinite(end)) for end in tensor.aminmax())

@@ -11,6 +11,7 @@ from grc.graph.match import (
     aten,
     attribute,
     call_arguments,
+    finite,
     is_op,
     only_user,
     same_shape,
@@ -19,7 +20,6 @@ from grc.graph.match import (
     value,
 )
 from grc.graph.rewrite import Rewriter
-from grc.kernels.quantised_linear import finite
 
 FEW = 1 << 12  # numbers of a constant that is looked through for others than zeros
 FILLING = {aten.full: "fill_value", aten.full_like: "fill_value", aten.scalar_tensor: "s"}

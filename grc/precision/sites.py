@@ -15,11 +15,11 @@ import torch
 from torch import fx
 
 from grc.graph.cost import rows_per_sample
-from grc.graph.match import aten, attribute, call_arguments, is_op, value
+from grc.graph.match import aten, attribute, call_arguments, finite, is_op, value
 from grc.kernels import ACTIVATION_UNIT, BAG_DOT, BAG_FM, CROSS, LOOKUP, SCORE_TOPK
 from grc.kernels import ATTENTION as ATTENTION_OP
 from grc.kernels.lookup.row_formats import HALF_MAX, row_bytes
-from grc.kernels.quantised_linear import MAX_DEPTH, finite
+from grc.kernels.quantised_linear import MAX_DEPTH
 from grc.precision.formats import BITS
 
 LAYER, RANKING, TABLE, ATTENTION, UNIT = "layer", "ranking", "table", "attention", "activation unit"

@@ -17,14 +17,13 @@ from grc.kernels.quantised_linear.panels import (
     MAX_DEPTH,
     Quantised,
     blocks,
-    finite,
     quantise,
     rounded,
     scaled8,
     unpack,
 )
 
-__all__ = ["MAX_DEPTH", "QUANTISED_LINEAR", "Quantised", "finite", "quantise", "rounded", "simulated"]
+__all__ = ["MAX_DEPTH", "QUANTISED_LINEAR", "Quantised", "quantise", "rounded", "simulated"]
 
 
 def reference(

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from grc.errors import LoweringError
+from grc.graph.match import finite
 from grc.kernels.packed_linear.panels import PANEL, Empty
 
 GROUP = {torch.int8: 4, torch.bfloat16: 2}  # `kGroup` in grc/low.h: what one lane of 32 bits holds
@@ -53,11 +54,6 @@ def quantise(weight: Tensor, dtype: torch.dtype, isa: str, empty: Empty = torch.
         panels = padded.view(len(padded) // width, width, packed.shape[1], group).transpose(1, 2)
         packed[rows.start // width :][: len(panels)] = panels
     return Quantised(packed, ends.view(-1) if dtype is torch.int8 else None)
-
-
-def finite(weight: Tensor) -> bool:
-    """Whether a weight holds neither NaN nor infinity, found without anything of its size."""
-    return not weight.numel() or all(bool(torch.isfinite(end)) for end in weight.aminmax())
 
 
 def blocks(weight: Tensor, multiple: int = 1) -> Iterator[slice]:
