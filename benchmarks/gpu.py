@@ -78,7 +78,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--engine", default="auto", metavar="NAME", help="the engine to compile with")
     parser.add_argument("--static", metavar="N,...", help="also build for each of these alone, max-autotuned")
     parser.add_argument("--seconds", type=float, default=240, help="for one model in one precision, builds included")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where model files and artifacts stay")
     parser.add_argument("--build", nargs=2, metavar=("MODEL", "PATH"), help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -19,10 +19,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import grc
+from benchmarks.plots import longest
 from benchmarks.rows import RESULTS, place, replace
 
 REPLAYS = 60
-SHOWN = 6  # kernels of a row
 Kernel = tuple[str, int, int]  # its name, and nanoseconds at which it begins and ends
 
 
@@ -42,7 +42,9 @@ def replayed(replay: Callable[[Any], None]) -> list[list[Kernel]]:
     )
     each, left_over = divmod(len(kernels), REPLAYS)
     if left_over or not each:
-        raise RuntimeError(f"{len(kernels)} kernels of {REPLAYS} replays: the profiler missed some")
+        raise SystemExit(
+            f"error: {len(kernels)} kernels of {REPLAYS} replays: the profiler missed some\nhint: run it again"
+        )
     return [kernels[i : i + each] for i in range(0, len(kernels), each)]
 
 
@@ -77,18 +79,6 @@ def own(kernels: Sequence[Kernel]) -> list[int]:
     return times
 
 
-def told(kernels: Sequence[dict[str, Any]]) -> str:
-    """The longest ones, in words."""
-    rest = kernels[SHOWN:]
-    names = [f"{k['count']} {short(k['name'])} {k['us']:.1f}" for k in kernels[:SHOWN]]
-    return ", ".join(names + ([f"{len(rest)} others {sum(k['us'] for k in rest):.1f}"] if rest else []))
-
-
-def short(name: str) -> str:
-    """A kernel's name without its namespaces, arguments and templates."""
-    return name.removeprefix("void ").split("<")[0].split("(")[0].split("::")[-1][:48]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_profile", description=__doc__.splitlines()[0])
     parser.add_argument("artifact", type=Path)
@@ -104,8 +94,11 @@ def main() -> None:
         if replay is None:
             raise SystemExit(f"error: batch {batch} has no CUDA graph\nhint: compile with it as a bucket")
         row = {"model": program.name, "batch": batch, "engine": program.engine_at(batch), **summary(replayed(replay))}
-        rows.append({**row, "told": told(row["kernels"]), **about})
-        print(f"{program.name} {batch}: span {row['span']} us, busy {row['busy']} us; {rows[-1]['told']}", flush=True)
+        rows.append({**row, **about})
+        print(
+            f"{program.name} {batch}: span {row['span']} us, busy {row['busy']} us; {longest(row['kernels'])}",
+            flush=True,
+        )
     replace(rows, options.output, ("model", "batch", "machine"))
 
 

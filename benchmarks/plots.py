@@ -27,6 +27,7 @@ README = ROOT / "README.md"
 NOT_MEASURED = "Not measured yet."
 COMPILERS = {"cpu": {"compile", "aoti", "onnxruntime"}, "gpu": {"compile", "aoti"}}
 MOST = 4  # of the zoo's seven models
+SHOWN = 6  # kernels of a replay
 DRAWN = 5  # cells of a machine from which on its ratios are drawn
 BLOCK = re.compile(r"(<!-- begin: ([\w-]+) -->\n).*?(<!-- end: \2 -->)", re.S)
 
@@ -168,7 +169,7 @@ FIGURES = {
     },
     "gpu-profile": {
         "model": "model", "batch": "batch", "engine": "engine", "launches": "kernels", "span": "first to last, us",
-        "busy": "any runs, us", "told": "where it goes, us",
+        "busy": "any runs, us", "kernels": "where it goes, us",
     },
     "gpu-stress": {
         "model": "model", "threads": "threads", "streams": "streams", "replays": "replays", "different": "differ",
@@ -189,6 +190,8 @@ def figures(file: Path, columns: dict[str, str]) -> str:
         own = [row for row, where in zip(rows, places, strict=True) if where == place]
         own = beside_plain(own) if "fastest" in columns else own
         number = {key for key in columns if all(isinstance(row[key], (int, float)) for row in own)}
+        if "launches" in columns:
+            own = [{**row, "kernels": longest(row["kernels"])} for row in own]
         lines = [
             place,
             "",
@@ -197,6 +200,18 @@ def figures(file: Path, columns: dict[str, str]) -> str:
         ]
         parts.append("\n".join(lines + ["| " + " | ".join(shown(row[key]) for key in columns) + " |" for row in own]))
     return "\n\n".join(parts)
+
+
+def longest(kernels: list[Row]) -> str:
+    """The kernels of a replay that take most of it, in words."""
+    rest = kernels[SHOWN:]
+    names = [f"{k['count']} {short(k['name'])} {k['us']:.1f}" for k in kernels[:SHOWN]]
+    return ", ".join(names + ([f"{len(rest)} others {sum(k['us'] for k in rest):.1f}"] if rest else []))
+
+
+def short(name: str) -> str:
+    """A kernel's name without its namespaces, arguments and templates."""
+    return name.removeprefix("void ").split("<")[0].split("(")[0].split("::")[-1][:48]
 
 
 def beside_plain(rows: list[Row]) -> list[Row]:

@@ -200,18 +200,22 @@ def einsum_product(edit: Rewriter, equation: str, operands: list[fx.Node]) -> fx
 
 
 def einsum_rows(edit: Rewriter, operands: list[fx.Node], weights: str, rows: str, out: str) -> fx.Node | None:
-    """`bs,bsd->bd`, a weighted sum of rows: `[B, 1, S] @ [B, S, D]`."""
+    """`bs,bsd->bd`, a weighted sum of rows."""
     if len(set(rows)) != 3 or weights != rows[:2] or out != rows[0] + rows[2]:
         return None
     steps, width = shape(operands[1])[1:]
-    if not isinstance(steps, int) or not isinstance(width, int) or not same_shape_of_steps(*operands):
+    broadcast = not all(same_size(a, b) for a, b in zip(shape(operands[0]), shape(operands[1])[:2], strict=True))
+    if broadcast or not isinstance(steps, int) or not isinstance(width, int):
         return None
-    return edit.reshape(edit.call(aten.bmm.default, edit.reshape(operands[0], -1, 1, steps), operands[1]), -1, width)
+    return edit.reshape(weighted_rows(edit, *operands), -1, width)
 
 
-def same_shape_of_steps(weights: fx.Node, rows: fx.Node) -> bool:
-    """Whether nothing is broadcast, as einsum may."""
-    return all(same_size(a, b) for a, b in zip(shape(weights), shape(rows)[:2], strict=True))
+def weighted_rows(edit: Rewriter, weights: fx.Node, rows: fx.Node) -> fx.Node:
+    """`[B, 1, S] @ [B, S, D]`, of weights `[B, S]` or, where their number varies, `[B, S, 1]`."""
+    steps = shape(rows)[1]
+    fixed = isinstance(steps, int)
+    turned = edit.reshape(weights, -1, 1, steps) if fixed else edit.call(aten.transpose.int, weights, 1, 2)
+    return edit.call(aten.bmm.default, turned, rows)
 
 
 def einsum_layer(edit: Rewriter, equation: str, operands: list[fx.Node]) -> fx.Node | None:
@@ -324,10 +328,14 @@ def drop_zero(edit: Rewriter, node: fx.Node) -> fx.Node | None:
 
 
 def is_zero(edit: Rewriter, node: Any) -> bool:
-    """Zeros that a call makes, or that are a small constant; parameters may only happen to be zeros."""
+    """A number, zeros that a call makes, or that are a small constant; parameters may only happen to be zeros."""
+    if not isinstance(node, fx.Node):
+        return node == 0
     if is_op(node, aten.new_zeros, aten.zeros, aten.zeros_like):
         return True
     tensor = attribute(edit.module, node)
     if tensor is not None:
         return not isinstance(tensor, Parameter) and tensor.numel() <= FEW and not tensor.any()
+    if is_op(node, aten.scalar_tensor):
+        return argument(node, "s") == 0
     return is_op(node, aten.full, aten.full_like, aten.new_full) and argument(node, "fill_value") == 0

@@ -20,9 +20,7 @@ from grc.graph.match import (
     value,
 )
 from grc.graph.rewrite import Rewriter
-
-FEW = 1 << 12  # numbers of a constant that is looked through for others than zeros
-FILLING = {aten.full: "fill_value", aten.full_like: "fill_value", aten.scalar_tensor: "s"}
+from grc.passes.products import is_zero, weighted_rows
 
 
 def weighted_sum(edit: Rewriter, node: fx.Node) -> fx.Node | None:
@@ -57,9 +55,7 @@ def weighted_sum(edit: Rewriter, node: fx.Node) -> fx.Node | None:
             continue
         weights = edit.call(aten.logical_not.default, weights) if shown is False else weights
         weights = weights if value(weights).dtype is dtype else edit.call(aten.to.dtype, weights, dtype)
-        fixed = isinstance(steps, int)
-        turned = edit.reshape(weights, -1, 1, steps) if fixed else edit.call(aten.transpose.int, weights, 1, 2)
-        total = edit.call(aten.bmm.default, turned, rows)
+        total = weighted_rows(edit, weights, rows)
         return total if argument(node, "keepdim") else edit.reshape(total, -1, width)
     return None
 
@@ -80,14 +76,3 @@ def factors(edit: Rewriter, node: fx.Node) -> list[tuple[Any, Any, bool | None]]
 def is_finite(edit: Rewriter, table: Any) -> bool:
     tensor = attribute(edit.module, table)
     return tensor is not None and finite(tensor)
-
-
-def is_zero(edit: Rewriter, filling: Any) -> bool:
-    if not isinstance(filling, fx.Node):
-        return filling == 0
-    if is_op(filling, aten.zeros_like, aten.zeros):
-        return True
-    if is_op(filling, *FILLING):
-        return argument(filling, FILLING[filling.target.overloadpacket]) == 0  # type: ignore[union-attr]
-    tensor = attribute(edit.module, filling)
-    return tensor is not None and tensor.numel() <= FEW and not bool(tensor.any())
